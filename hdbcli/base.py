@@ -1,0 +1,77 @@
+"""A base model made ready: loaded, with LiDB layers on every target, and its hypernetwork at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdbcli.errors import HdbError
+from hdbcli.hyperfile import load_hypernetwork
+from hdbcli.hypernet import HyperNetwork
+from hdbcli.identity import Identity, check_fits
+from hdbcli.inject import Injected, inject
+from hdbcli.lidb import Theta
+from registry.spec import Backbone, BaseSpec
+
+PLACEHOLDER = "[V]"
+PORTRAIT = "a [V] face"  # the one prompt of training: HyperDreamBooth §3.3
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base model on its device, wearing nobody."""
+
+    spec: BaseSpec
+    backbone: Backbone
+    injected: Injected
+    device: str
+
+    def prompt(self, text: str) -> str:
+        """Put the base's rare token where the user wrote [V]."""
+        return text.replace(PLACEHOLDER, self.spec.identifier)
+
+    def images(self, crops: list[np.ndarray]) -> Tensor:
+        """Stack uint8 crops (S, S, 3) as (B, 3, S, S) in -1..1 on the device."""
+        stacked = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+        return (stacked.float() / 127.5 - 1).contiguous().to(self.device)
+
+
+def load_base(spec: BaseSpec, device: str, dtype: str = "float32") -> Base:
+    """Load a base model and put LiDB layers on its targets."""
+    backbone = spec.load(device, dtype)
+    injected = inject(backbone.components, spec.targets, spec.a, spec.b, spec.basis_seed)
+    return Base(spec, backbone, injected, device)
+
+
+def load_predictor(base: Base) -> tuple[HyperNetwork, str]:
+    """Load the base's hypernetwork and its digest; HdbError if it has none or it is another base's."""
+    path = base.spec.hypernetwork
+    if path is None or not path.exists():
+        raise HdbError(f"base model {base.spec.name} has no hypernetwork at {path}; train one first")
+    model, digest = load_hypernetwork(path)
+    mine, theirs = base.injected.targets_digest(), model.config.targets_digest
+    basis = base.injected.fingerprint().digest
+    if mine != theirs or basis != model.config.basis_digest:
+        raise HdbError(
+            f"{path.name} was trained for {model.config.base} (targets {theirs[:12]}, basis "
+            f"{model.config.basis_digest[:12]}), {base.spec.name} has {mine[:12]} and {basis[:12]}; "
+            "train a hypernetwork for this base"
+        )
+    return model.to(base.device), digest
+
+
+def theta_for(base: Base, identity: Identity) -> tuple[Theta, str | None]:
+    """Return an identity's theta for this base, and a warning if it was made on another of the family."""
+    warning = check_fits(
+        identity,
+        base=base.spec.name,
+        family=base.spec.family,
+        base_digest=base.injected.weights_digest(),
+        targets_digest=base.injected.targets_digest(),
+        basis=base.injected.fingerprint(),
+    )
+    theta = Theta(identity.down[None].to(base.device), identity.up[None].to(base.device))
+    return theta, warning

@@ -1,0 +1,429 @@
+"""The command line: the only file that knows the CLI framework, prints errors or exits."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hdbcli import __version__, render
+from hdbcli.config import DEFAULT_BASE, OPTIMIZERS, PretrainConfig, RefineConfig
+from hdbcli.errors import HdbError
+from registry import store
+from registry.errors import RegistryError
+from registry.plugins import load_registry
+from registry.spec import SampleSettings
+
+if TYPE_CHECKING:
+    from hdbcli.base import Base
+    from hdbcli.create import Created
+    from hdbcli.lidb import Theta
+
+
+class Boundary(typer.core.TyperGroup):
+    """The one place where errors become a line on stderr and an exit code; bugs keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (HdbError, RegistryError) as error:
+            render.note(f"error: {error}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            render.note("interrupted; nothing was written")
+            raise typer.Exit(130) from None
+
+
+def _app(about: str, **more: Any) -> typer.Typer:
+    return typer.Typer(
+        help=about,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        **more,
+    )
+
+
+app = _app("One photo of a face in, that person in any style out.", cls=Boundary)
+base_app = _app("The base models that hdb knows.")
+train_app = _app("Train and measure the hypernetwork of a base model.")
+app.add_typer(base_app, name="base")
+app.add_typer(train_app, name="train")
+
+Photo = Annotated[Path, typer.Argument(help="JPEG, PNG or WebP photo of the face.")]
+Identity = Annotated[str, typer.Argument(help="Name of an identity, or an identity file.")]
+BaseName = Annotated[str, typer.Option("--base", help="Base model; see: hdb base list.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or mps; default: the fastest there is.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what has this name already.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")]
+More = Annotated[
+    list[Path] | None, typer.Option("--photo", help="Another photo of the person; repeatable.")
+]
+FaceNumber = Annotated[
+    int | None, typer.Option("--face", help="Which face, from the left, where there are several.")
+]
+Steps = Annotated[int, typer.Option(min=1, help="Iterations of refinement.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the refinement's noise.")]
+Optimizer = Annotated[str, typer.Option(help=f"{' or '.join(OPTIMIZERS)}.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        render.say(f"hdb {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def new(
+    photo: Photo,
+    name: Annotated[str | None, typer.Argument(help="Default: the photo's file name.")] = None,
+    more: More = None,
+    base: BaseName = DEFAULT_BASE,
+    steps: Steps = RefineConfig.steps,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help=f"Rank to refine at; default: {RefineConfig.rank}.")
+    ] = None,
+    seed: Seed = RefineConfig.seed,
+    face: FaceNumber = None,
+    no_refine: Annotated[bool, typer.Option("--no-refine", help="Keep the prediction.")] = False,
+    optimizer: Optimizer = RefineConfig.optimizer,
+    force: Force = False,
+    device: Device = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Make an identity from one photo of a face (or several of the same person)."""
+    name = store.check_name(name) if name else store.name_from_stem(photo.stem)
+    path = _new_path(name, force)
+    _ask_consent(yes)
+    if no_refine and rank:
+        raise HdbError("--no-refine keeps the rank of the prediction; drop it or --rank")
+    rank = rank or RefineConfig.rank
+    config = None if no_refine else RefineConfig(steps, rank, seed=seed, optimizer=optimizer)
+    created = _make(base, device, [photo, *(more or [])], face, config)
+    _store(created, name, path, as_json)
+
+
+@app.command()
+def refine(
+    name: Annotated[str, typer.Argument(help="Name of the identity.")],
+    photo: Photo,
+    more: More = None,
+    base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
+    steps: Steps = RefineConfig.steps,
+    rank: Annotated[int | None, typer.Option(min=1, help="Raise the rank to this first.")] = None,
+    seed: Seed = RefineConfig.seed,
+    face: FaceNumber = None,
+    optimizer: Optimizer = RefineConfig.optimizer,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Give an existing identity more iterations on a photo; its file is replaced at the end."""
+    from hdbcli.identity import load
+
+    path = store.resolve(store.check_name(name))
+    identity = load(path)
+    config = RefineConfig(steps, rank or identity.rank, seed=seed, optimizer=optimizer)
+    photos = [photo, *(more or [])]
+    created = _make(base or identity.base, device, photos, face, config, identity)
+    _store(created, path.stem, path, as_json)
+
+
+@app.command()
+def gen(
+    identity: Identity,
+    prompt: Annotated[str, typer.Argument(help="What to draw; [V] is the person's place in it.")],
+    count: Annotated[int, typer.Option("-n", min=1, max=1000, help="How many pictures.")] = 4,
+    seed: Annotated[int | None, typer.Option(min=0, help="First seed; default: random.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = SampleSettings.steps,
+    guidance: Annotated[float, typer.Option(min=0, help="CFG scale.")] = SampleSettings.guidance,
+    negative: Annotated[
+        str, typer.Option(help="What to avoid. It wears the identity too, as in a merged model.")
+    ] = "",
+    strength: Annotated[float, typer.Option(help="Weight of the identity; 0 is the base.")] = 1.0,
+    size: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the base's.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, dpm++, euler, euler-a or unipc; default: the base's.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option("-o", help="A folder, or one .png file.")] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Save a contact sheet too; with -o FILE.png, only that.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw an identity in any style, such as "a Pixar character of a [V] face".
+
+    The same seed gives the same picture. Prompt and negative prompt both wear the identity.
+    """
+    from hdbcli import sample
+
+    first = secrets.randbelow(2**32) if seed is None else seed
+    seeds = [first + i for i in range(count)]
+    settings = SampleSettings(steps, guidance, negative, size, scheduler)
+    path = store.resolve(identity)
+    targets = sample.plan_outputs(out, path.stem, seeds, grid)
+    if "[V]" not in prompt:
+        render.note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
+    loaded, theta = _wear(path, base, device)
+    with render.progress() as tell:
+        pictures = sample.generate(loaded, theta.scaled(strength), prompt, seeds, settings, tell)
+    label = f"{path.stem} {strength:g}"
+    saved = sample.save_all(pictures, targets, prompt, settings, loaded.spec.name, label)
+    if as_json:
+        render.document({"name": path.stem, "base": loaded.spec.name, "prompt": prompt, **saved})
+        return
+    for picture in saved["pictures"]:
+        render.say(f"{picture['path'] or 'in the sheet'}  seed {picture['seed']}")
+    if saved["grid"]:
+        render.say(saved["grid"])
+
+
+@app.command()
+def merge(
+    identity: Identity,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the merged model.")],
+    strength: Annotated[float, typer.Option(help="Weight of the identity.")] = 1.0,
+    base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write the base model with the identity in it, as a diffusers folder that needs no hdb."""
+    from hdbcli.merge import check_folder
+    from hdbcli.merge import merge as write
+
+    check_folder(out, force)
+    loaded, theta = _wear(store.resolve(identity), base, "cpu")
+    size = write(loaded, theta.scaled(strength), out)
+    if as_json:
+        render.document({"path": str(out), "base": loaded.spec.name, "bytes": size})
+    else:
+        render.say(f"{out}  {size:,} bytes; use {loaded.spec.identifier!r} where you wrote [V]")
+
+
+@app.command("list")
+def list_identities(
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Names only.")] = False,
+) -> None:
+    """List the identities."""
+    entries = store.entries()
+    if as_json:
+        render.document([entry.as_dict() for entry in entries])
+    elif quiet:
+        for entry in entries:
+            render.say(entry.name)
+    elif entries:
+        render.show_entries(entries)
+    else:
+        render.note("no identities yet; make one with: hdb new PHOTO")
+
+
+@app.command()
+def show(identity: Identity, as_json: Json = False) -> None:
+    """Show everything that an identity file says about itself."""
+    summary = store.summary(store.resolve(identity))
+    if as_json:
+        render.document(summary)
+    else:
+        render.facts(summary)
+
+
+@app.command()
+def rm(
+    names: Annotated[list[str], typer.Argument(help="Names of identities.")], yes: Yes = False
+) -> None:
+    """Delete identities for good."""
+    paths = [store.resolve(store.check_name(name)) for name in names]
+    if not yes:
+        if not sys.stdin.isatty():
+            raise HdbError("rm deletes for good; without a terminal to ask on, pass --yes")
+        typer.confirm(f"Delete {', '.join(path.stem for path in paths)}?", abort=True)
+    for path in paths:
+        store.remove(path.stem)
+        render.say(f"deleted {path.stem}")
+
+
+@base_app.command("list")
+def base_list(as_json: Json = False) -> None:
+    """List the base models, and the plug-ins that could not be loaded."""
+    registry = load_registry()
+    for problem in registry.problems:
+        render.note(f"warning: {problem}")
+    specs = registry.specs()
+    if as_json:
+        render.document([render.base_facts(s, registry.source(s.name)) for s in specs])
+    else:
+        rows = [(s.name, s.family, s.resolution, s.licence, s.summary) for s in specs]
+        render.table(("name", "family", "px", "licence", "summary"), rows)
+
+
+@base_app.command("show")
+def base_show(
+    name: Annotated[str, typer.Argument(help="Name of a base model.")], as_json: Json = False
+) -> None:
+    """Show what a base model offers."""
+    registry = load_registry()
+    values = render.base_facts(registry.get(name), registry.source(name))
+    (render.document if as_json else render.facts)(values)
+
+
+Data = Annotated[Path, typer.Argument(help="Folder of photos, or a folder of them per person.")]
+Pattern = Annotated[str, typer.Option(help="Which files to take, such as 'portrait-*'.")]
+Aligned = Annotated[bool, typer.Option("--aligned", help="Pictures are the base's crops already.")]
+
+
+@train_app.command("hypernetwork")
+def train_hypernetwork(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="File of the hypernetwork.")],
+    base: BaseName = DEFAULT_BASE,
+    steps: Annotated[int, typer.Option(min=1)] = PretrainConfig.steps,
+    batch: Annotated[int, typer.Option(min=1, help="People a step.")] = PretrainConfig.batch,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = PretrainConfig.lr,
+    seed: Seed = PretrainConfig.seed,
+    optimizer: Optimizer = PretrainConfig.optimizer,
+    pattern: Pattern = "*",
+    aligned: Aligned = False,
+    device: Device = None,
+) -> None:
+    """Train the hypernetwork of a base model; interrupted, the same command goes on."""
+    from hdbcli import pretrain
+    from hdbcli.hyperfile import save_hypernetwork
+    from hdbcli.people import read_people
+
+    loaded = _load(base, device)
+    config = PretrainConfig(steps, lr, batch, seed, optimizer)
+    checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
+    model = pretrain.new_hypernetwork(loaded, seed)
+    with render.progress() as tell:
+        people = read_people(data, loaded.spec, pattern, aligned, tell)
+        render.show_skipped(people.skipped)
+        steps_done = pretrain.pretrain(loaded, model, people, config, checkpoint, tell)
+        render.follow(steps_done, tell)
+    save_hypernetwork(model, out)
+    render.say(str(out))
+
+
+@train_app.command("evaluate")
+def train_evaluate(
+    data: Data,
+    base: BaseName = DEFAULT_BASE,
+    hypernetwork: Annotated[
+        Path | None, typer.Option(help="Another file than the base's own.")
+    ] = None,
+    refined: Annotated[int, typer.Option(min=0, help="People to refine and draw as well.")] = 0,
+    pattern: Pattern = "*",
+    aligned: Aligned = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a hypernetwork on people it never saw: loss with intervals, retrieval of portraits."""
+    from hdbcli.base import load_predictor
+    from hdbcli.evaluate import evaluate
+    from hdbcli.people import read_people
+
+    loaded = _load(base, device, hypernetwork)
+    model, _ = load_predictor(loaded)
+    with render.progress() as tell:
+        people = read_people(data, loaded.spec, pattern, aligned, tell)
+        render.show_skipped(people.skipped)
+        result = evaluate(loaded, model, people, refined, tell)
+    if as_json:
+        render.document(asdict(result))
+    else:
+        render.show_evaluation(result)
+
+
+def _new_path(name: str, force: bool) -> Path:
+    """Return where a new identity goes; before any work, refuse a taken name or an unwritable place."""
+    from hdbcli.sample import check_writable
+
+    path = store.path_of(name)
+    if path.exists() and not force:
+        raise HdbError(f"{path.stem} exists already; give another name, or --force to replace it")
+    check_writable(path)
+    return path
+
+
+def _ask_consent(yes: bool) -> None:
+    """Ask once, before the first identity of a store, and only where there is somebody to ask."""
+    if yes or store.names() or not sys.stdin.isatty():
+        return
+    typer.confirm("Faces belong to people. Does this person agree?", abort=True, err=True)
+
+
+def _load(base: str, device: str | None, hypernetwork: Path | None = None) -> Base:
+    """Load a base model on a device."""
+    from hdbcli.base import load_base
+    from hdbcli.device import choose_device
+
+    spec = load_registry().get(base)
+    if hypernetwork:
+        spec = replace(spec, hypernetwork=hypernetwork)
+    return load_base(spec, choose_device(device))
+
+
+def _wear(path: Path, base: str | None, device: str | None) -> tuple[Base, Theta]:
+    """Load an identity and the base to wear it on; say so where it is not the one it was made on."""
+    from hdbcli.base import theta_for
+    from hdbcli.identity import load
+
+    identity = load(path)
+    loaded = _load(base or identity.base, device)
+    theta, warning = theta_for(loaded, identity)
+    if warning:
+        render.note(f"warning: {warning}")
+    return loaded, theta
+
+
+def _make(
+    base: str,
+    device: str | None,
+    photos: list[Path],
+    face: int | None,
+    config: RefineConfig | None,
+    identity: Any = None,
+) -> Created:
+    """Crop before loading, since a bad photo should be told at once; then create or refine."""
+    from hdbcli import create
+
+    spec = load_registry().get(base)
+    start = time.perf_counter()
+    with render.progress() as tell:
+        crops = create.crop_photos(photos, spec, face, tell)
+        cropped = time.perf_counter() - start
+        tell("load", 0, 1)
+        loaded = _load(base, device)
+        if identity is None:
+            created = create.create(crops, loaded, config, tell)
+        else:
+            created = create.continue_refining(identity, crops, loaded, config, tell)
+    total = time.perf_counter() - start
+    return replace(created, seconds={"crop": cropped, **created.seconds, "total": total})
+
+
+def _store(created: Created, name: str, path: Path, as_json: bool) -> None:
+    from hdbcli.identity import save
+
+    size = save(created.identity, path)
+    for warning in created.warnings:
+        render.note(f"warning: {warning}")
+    values = render.created_facts(name, str(path), size, created)
+    (render.document if as_json else render.show_created)(values)
+
+
+main: Callable[[], None] = app

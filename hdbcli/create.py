@@ -1,0 +1,144 @@
+"""One photo in, an identity out: crop, predict, relax, refine, measure, in this order.
+
+HyperDreamBooth, figure 2: the hypernetwork's prediction, then rank-relaxed fast fine-tuning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hdbcli.base import PORTRAIT, Base, load_predictor, theta_for
+from hdbcli.config import RefineConfig, Tell
+from hdbcli.faces import embed
+from hdbcli.identity import Identity
+from hdbcli.lidb import Theta
+from hdbcli.photo import Crop, crop_face
+from hdbcli.refine import portrait_loss, refine
+from hdbcli.relax import relax
+from hdbcli.sample import generate
+from registry.spec import BaseSpec, SampleSettings
+
+LIKENESS_SEEDS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class Created:
+    """A new identity and what making it took; seconds by stage, losses on the same 64 pairs."""
+
+    identity: Identity
+    seconds: dict[str, float]
+    loss_start: float
+    loss_end: float
+    base_likeness: float
+    warnings: tuple[str, ...]
+
+
+def crop_photos(
+    photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: Tell
+) -> list[Crop]:
+    """Crop the face of every photo as the base's template wants it."""
+    crops = []
+    for photo in photos:
+        tell("crop", len(crops), len(photos))
+        crops.append(crop_face(photo, np.array(spec.template), spec.resolution, face))
+    return crops
+
+
+def create(
+    crops: Sequence[Crop], base: Base, config: RefineConfig | None, tell: Tell
+) -> Created:
+    """Make an identity from the crops of one person; `config` None keeps the prediction as it is."""
+    seconds = {}
+    images = base.images([crop.image for crop in crops])
+    start = time.perf_counter()
+    tell("predict", 0, 1)
+    predictor, digest = load_predictor(base)
+    theta = predictor.predict(images)
+    seconds["predict"] = time.perf_counter() - start
+    identity = describe(base, theta, hypernetwork=digest)
+    return _refined(identity, theta, crops, base, config, tell, seconds)
+
+
+def continue_refining(
+    identity: Identity, crops: Sequence[Crop], base: Base, config: RefineConfig, tell: Tell
+) -> Created:
+    """Give an existing identity more iterations, from where it is; its rank may be raised first."""
+    theta, warning = theta_for(base, identity)
+    created = _refined(identity, theta, crops, base, config, tell, {"predict": 0.0})
+    return replace(created, warnings=(*created.warnings, warning)) if warning else created
+
+
+def _refined(
+    identity: Identity,
+    theta: Theta,
+    crops: Sequence[Crop],
+    base: Base,
+    config: RefineConfig | None,
+    tell: Tell,
+    seconds: dict[str, float],
+) -> Created:
+    images = base.images([crop.image for crop in crops])
+    warnings = tuple(w for crop in crops for w in crop.warnings)
+    start = time.perf_counter()
+    if config is None:
+        loss_start = loss_end = portrait_loss(base, theta, base.backbone.encode_images(images))
+    else:
+        if config.rank != theta.rank:
+            relaxed = f"relaxed from rank {theta.rank} to {config.rank}"
+            identity = replace(identity, lineage=(*identity.lineage, relaxed))
+        result = refine(base, relax(theta, config.rank), images, config, tell)
+        theta, loss_start, loss_end = result.theta, result.loss_start, result.loss_end
+        warnings += (result.note,) if result.note else ()
+        identity = replace(
+            identity, steps=identity.steps + config.steps, optimizer=result.optimizer
+        )
+    seconds["refine"] = time.perf_counter() - start
+    mine, floor = likeness_of(base, theta, crops, tell)
+    identity = replace(
+        identity, down=theta.down[0].cpu(), up=theta.up[0].cpu(), likeness=round(mine, 4)
+    )
+    return Created(identity, seconds, loss_start, loss_end, floor, warnings)
+
+
+def likeness_of(
+    base: Base, theta: Theta, crops: Sequence[Crop], tell: Tell
+) -> tuple[float, float]:
+    """Return the likeness of generated portraits to the crops, and of the base's own beside it.
+
+    The mean over four seeds, the same for both: 1 - distance of the face embeddings, 0 to 1.
+    """
+    reference, _ = embed([crop.image for crop in crops])
+    scores = []
+    for worn in (theta, None):
+        drawn = generate(base, worn, PORTRAIT, LIKENESS_SEEDS, SampleSettings(), tell)
+        faces, _ = embed([picture.image for picture in drawn])
+        far = torch.cdist(faces, reference).mean()
+        scores.append(max(0.0, 1 - float(far)))
+    return scores[0], scores[1]
+
+
+def describe(base: Base, theta: Theta, hypernetwork: str) -> Identity:
+    """Wrap a fresh theta as an identity of this base."""
+    return Identity(
+        down=theta.down[0].cpu(),
+        up=theta.up[0].cpu(),
+        base=base.spec.name,
+        family=base.spec.family,
+        base_digest=base.injected.weights_digest(),
+        targets_digest=base.injected.targets_digest(),
+        basis=base.injected.fingerprint(),
+        identifier=base.spec.identifier,
+        steps=0,
+        optimizer="",
+        hypernetwork=hypernetwork,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        lineage=(),
+        likeness=None,
+    )

@@ -1,0 +1,71 @@
+"""Choose device, number format and optimizer in one place, and say what was chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from hdbcli.config import DEVICES, OPTIMIZERS
+from hdbcli.errors import HdbError
+
+
+def choose_device(name: str | None) -> str:
+    """Return the device asked for, or the fastest there is; HdbError if it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name is None:
+        return next(device for device in ("cuda", "mps", "cpu") if there[device])
+    if not there.get(name.split(":")[0], False):
+        usable = ", ".join(device for device in DEVICES if there[device])
+        raise HdbError(f"device {name!r} is not available here; use {usable}")
+    return name
+
+
+def autocast(device: str) -> AbstractContextManager:
+    """Run matrix products in bfloat16 where the device does that fast, else in float32."""
+    kind = device.split(":")[0]
+    if kind == "cpu":
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        fast = kind == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(kind, dtype=torch.bfloat16) if fast else nullcontext()
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0
+) -> tuple[torch.optim.Optimizer, str, str | None]:
+    """Build the optimizer; return it, the name of what it really is, and a note if that differs.
+
+    AdamW8bit keeps its two moments in 8 bits (in tensors of 4,096 numbers or more). Where
+    bitsandbytes is missing or broken torch's AdamW serves instead.
+    """
+    parameters = list(parameters)
+    if name not in OPTIMIZERS:
+        raise HdbError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+    if name == "adamw8bit":
+        # It warns about kernels for 4-bit products, which no optimizer uses.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        try:
+            from bitsandbytes.optim import AdamW8bit
+
+            eight = AdamW8bit(parameters, lr=lr, weight_decay=weight_decay)
+            _probe(AdamW8bit, parameters[0].device)
+            return eight, "adamw8bit", None
+        except Exception as error:  # a broken native library raises anything, RuntimeError to OSError
+            note = f"bitsandbytes does not work here ({_line(error)}); using AdamW in 32 bits"
+            return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay), "adamw", note
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay), "adamw", None
+
+
+def _probe(kind: type[torch.optim.Optimizer], device: torch.device) -> None:
+    """Take one real 8-bit step on a scratch tensor: a broken library shows itself only then."""
+    scratch = torch.zeros(4096, device=device, requires_grad=True)
+    scratch.grad = torch.ones_like(scratch)
+    kind([scratch], lr=1e-3).step()
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

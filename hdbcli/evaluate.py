@@ -1,0 +1,134 @@
+"""Measure a hypernetwork on people it never saw: three losses with intervals, and retrieval of portraits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdbcli.base import PORTRAIT, Base
+from hdbcli.config import RefineConfig, Tell
+from hdbcli.device import autocast
+from hdbcli.errors import HdbError
+from hdbcli.faces import Retrieval, embed, retrieval
+from hdbcli.hypernet import HyperNetwork
+from hdbcli.lidb import Theta
+from hdbcli.people import People
+from hdbcli.pretrain import encode_crops
+from hdbcli.refine import refine
+from hdbcli.relax import relax
+from hdbcli.sample import generate
+from registry.spec import SampleSettings
+
+PAIRS = 32  # (timestep, noise) pairs a person
+GUIDANCE = 2.5
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval over people (1.96 standard errors of paired differences)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out losses and retrieval; retrieval's chance is 1 / people."""
+
+    people: int
+    own: float
+    another: float
+    base: float
+    base_minus_own: Interval
+    another_minus_own: Interval
+    portraits: Retrieval
+    refined: Retrieval | None
+    other_photo: Retrieval
+    autoencoded: Retrieval
+
+
+def evaluate(
+    base: Base, model: HyperNetwork, people: People, refined: int, tell: Tell
+) -> Evaluation:
+    """Predict everyone from their first photo and test on their second.
+
+    `refined` people are also relaxed, refined with the defaults and drawn (0: none).
+    """
+    if len(people.names) < 2 or any(len(m) < 2 for m in people.members):
+        raise HdbError("evaluation needs at least two people with two usable photos each")
+    first = people.crops[[m[0] for m in people.members]]
+    second = people.crops[[m[1] for m in people.members]]
+    theta = _predict(model, base.images(list(first)))
+    latents = encode_crops(base, second, tell)[0].float().to(base.device)
+    others = Theta(theta.down.roll(1, 0), theta.up.roll(1, 0))
+    own, another, none = (
+        person_losses(base, worn, latents, tell) for worn in (theta, others, None)
+    )
+    gallery, _ = embed(list(first))
+    returned = _through_autoencoder(base, latents)
+    more = None
+    if refined:
+        kept = [_refined(base, theta[i : i + 1], first[i], tell) for i in range(refined)]
+        final = Theta(torch.cat([t.down for t in kept]), torch.cat([t.up for t in kept]))
+        more = _retrieval_of(base, final, gallery[:refined], tell)
+    return Evaluation(
+        people=len(people.names),
+        own=float(own.mean()),
+        another=float(another.mean()),
+        base=float(none.mean()),
+        base_minus_own=_interval(none - own),
+        another_minus_own=_interval(another - own),
+        portraits=_retrieval_of(base, theta, gallery, tell),
+        refined=more,
+        other_photo=retrieval(embed(list(second))[0], gallery),
+        autoencoded=retrieval(embed(returned)[0], gallery),
+    )
+
+
+@torch.no_grad()
+def person_losses(base: Base, theta: Theta | None, latents: Tensor, tell: Tell) -> Tensor:
+    """Return each person's mean loss (P,) over the same 32 (timestep, noise) pairs."""
+    prompt = base.prompt(PORTRAIT)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((PAIRS, *latents.shape[1:]), generator=generator).to(latents)
+    times = (torch.arange(PAIRS, device=latents.device) + 0.5) / PAIRS
+    losses = []
+    for i in range(len(latents)):
+        worn = None if theta is None else theta[i : i + 1]
+        with base.injected.wearing(worn), autocast(base.device):
+            clean = latents[i].expand(PAIRS, -1, -1, -1)
+            losses.append(base.backbone.loss(clean, [prompt] * PAIRS, noise, times).mean())
+        tell("loss", i + 1, len(latents))
+    return torch.stack(losses).cpu()
+
+
+@torch.no_grad()
+def _predict(model: HyperNetwork, faces: Tensor) -> Theta:
+    return model(faces)
+
+
+def _refined(base: Base, theta: Theta, crop: np.ndarray, tell: Tell) -> Theta:
+    config = RefineConfig()
+    return refine(base, relax(theta, config.rank), base.images([crop]), config, tell).theta
+
+
+def _retrieval_of(base: Base, theta: Theta, gallery: Tensor, tell: Tell) -> Retrieval:
+    """Draw one portrait of everybody and look each up among the true photos."""
+    seeds = list(range(len(theta.down)))
+    settings = SampleSettings(guidance=GUIDANCE)
+    drawn = generate(base, theta, PORTRAIT, seeds, settings, tell)
+    return retrieval(embed([picture.image for picture in drawn])[0], gallery)
+
+
+@torch.no_grad()
+def _through_autoencoder(base: Base, latents: Tensor) -> list[np.ndarray]:
+    return list(base.backbone.decode_latents(latents))
+
+
+def _interval(differences: Tensor) -> Interval:
+    mean, half = differences.mean(), 1.96 * differences.std() / len(differences) ** 0.5
+    return Interval(float(mean), float(mean - half), float(mean + half))

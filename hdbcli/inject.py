@@ -1,0 +1,134 @@
+"""Put LiDB layers into a base model and take them out again, leaving it bitwise as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hdbcli import basis
+from hdbcli.errors import HdbError
+from hdbcli.lidb import LiDBLinear, Theta
+
+
+@dataclass(frozen=True)
+class Injected:
+    """A base model's LiDB layers by canonical target name, in the spec's order."""
+
+    layers: Mapping[str, LiDBLinear]
+    a: int
+    b: int
+    seed: int
+
+    def wear(self, theta: Theta | None) -> None:
+        """Put identities on every target at once: a batch of them, one for all, or None to take them off."""
+        if theta is not None and theta.down.shape[1] != len(self.layers):
+            raise HdbError(
+                f"the identity has {theta.down.shape[1]} targets, the base model {len(self.layers)}; "
+                "it was made for another base model"
+            )
+        for i, layer in enumerate(self.layers.values()):
+            if theta is None:
+                layer.wear(None, None)
+            else:
+                layer.wear(theta.down[:, i], theta.up[:, i])
+
+    @contextmanager
+    def wearing(self, theta: Theta | None) -> Iterator[None]:
+        """Wear `theta` inside the block only."""
+        self.wear(theta)
+        try:
+            yield
+        finally:
+            self.wear(None)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Map each target to the (n, m) of its weight."""
+        return {
+            name: (layer.base.out_features, layer.base.in_features)
+            for name, layer in self.layers.items()
+        }
+
+    def fingerprint(self) -> basis.Fingerprint:
+        return basis.fingerprint(self.seed, self.shapes, self.a, self.b)
+
+    def targets_digest(self) -> str:
+        """Hash the ordered target names: their order is the order of theta and of hypernetwork tokens."""
+        return hashlib.sha256("\n".join(self.layers).encode()).hexdigest()
+
+    def weights_digest(self) -> str:
+        """Hash the targeted weights as float16, so that fp32 and fp16 copies of one base agree."""
+        digest = hashlib.sha256()
+        for layer in self.layers.values():
+            half = layer.base.weight.detach().to("cpu", torch.float16).contiguous()
+            digest.update(half.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def inject(
+    components: Mapping[str, nn.Module],
+    targets: Mapping[str, tuple[str, ...]],
+    a: int,
+    b: int,
+    seed: int,
+) -> Injected:
+    """Replace every target of the components by a LiDB layer and freeze all their parameters."""
+    layers = {}
+    for component, path, linear in find_targets(components, targets):
+        name = f"{component}.{canonical(component, path)}"
+        n, m = linear.out_features, linear.in_features
+        down = basis.down_basis(seed, name, a, m).to(linear.weight.device)
+        up = basis.up_basis(seed, name, b, n).to(linear.weight.device)
+        layer = LiDBLinear(linear, down, up).train(linear.training)
+        _set(components[component], path, layer)
+        layers[name] = layer
+    for module in components.values():
+        module.requires_grad_(False)
+    return Injected(layers, a, b, seed)
+
+
+def eject(components: Mapping[str, nn.Module], fuse: bool = False) -> None:
+    """Put the plain linear layers back: the base's own, or with `fuse` new ones holding W + dW."""
+    for module in components.values():
+        for path, layer in list(module.named_modules()):
+            if isinstance(layer, LiDBLinear):
+                _set(module, path, layer.fused() if fuse else layer.base)
+
+
+def find_targets(
+    components: Mapping[str, nn.Module], targets: Mapping[str, tuple[str, ...]]
+) -> list[tuple[str, str, nn.Linear]]:
+    """List (component, module path, linear layer) of all targets, in module order."""
+    found = []
+    for component, patterns in targets.items():
+        if component not in components:
+            raise HdbError(
+                f"the base model has no component {component!r} (it has {', '.join(components)}); "
+                "its spec names targets there"
+            )
+        matches = [re.compile(pattern).fullmatch for pattern in patterns]
+        for path, module in components[component].named_modules():
+            name = canonical(component, path)
+            if isinstance(module, nn.Linear) and any(match(name) for match in matches):
+                found.append((component, path, module))
+    if not found:
+        raise HdbError("no layer of the base model matches its spec's targets; check the patterns")
+    return found
+
+
+def canonical(component: str, path: str) -> str:
+    """Name a module so that the name lasts: newer transformers dropped `text_model.` from CLIP's paths."""
+    if component.startswith("text_encoder") and not path.startswith("text_model."):
+        return f"text_model.{path}"
+    return path
+
+
+def _set(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)

@@ -1,0 +1,114 @@
+"""Lightweight DreamBooth (LiDB): a linear layer whose residual lives in a frozen basis, one identity per sample.
+
+HyperDreamBooth §3.2:  dW = up_basis @ up @ down @ down_basis.  Letters, here and in every file of the maths:
+B samples, L targets, R rank, a and b the widths of the basis on the input (down) and output (up) side, W is
+n x m. Only `down` (R, a) and `up` (b, R) are trained; all targets of an identity share R, a and b, so that
+theta packs into one flat tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Theta:
+    """The trained numbers of B identities, all targets at once: `down` (B, L, R, a), `up` (B, L, b, R)."""
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[-2]
+
+    def __getitem__(self, samples: slice | Tensor) -> Theta:
+        return Theta(self.down[samples], self.up[samples])
+
+    def scaled(self, strength: float) -> Theta:
+        """Scale dW by `strength`, exactly: dW is linear in `up`."""
+        return Theta(self.down, self.up * strength)
+
+
+class LiDBLinear(nn.Module):
+    """A frozen linear layer plus, while `wear` has put one on, the residual of each sample's identity."""
+
+    def __init__(self, base: nn.Linear, down_basis: Tensor, up_basis: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.register_buffer("down_basis", down_basis, persistent=False)  # (a, m)
+        self.register_buffer("up_basis", up_basis, persistent=False)  # (n, b)
+        self.residual: tuple[Tensor, Tensor] | None = None
+
+    def wear(self, down: Tensor | None, up: Tensor | None) -> None:
+        """Put on cores `down` (B, R, a) and `up` (B, b, R), or take them off with None.
+
+        The products with the basis are taken once here, not per token: D (B, R, m) and U (B, n, R).
+        """
+        if down is None or up is None:
+            self.residual = None
+        else:
+            self.residual = down @ self.down_basis, self.up_basis @ up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return base(x) + x D^T U^T for x (k B, ..., m).
+
+        With B = 1 everyone wears the same. k is 2 under classifier-free guidance, which stacks the batch.
+        """
+        y = self.base(x)
+        if self.residual is None:
+            return y
+        down, up = (core.to(x.dtype) for core in self.residual)
+        if len(down) == 1:
+            return y + F.linear(F.linear(x, down[0]), up[0])
+        tokens = x.unflatten(0, (-1, len(down))).flatten(2, -2)  # (k, B, T, m)
+        return y + (tokens @ down.mT @ up.mT).view(y.shape)
+
+    def delta(self) -> Tensor:
+        """Return dW (n, m) in float32 of the one identity worn: U @ D."""
+        assert self.residual is not None and len(self.residual[0]) == 1, "wear one identity first"
+        down, up = self.residual
+        return up[0].float() @ down[0].float()
+
+    @torch.no_grad()
+    def fused(self) -> nn.Linear:
+        """Return a plain linear layer with W + dW, cast once to the base's dtype. One-way: for merging."""
+        base = self.base
+        fused = nn.Linear(base.in_features, base.out_features, base.bias is not None)
+        fused = fused.to(base.weight)
+        fused.weight.copy_(base.weight.float() + self.delta())
+        if base.bias is not None:
+            fused.bias.copy_(base.bias)
+        return fused
+
+
+def first_theta(count: int, a: int, b: int, rank: int = 1) -> Theta:
+    """Return theta_0 of one identity on `count` targets, shared by all people of a base.
+
+    `up` is 0, so the model equals its base; `down` is not, so gradients flow from the first step: with both
+    zero none ever would. `down` is a fixed pattern of cosines (rows of a DCT), orthonormal for R <= a.
+    """
+    position = (torch.arange(a, dtype=torch.float64) + 0.5) * torch.pi / a
+    rows = torch.cos(position * torch.arange(1, rank + 1, dtype=torch.float64)[:, None])
+    down = (rows * (2 / a) ** 0.5).float()  # (R, a)
+    return Theta(down.expand(1, count, rank, a).clone(), torch.zeros(1, count, b, rank))
+
+
+def pack(theta: Theta) -> Tensor:
+    """Flatten the theta of one identity into one vector (L x R x (a+b)): one parameter for the optimizer.
+
+    8-bit optimizers keep tensors under 4,096 numbers in 32 bits, so separate cores would gain nothing.
+    """
+    assert len(theta.down) == 1, "pack one identity at a time"
+    return torch.cat([theta.down.flatten(), theta.up.flatten()])
+
+
+def unpack(flat: Tensor, count: int, a: int, b: int) -> Theta:
+    """Undo `pack`, as views of `flat`: theta of one identity on `count` targets."""
+    rank = flat.numel() // (count * (a + b))
+    down, up = flat.split([count * rank * a, count * rank * b])
+    return Theta(down.view(1, count, rank, a), up.view(1, count, b, rank))

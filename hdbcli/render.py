@@ -1,0 +1,210 @@
+"""Turn facts into what a person or a script reads: tables, one JSON document, progress with time left."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hdbcli.config import Tell
+
+if TYPE_CHECKING:
+    from hdbcli.create import Created
+    from hdbcli.evaluate import Evaluation, Interval
+    from registry.spec import BaseSpec
+    from registry.store import Entry
+    from registry.training import Step
+
+STAGES = {
+    "crop": "finding the face",
+    "load": "loading the base model",
+    "predict": "predicting",
+    "refine": "refining",
+    "draw": "drawing",
+    "read": "reading photos",
+    "encode": "encoding photos",
+    "train": "training",
+    "loss": "measuring the loss",
+    "merge": "merging",
+}
+
+
+def out() -> Console:
+    """Return standard output: what was asked for. Made when used, so that redirection is seen."""
+    return Console(soft_wrap=True, highlight=False)
+
+
+def err() -> Console:
+    """Return standard error: progress, hints, errors."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print a line on standard output as it is: brackets such as [V] are no markup here."""
+    out().print(Text(text))
+
+
+def note(text: str) -> None:
+    """Print a line beside the result, on standard error."""
+    err().print(Text(text))
+
+
+def document(value: object) -> None:
+    """Print one JSON document, alone on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def progress() -> Iterator[Tell]:
+    """Draw one bar a stage with the time left; silent where standard error is no terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    console = err()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks or bar.tasks[tasks[stage]].finished:
+                tasks[stage] = bar.add_task(STAGES.get(stage, stage), total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield tell
+
+
+def follow(steps: Iterator[Step], tell: Tell) -> None:
+    """Run a training to its end; say the loss now and then, for logs have no bars."""
+    mean = 0.0
+    for step in steps:
+        mean = step.loss if not mean else 0.98 * mean + 0.02 * step.loss
+        tell("train", step.number, step.steps)
+        if step.number % 50 == 0 or step.number == step.steps:
+            note(f"step {step.number}/{step.steps}, loss {mean:.4f}, {step.left / 60:.1f} min left")
+
+
+def show_skipped(skipped: Sequence[str]) -> None:
+    """Say how many photos were left out, and why the first one was."""
+    if skipped:
+        note(f"warning: {len(skipped)} photos were skipped, the first because: {skipped[0]}")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a plain table; a pipe gets the same text without colours."""
+    grid = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        grid.add_row(*(Text(str(cell)) for cell in row))
+    out().print(grid)
+
+
+def facts(values: Mapping[str, object]) -> None:
+    """Print names and values in two columns."""
+    grid = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in values.items():
+        grid.add_row(Text(key, style="bold"), Text("-" if value is None else str(value)))
+    out().print(grid)
+
+
+def created_facts(name: str, path: str, size: int, created: Created) -> dict[str, Any]:
+    """Return what `hdb new --json` prints."""
+    identity = created.identity
+    return {
+        "name": name,
+        "base": identity.base,
+        "numbers": identity.numbers,
+        "bytes": size,
+        "rank": identity.rank,
+        "seconds": {key: round(value, 3) for key, value in created.seconds.items()},
+        "loss": {"start": created.loss_start, "end": created.loss_end},
+        "likeness": identity.likeness,
+        "base_likeness": round(created.base_likeness, 4),
+        "path": path,
+    }
+
+
+def show_created(values: Mapping[str, Any]) -> None:
+    """Print the small table that ends `hdb new` and `hdb refine`."""
+    seconds, loss = values["seconds"], values["loss"]
+    facts(
+        {
+            "identity": f"{values['name']} (on {values['base']}, rank {values['rank']})",
+            "numbers": f"{values['numbers']:,}",
+            "bytes": f"{values['bytes']:,}",
+            "seconds": ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()),
+            "loss": f"{loss['start']:.4f} before, {loss['end']:.4f} after",
+            "likeness": f"{values['likeness']:.2f} (the base's own: {values['base_likeness']:.2f})",
+            "file": values["path"],
+        }
+    )
+
+
+def show_entries(entries: Sequence[Entry]) -> None:
+    """Print the identities, one a line; a damaged file says so in its line."""
+    rows = []
+    for entry in entries:
+        known = entry.facts
+        if known is None:
+            rows.append((entry.name, "?", f"{entry.bytes:,}", "?", entry.problem))
+        else:
+            rows.append((entry.name, known.base, f"{entry.bytes:,}", known.rank, known.created))
+    table(("name", "base", "bytes", "rank", "created"), rows)
+
+
+def base_facts(spec: BaseSpec, source: str) -> dict[str, Any]:
+    """Return what `hdb base show --json` prints."""
+    return {
+        "name": spec.name,
+        "family": spec.family,
+        "summary": spec.summary,
+        "licence": spec.licence,
+        "resolution": spec.resolution,
+        "a": spec.a,
+        "b": spec.b,
+        "basis_seed": spec.basis_seed,
+        "identifier": spec.identifier,
+        "targets": {component: list(patterns) for component, patterns in spec.targets.items()},
+        "hypernetwork": bool(spec.hypernetwork and spec.hypernetwork.exists()),
+        "source": source,
+    }
+
+
+def show_evaluation(result: Evaluation) -> None:
+    """Print the held-out losses with their intervals, and retrieval beside its ceilings and chance."""
+
+    def interval(value: Interval) -> str:
+        return f"{value.mean:+.4f} (95 % {value.low:+.4f} to {value.high:+.4f})"
+
+    chance = 1 / result.people
+    say(f"{result.people} held-out people, prediction from one photo, tested on another")
+    table(
+        ("diffusion loss", "mean"),
+        (
+            ("with their own theta", f"{result.own:.4f}"),
+            ("with another's theta", f"{result.another:.4f}"),
+            ("base, nobody's theta", f"{result.base:.4f}"),
+            ("base - own, paired", interval(result.base_minus_own)),
+            ("another's - own, paired", interval(result.another_minus_own)),
+        ),
+    )
+    rows = [
+        ("portrait, predicted theta", result.portraits),
+        ("ceiling: another true photo", result.other_photo),
+        ("ceiling: that photo through the autoencoder", result.autoencoded),
+    ]
+    if result.refined:
+        rows.insert(1, ("portrait, refined theta", result.refined))
+    cells = [(name, f"{r.top1:.0%}", f"{r.top5:.0%}", f"{r.auc:.3f}") for name, r in rows]
+    cells.append(("chance", f"{chance:.0%}", f"{5 * chance:.0%}", "0.500"))
+    table(("retrieval among true photos", "first", "in five", "AUC"), cells)

@@ -1,0 +1,183 @@
+"""Generate pictures of an identity and save them with how they were made inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from hdbcli import __version__
+from hdbcli.base import Base
+from hdbcli.config import Tell
+from hdbcli.errors import HdbError
+from hdbcli.lidb import Theta
+from registry.errors import RegistryError
+from registry.spec import SampleSettings
+from registry.store import write_beside
+
+AT_ONCE = 4  # pictures in one pass: memory stays bounded whatever -n is
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One generated picture (H, W, 3) uint8 and the seed that makes it again."""
+
+    image: np.ndarray
+    seed: int
+
+
+def generate(
+    base: Base,
+    theta: Theta | None,
+    prompt: str,
+    seeds: Sequence[int],
+    settings: SampleSettings,
+    tell: Tell,
+) -> list[Picture]:
+    """Draw one picture a seed. Prompt and negative prompt both wear the identity, as a merged model would.
+
+    A theta of one identity serves all seeds; a theta of as many as there are seeds, one each.
+    """
+    pictures: list[Picture] = []
+    text = base.prompt(prompt)
+    done = 0
+    for start in range(0, len(seeds), AT_ONCE):
+        batch = seeds[start : start + AT_ONCE]
+        worn = theta if theta is None or len(theta.down) == 1 else theta[start : start + AT_ONCE]
+
+        def progress(step: int, steps: int, done: int = done) -> None:
+            tell("draw", done * steps + step, -(-len(seeds) // AT_ONCE) * steps)
+
+        with base.injected.wearing(worn):
+            try:
+                images = base.backbone.sample([text] * len(batch), settings, batch, progress)
+            except RegistryError as error:
+                raise HdbError(str(error)) from error
+        pictures += [Picture(image, seed) for image, seed in zip(images, batch, strict=True)]
+        done += 1
+    return pictures
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where pictures go: a file each, or none of them, and the contact sheet, if one is wanted."""
+
+    pictures: tuple[Path, ...]
+    grid: Path | None
+
+
+def plan_outputs(out: Path | None, name: str, seeds: Sequence[int], grid: bool) -> Outputs:
+    """Name the files before the work: `NAME-SEED.png` in a folder, or exactly the .png given.
+
+    Nothing is overwritten but a file that was named itself. Raise HdbError for what cannot be written.
+    """
+    if out is not None and out.suffix.lower() == ".png" and not out.is_dir():
+        if len(seeds) > 1 and not grid:
+            raise HdbError(
+                f"{out} is one file, {len(seeds)} pictures were asked for; give a folder, -n 1, or "
+                "--grid for a sheet of them"
+            )
+        check_writable(out)
+        return Outputs((), out) if grid else Outputs((out,), None)
+    folder = out or Path()
+    if folder.exists() and not folder.is_dir():
+        raise HdbError(f"{folder} is a file; give a folder or a name that ends in .png")
+    paths = tuple(_free(folder, f"{name}-{seed}") for seed in seeds)
+    check_writable(paths[0])
+    return Outputs(paths, _free(folder, f"{name}-{seeds[0]}-grid") if grid else None)
+
+
+def _free(folder: Path, stem: str) -> Path:
+    path, again = folder / f"{stem}.png", 2
+    while path.exists():
+        path, again = folder / f"{stem}-{again}.png", again + 1
+    return path
+
+
+def save_all(
+    pictures: Sequence[Picture],
+    outputs: Outputs,
+    prompt: str,
+    settings: SampleSettings,
+    base: str,
+    identity: str,
+) -> dict[str, Any]:
+    """Write what was planned; return it as `hdb gen --json` prints it."""
+    texts = [parameters_text(prompt, settings, picture, base, identity) for picture in pictures]
+    for picture, path, text in zip(pictures, outputs.pictures, texts, strict=False):
+        save_picture(picture.image, path, text)
+    if outputs.grid:
+        save_picture(contact_sheet(pictures), outputs.grid, texts[0])
+    paths = [str(path) for path in outputs.pictures] or [None] * len(pictures)
+    listed = [{"path": p, "seed": i.seed} for p, i in zip(paths, pictures, strict=True)]
+    return {"pictures": listed, "grid": str(outputs.grid) if outputs.grid else None}
+
+
+def save_picture(image: np.ndarray, path: Path, text: str) -> None:
+    """Write a PNG with the `parameters` chunk that A1111, Forge and ComfyUI tools read."""
+    info = PngInfo()
+    info.add_text("parameters", text)
+    try:
+        with write_beside(path) as beside:
+            Image.fromarray(image).save(beside, format="PNG", pnginfo=info)
+    except RegistryError as error:
+        raise HdbError(str(error)) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise HdbError now, not after the work, if `path` could not be written."""
+    try:
+        with suppress(_NotNeeded), write_beside(path):
+            raise _NotNeeded
+    except RegistryError as error:
+        raise HdbError(str(error)) from error
+
+
+class _NotNeeded(Exception):
+    """Leaves `write_beside` without writing."""
+
+
+def parameters_text(
+    prompt: str, settings: SampleSettings, picture: Picture, base: str, identity: str
+) -> str:
+    """Describe a picture in A1111's form: prompt, negative prompt, one line of `key: value` pairs."""
+    height, width = picture.image.shape[:2]
+    pairs = {
+        "Steps": settings.steps,
+        "Sampler": settings.scheduler or "default",
+        "CFG scale": settings.guidance,
+        "Seed": picture.seed,
+        "Size": f"{width}x{height}",
+        "Model": base,
+        "Identity": identity,
+        "Version": f"hdb {__version__}",
+    }
+    lines = [prompt]
+    if settings.negative:
+        lines.append(f"Negative prompt: {settings.negative}")
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
+
+
+def contact_sheet(pictures: Sequence[Picture]) -> np.ndarray:
+    """Put pictures side by side, at most four a row, on white."""
+    columns = min(4, len(pictures))
+    height, width = pictures[0].image.shape[:2]
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * height, i % columns * width
+        sheet[y : y + height, x : x + width] = picture.image
+    return sheet

@@ -1,0 +1,133 @@
+"""Find base models through one door, the entry-point group `hdb.models`, for built-ins too.
+
+An entry point's value is a function that takes `register`, itself a function of one `BaseSpec`:
+
+    [project.entry-points."hdb.models"]
+    mine = "my_package:register"
+
+A plug-in is code that runs. `HDB_PLUGINS=""` turns third parties off, `HDB_PLUGINS=a,b` narrows
+them to these entry points, `HDB_DEBUG=1` lets the error of a broken one through.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from importlib.metadata import EntryPoint, entry_points
+
+from registry.errors import RegistryError
+from registry.spec import BaseSpec
+
+GROUP = "hdb.models"
+DISTRIBUTION = "hyperdreambooth"  # entry points of this distribution are built in
+
+
+class Registry:
+    """The base models that were found, and what was wrong with those that were not."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self._specs: dict[str, BaseSpec] = {}  # by name without case
+        self._sources: dict[str, str] = {}
+
+    def register(self, spec: BaseSpec, source: str) -> None:
+        """Add a base model; a name taken already stays with the first and becomes a problem."""
+        if not isinstance(spec, BaseSpec):
+            raise RegistryError(f"{source} registered {type(spec).__name__}, not a BaseSpec")
+        key = spec.name.casefold()
+        if key in self._specs:
+            self.problems.append(
+                f"base model {spec.name!r} of {source} is left out: {self._sources[key]} "
+                "registered that name first; rename one or narrow HDB_PLUGINS"
+            )
+            return
+        self._specs[key] = spec
+        self._sources[key] = source
+
+    def get(self, name: str) -> BaseSpec:
+        """Return the base model of that name, in any case; raise RegistryError if unknown."""
+        found = self._specs.get(name.casefold())
+        if found is None:
+            raise RegistryError(self._unknown(name))
+        return found
+
+    def source(self, name: str) -> str:
+        """Return who registered a base model: entry point, distribution and version."""
+        return self._sources[self.get(name).name.casefold()]
+
+    def names(self) -> list[str]:
+        """Return the names, sorted."""
+        return [spec.name for spec in self.specs()]
+
+    def specs(self) -> list[BaseSpec]:
+        """Return the specs, sorted by name."""
+        return [self._specs[key] for key in sorted(self._specs)]
+
+    def _unknown(self, name: str) -> str:
+        """Say which names there are, the likely one, and that some plug-ins are missing."""
+        if not self._specs:
+            text = f"unknown base model {name!r}: none is installed; install hyperdreambooth"
+        else:
+            close = difflib.get_close_matches(name.casefold(), self._specs, n=1)
+            likely = f"; did you mean {self._specs[close[0]].name!r}?" if close else ""
+            text = f"unknown base model {name!r}{likely} (choose from {', '.join(self.names())})"
+        if self.problems:
+            text += f"; {len(self.problems)} could not be loaded, see hdb base list"
+        return text
+
+
+def load_registry() -> Registry:
+    """Discover every base model; what fails becomes one line in `problems`."""
+    registry = Registry()
+    wanted = _wanted()
+    found = sorted(
+        entry_points(group=GROUP), key=lambda e: (not _built_in(e), e.name, _source(e))
+    )  # built-ins first: no third party can take their names
+    for entry in found:
+        if _built_in(entry) or wanted is None or entry.name in wanted:
+            _load(registry, entry)
+    for name in sorted((wanted or set()) - {entry.name for entry in found}):
+        registry.problems.append(f"HDB_PLUGINS asks for {name!r}: no such entry point of {GROUP}")
+    return registry
+
+
+def _load(registry: Registry, entry: EntryPoint) -> None:
+    """Import a plug-in and let it register."""
+    source = _source(entry)
+    try:
+        entry.load()(lambda spec: registry.register(spec, source))
+    except Exception as error:
+        # The one broad catch: a stranger's code runs here and may raise anything, and a broken
+        # plug-in must not take `hdb --help` or the other base models with it.
+        if os.environ.get("HDB_DEBUG", "") not in ("", "0"):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        registry.problems.append(f"plug-in {source} is broken: {reason}; HDB_DEBUG=1 shows where")
+
+
+def _wanted() -> set[str] | None:
+    """Return the third-party entry points to load, None for all."""
+    text = os.environ.get("HDB_PLUGINS")
+    return None if text is None else {part.strip() for part in text.split(",") if part.strip()}
+
+
+def _distribution(entry: EntryPoint) -> tuple[str, str]:
+    """Return name and version of the distribution that an entry point comes from."""
+    if entry.dist is None:
+        return "", ""
+    try:
+        return entry.dist.name or "", entry.dist.version or ""
+    except (KeyError, TypeError, ValueError, OSError):  # a distribution without its METADATA
+        return "", ""
+
+
+def _built_in(entry: EntryPoint) -> bool:
+    """Say whether an entry point belongs to this very distribution."""
+    return re.sub(r"[-_.]+", "-", _distribution(entry)[0]).lower() == DISTRIBUTION
+
+
+def _source(entry: EntryPoint) -> str:
+    """Name an entry point so that the user knows what to uninstall."""
+    name, version = _distribution(entry)
+    return f"{entry.value} ({name or 'unknown distribution'} {version}".rstrip() + ")"

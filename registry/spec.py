@@ -1,0 +1,146 @@
+"""What a base model must offer: a spec that loads nothing, and one language after loading.
+
+A spec is data: it can be listed without torch. `load` is called only when a command needs the
+model, and returns a `Backbone`, the same few members for every family, so that training and
+sampling never ask which family they serve.
+
+Shapes: B samples, H x W pixels; latents are (B, c, h, w).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from registry.errors import RegistryError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"  # names of bases and of identities alike
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How to sample, apart from what: the defaults here are the defaults of `hdb gen`."""
+
+    steps: int = 25
+    guidance: float = 3.0
+    negative: str = ""
+    size: int | None = None  # pixels; None is the resolution of the spec
+    scheduler: str | None = None  # None is the scheduler of the base
+
+
+class Backbone(Protocol):
+    """A loaded base model, in the one language that training and sampling speak."""
+
+    @property
+    def components(self) -> Mapping[str, nn.Module]:
+        """Name -> module that holds targets, by the names that `BaseSpec.targets` uses."""
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Turn images (B, 3, H, W) in [-1, 1] into latents (B, c, h, w)."""
+
+    def decode_latents(self, latents: Tensor) -> np.ndarray:
+        """Turn latents (B, c, h, w) back into pictures (B, H, W, 3)."""
+
+    def loss(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
+        """Return the diffusion loss of each sample (B,); the caller reduces.
+
+        `noise` has the shape of `latents`. `t` (B,) in [0, 1) is the fraction of the noise
+        schedule. The prompts already carry the identifier.
+        """
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        settings: SampleSettings,
+        seeds: Sequence[int],
+        progress: Callable[[int, int], None],
+    ) -> np.ndarray:
+        """Return pictures (B, H, W, 3), one a prompt; each depends on its own seed alone.
+
+        `progress` is told (steps done, steps in all) after each step.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write the model as it is now, residuals fused or not, as a diffusers folder."""
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """One base model; checked when made, so that a broken plug-in is told at its own door."""
+
+    name: str
+    family: str  # identities move between bases of one family only
+    summary: str
+    licence: str
+    targets: Mapping[str, tuple[str, ...]]  # component -> patterns, fullmatched on module paths
+    a: int  # numbers of a core's down side, per target and rank
+    b: int  # numbers of its up side
+    basis_seed: int  # one basis a base, so that its hypernetwork fits all of its identities
+    identifier: str  # the rare token that stands for the user's [V]
+    resolution: int  # pixels
+    template: tuple[Point, Point, Point, Point, Point]  # where the crop puts the YuNet points
+    hypernetwork: Path | None
+    load: Callable[[str, str], Backbone]  # (device, dtype name); imports torch only when called
+
+    def __post_init__(self) -> None:
+        """Raise RegistryError for a spec that could not work."""
+        if not isinstance(self.name, str) or not re.fullmatch(NAME_PATTERN, self.name):
+            raise RegistryError(f"base model name {self.name!r} does not match {NAME_PATTERN}")
+        for field in ("family", "identifier"):
+            value = getattr(self, field)
+            if not isinstance(value, str) or not value.strip():
+                raise RegistryError(f"base model {self.name}: {field} is {value!r}; give a word")
+        for field, low in (("a", 1), ("b", 1), ("resolution", 1), ("basis_seed", 0)):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < low:
+                raise RegistryError(
+                    f"base model {self.name}: {field} is {value!r}; an integer from {low} is needed"
+                )
+        if not callable(self.load):
+            raise RegistryError(f"base model {self.name}: load must be callable")
+        _check_targets(self.name, self.targets)
+        _check_template(self.name, self.template)
+
+
+def _check_targets(name: str, targets: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise RegistryError unless there is at least one pattern and all of them compile."""
+    if not isinstance(targets, Mapping) or not any(targets.values()):
+        raise RegistryError(f"base model {name}: targets hold no pattern; give at least one")
+    for component, patterns in targets.items():
+        if isinstance(patterns, str):  # it would be read letter by letter
+            raise RegistryError(
+                f"base model {name}: patterns of {component} are one string {patterns!r}; "
+                "give a tuple of strings"
+            )
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise RegistryError(
+                    f"base model {name}: {component} has a bad pattern {pattern!r}: {error}"
+                ) from error
+
+
+def _check_template(name: str, template: Sequence[Point]) -> None:
+    """Raise RegistryError unless there are five points in the unit square."""
+    try:
+        points = [(float(x), float(y)) for x, y in template]
+    except (TypeError, ValueError) as error:
+        raise RegistryError(
+            f"base model {name}: template {template!r} is not made of (x, y) points"
+        ) from error
+    inside = all(math.isfinite(v) and 0 <= v <= 1 for point in points for v in point)
+    if len(points) != 5 or not inside:
+        raise RegistryError(
+            f"base model {name}: template {template!r} needs five points in the unit square"
+        )

@@ -1,0 +1,231 @@
+"""The local registry of identities: a folder of `NAME.safetensors`, with no index to disagree.
+
+The file is the truth: copying one in adds an identity, deleting one removes it. `path_of` is the
+only way from a name to a path. Everything here runs without torch, so that lists are instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from registry.errors import RegistryError
+from registry.header import Facts, read_facts, read_header
+from registry.spec import NAME_PATTERN
+
+SUFFIX = ".safetensors"
+
+# Windows refuses these as file names, with any extension; refused everywhere, as files travel.
+RESERVED = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in range(10)}
+
+# Letters of people's names that Unicode does not take apart.
+FOLDED = str.maketrans(
+    {"ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "ø": "o", "Ø": "O", "ł": "l"}
+    | {"Ł": "L", "đ": "d", "Đ": "D", "ð": "d", "Ð": "D", "þ": "th", "Þ": "Th", "\u0131": "i"}
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One identity as `hdb list` shows it; `problem` says why a file has no facts."""
+
+    name: str
+    path: Path
+    bytes: int
+    facts: Facts | None
+    problem: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return a flat table for JSON, with None for what a file with a problem does not say."""
+        facts = vars(self.facts) if self.facts else dict.fromkeys(Facts.__dataclass_fields__)
+        return {
+            "name": self.name,
+            "bytes": self.bytes,
+            "path": str(self.path),
+            "numbers": self.facts.numbers if self.facts else None,
+            **facts,
+            "problem": self.problem,
+        }
+
+
+def root() -> Path:
+    """Return the folder of all that hdb keeps: `HDB_HOME`, else the user's data folder."""
+    home = os.environ.get("HDB_HOME")
+    if home:
+        return Path(os.path.abspath(os.path.expanduser(home)))
+    import platformdirs  # not needed where HDB_HOME is set, and a list has no time to lose
+
+    return Path(platformdirs.user_data_dir("hdb", appauthor=False))
+
+
+def folder() -> Path:
+    """Return the folder of the identities; it may not exist yet."""
+    return root() / "identities"
+
+
+def check_name(name: str) -> str:
+    """Return a name that is safe as a file's name on every system; raise RegistryError."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        raise RegistryError(
+            f"{shown!r} is not a valid name; use 1 to 64 of A-Z a-z 0-9 _ . - and start with a "
+            "letter, a digit or _"
+        )
+    if name.endswith(".") or ".." in name:
+        raise RegistryError(f"{name!r} is not a valid name; drop the dot at its end or the '..'")
+    if name.split(".")[0].casefold() in RESERVED:
+        raise RegistryError(f"{name!r} is reserved on some systems; choose another name")
+    if name.casefold().endswith(SUFFIX):
+        raise RegistryError(f"{name!r} reads like a file; drop {SUFFIX} from the name")
+    return name
+
+
+def name_from_stem(stem: str) -> str:
+    """Make a valid name of any file stem: "José García (2)" becomes "Jose-Garcia-2"."""
+    text = unicodedata.normalize("NFKD", stem.translate(FOLDED))
+    text = re.sub(r"[^A-Za-z0-9_.]+", "-", text.encode("ascii", "ignore").decode())
+    text = re.sub(r"[-.]*\.[-.]*", ".", text).strip("-.")
+    head, dot, rest = text.partition(".")
+    if head.casefold() in RESERVED:
+        head += "-face"
+    text = (head + dot + rest)[:64].rstrip("-.")
+    while text.casefold().endswith(SUFFIX):
+        text = text[: -len(SUFFIX)].rstrip("-.")
+    return check_name(text or "face")
+
+
+def path_of(name: str) -> Path:
+    """Return the path of an identity, existing or not; a file that differs in case is the same."""
+    wanted = (check_name(name) + SUFFIX).casefold()
+    same = [path for path in _files() if path.name.casefold() == wanted and _is_valid(path.stem)]
+    exact = [path for path in same if path.stem == name]
+    return next(iter(exact + same), folder() / (name + SUFFIX))
+
+
+def exists(name: str) -> bool:
+    """Say whether the registry has an identity of that name, in any case."""
+    return os.path.lexists(path_of(name))
+
+
+def names() -> list[str]:
+    """Return the names in the registry, sorted without case; raise RegistryError if unreadable."""
+    return [path.stem for path in _files() if _is_valid(path.stem)]
+
+
+def resolve(name_or_file: str | Path) -> Path:
+    """Return the path of an identity given by name, or by a path that ends in .safetensors."""
+    text = str(name_or_file)
+    if text.casefold().endswith(SUFFIX):
+        if os.path.isfile(text):
+            return Path(text)
+        stem = os.path.basename(text)[: -len(SUFFIX)]
+        hint = f"; the registry has {stem!r}" if _is_valid(stem) and exists(stem) else ""
+        raise RegistryError(f"no such file: {text!r}{hint}")
+    path = path_of(text)
+    if not os.path.lexists(path):
+        raise _unknown(text)
+    return path
+
+
+def remove(name: str) -> Path:
+    """Delete an identity and return the path it had; raise RegistryError if unknown."""
+    path = path_of(name)
+    try:
+        path.unlink()
+    except FileNotFoundError as error:
+        raise _unknown(name) from error
+    except OSError as error:
+        raise RegistryError(f"cannot remove {path}: {error.strerror or error}") from error
+    return path
+
+
+def describe(path: Path) -> Entry:
+    """Return what an identity file says of itself, from its header; raise RegistryError."""
+    header = read_header(path)
+    return Entry(path.stem, path, header.bytes, read_facts(path, header))
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """Return `describe` as a flat table for JSON."""
+    return describe(path).as_dict()
+
+
+def entries() -> list[Entry]:
+    """Return every identity in the registry, sorted; a bad file becomes an entry with a problem."""
+    found = []
+    for path in _files():
+        try:
+            if not _is_valid(path.stem):
+                raise RegistryError(f"{path} has no valid name; rename the file")
+            found.append(describe(path))
+        except RegistryError as error:
+            size = 0
+            with suppress(OSError):
+                size = path.lstat().st_size
+            found.append(Entry(path.stem, path, size, None, str(error)))
+    return found
+
+
+@contextmanager
+def write_beside(path: Path) -> Iterator[Path]:
+    """Yield a temporary file in the folder of `path`, and rename it to `path` at the end.
+
+    The block should do nothing but write: after any exception, Ctrl-C included, the temporary
+    file is deleted and an older `path` is untouched. An OSError, in the block too, becomes a
+    RegistryError. The temporary name starts with a dot, which no identity's name does.
+    """
+    temporary = path.parent / f".{os.urandom(8).hex()}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb"):  # made here, so that an unwritable folder is told first
+            pass
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise RegistryError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+
+
+def _files() -> Sequence[Path]:
+    """Return the files that may be identities, sorted without case; temporary ones start dotted."""
+    here = folder()
+    try:
+        found = [n for n in os.listdir(here) if n.casefold().endswith(SUFFIX) and n[0] != "."]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RegistryError(
+            f"cannot read {here}: {error.strerror or error}; set HDB_HOME to another folder"
+        ) from error
+    return [here / name for name in sorted(found, key=lambda n: (n.casefold(), n))]
+
+
+def _is_valid(name: str) -> bool:
+    """Say whether `check_name` accepts a name."""
+    try:
+        check_name(name)
+    except RegistryError:
+        return False
+    return True
+
+
+def _unknown(name: str) -> RegistryError:
+    """Make the error of a name that is not in the registry, with the likely one."""
+    known = {known.casefold(): known for known in names()}
+    if not known:
+        return RegistryError(f"unknown identity {name!r}: there is none yet; make one with hdb new")
+    close = difflib.get_close_matches(name.casefold(), known, n=1)
+    likely = f"; did you mean {known[close[0]]!r}?" if close else "; hdb list shows all"
+    return RegistryError(f"unknown identity {name!r}{likely}")

@@ -1,0 +1,132 @@
+"""Run one step of the recipe: `python -m registry.tiny.recipe STEP`; see the README beside this file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from registry.errors import RegistryError
+
+if TYPE_CHECKING:
+    from registry.training import Step
+
+
+def render(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.assets import fetch_assets
+    from registry.tiny.recipe.people import HELD_OUT_SEED, render_people
+
+    assets = fetch_assets(options.build / "assets")
+    first = HELD_OUT_SEED if options.held_out else 0
+    out = options.build / ("heldout" if options.held_out else "people")
+    seeds = range(first, first + options.people)
+    total = len(seeds[options.worker :: options.workers])
+    workers = (options.worker, options.workers)
+    for done, seconds in render_people(assets, out, seeds, options.size, workers):
+        if done % 20 == 0 or done == total:
+            yield _progress(done, total, "people", seconds)
+
+
+def photos(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.assets import fetch_assets
+    from registry.tiny.recipe.people import HELD_OUT_SEED, render_photos
+
+    assets = fetch_assets(options.build / "assets")
+    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + options.people)
+    for done, seconds in render_photos(assets, options.out, seeds, options.size):
+        if done % 20 == 0 or done == len(seeds):
+            yield _progress(done, len(seeds), "people", seconds)
+
+
+def autoencoder(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.autoencoder import train_autoencoder
+    from registry.training import Plan
+
+    embedding = _load(options.perceptual) if options.perceptual else None
+    plan = Plan(options.steps, options.lr, warmup=100, average=0.999, seed=options.seed)
+    return _report(train_autoencoder(options.build, plan, embedding))
+
+
+def base(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.base import train_base
+    from registry.training import Plan
+
+    plan = Plan(options.steps, options.lr, warmup=200, average=0.998, seed=options.seed)
+    return _report(train_base(options.build, plan, options.compile))
+
+
+def publish(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.publish import check_finite
+    from registry.tiny.recipe.publish import publish as copy
+
+    size = copy(options.build, options.weights)
+    check_finite(options.weights)
+    yield f"{options.weights}: {size:,} bytes"
+
+
+def _load(name: str) -> Callable:
+    """Import `module:function` and call it: the recipe knows no face embedding, its caller names one."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)()
+
+
+def _report(steps: Iterator[Step]) -> Iterator[str]:
+    mean = 0.0
+    for step in steps:
+        mean = step.loss if not mean else 0.98 * mean + 0.02 * step.loss
+        if step.number % 50 == 0 or step.number == step.steps:
+            left = f"{step.left / 60:.1f} min left"
+            yield f"step {step.number}/{step.steps}, loss {mean:.4f}, {left}"
+
+
+def _progress(done: int, total: int, unit: str, seconds: float) -> str:
+    left = seconds / done * (total - done)
+    return f"{done}/{total} {unit}, {seconds:.0f} s, {left / 60:.1f} min left"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="registry.tiny.recipe", description=__doc__)
+    parser.add_argument("--build", type=Path, default=Path("build/tiny"), help="work folder")
+    steps = parser.add_subparsers(dest="step", required=True)
+    step = steps.add_parser("render", help="fetch the assets and render people")
+    step.set_defaults(run=render)
+    step.add_argument("--people", type=int, default=6000)
+    step.add_argument("--size", type=int, default=64)
+    step.add_argument("--held-out", action="store_true", help="people that no training step sees")
+    step.add_argument("--worker", type=int, default=0, help="which of --workers this process is")
+    step.add_argument("--workers", type=int, default=1)
+    step = steps.add_parser("photos", help="render photos of held-out people, to test hdb with")
+    step.set_defaults(run=photos)
+    step.add_argument("--people", type=int, default=100)
+    step.add_argument("--size", type=int, default=256)
+    step.add_argument("--out", type=Path, default=Path("tests/data/heldout"))
+    step = steps.add_parser("autoencoder", help="train pictures to latents and back")
+    step.set_defaults(run=autoencoder)
+    step.add_argument("--steps", type=int, default=40_000)
+    step.add_argument("--lr", type=float, default=1e-3)
+    step.add_argument("--seed", type=int, default=0)
+    step.add_argument("--perceptual", help="module:function of a differentiable face embedding")
+    step = steps.add_parser("base", help="train the UNet and the text encoder")
+    step.set_defaults(run=base)
+    step.add_argument("--steps", type=int, default=4000)
+    step.add_argument("--lr", type=float, default=1e-3)
+    step.add_argument("--seed", type=int, default=0)
+    step.add_argument("--compile", action="store_true", help="a third faster; needs a C++ compiler")
+    step = steps.add_parser("publish", help="copy what was trained to the folder that ships")
+    step.set_defaults(run=publish)
+    step.add_argument("--weights", type=Path, default=Path("registry/tiny/weights"))
+    options = parser.parse_args()
+    try:
+        for line in options.run(options):
+            print(line, flush=True)
+    except RegistryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

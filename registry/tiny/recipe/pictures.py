@@ -1,0 +1,56 @@
+"""Read rendered pictures back: pixels, style and person of every file in a folder per person."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from registry.errors import RegistryError
+from registry.tiny.recipe.styles import CAPTIONS
+
+STYLES = tuple(CAPTIONS)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """N pictures: `pixels` (N, 3, S, S) uint8, `styles` (N,) index into STYLES, `people` (N,) seeds."""
+
+    pixels: Tensor
+    styles: Tensor
+    people: Tensor
+
+
+def read_pictures(folder: Path) -> Pictures:
+    """Read `folder/SEED/STYLE-K.png`, sorted, so that the order is the same on every machine."""
+    files = sorted(folder.glob("[0-9]*/*.png"))
+    if not files:
+        raise RegistryError(f"no rendered pictures in {folder}; run the render step first")
+    pixels = np.stack([cv2.imread(str(f))[:, :, ::-1] for f in files])
+    styles = [STYLES.index(f.stem.split("-")[0]) for f in files]
+    people = [int(f.parent.name) for f in files]
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return Pictures(tensor, torch.tensor(styles), torch.tensor(people))
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """Map uint8 to -1..1, channels last: the layout that convolutions on a CPU like."""
+    return (pixels.float() / 127.5 - 1).to(memory_format=torch.channels_last)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Map (N, 3, S, S) in -1..1 to uint8."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def sheet(rows: list[Tensor], path: Path, scale: int = 2) -> None:
+    """Save rows of (N, 3, S, S) uint8 pictures as one PNG to look at."""
+    lines = [np.hstack(list(row.permute(0, 2, 3, 1).numpy())) for row in rows]
+    grid = np.vstack(lines)[:, :, ::-1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    big = cv2.resize(grid, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+    cv2.imwrite(str(path), big)

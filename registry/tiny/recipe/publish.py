@@ -1,0 +1,51 @@
+"""Publish a trained pipeline as the weights that ship: fp16, names that old and new readers know."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from registry.errors import RegistryError
+
+LIMIT = 40_000_000  # bytes of everything under weights/
+
+
+def publish(build: Path, weights: Path) -> int:
+    """Copy `build/pipeline` and `build/hypernetwork.safetensors` to `weights`; return the bytes there."""
+    source = build / "pipeline"
+    if not (source / "model_index.json").exists():
+        raise RegistryError(f"no pipeline in {source}; run the base step first")
+    beside = weights.with_name(".weights.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(source, beside)
+    for file in beside.rglob("*.safetensors"):
+        tensors = {_canonical(file, k): v for k, v in load_file(file).items()}
+        half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+        save_file(half, file, metadata={"format": "pt"})
+    hypernetwork = build / "hypernetwork.safetensors"
+    if hypernetwork.exists():
+        shutil.copy2(hypernetwork, beside)
+    size = sum(file.stat().st_size for file in beside.rglob("*") if file.is_file())
+    if size > LIMIT:
+        raise RegistryError(f"the weights take {size:,} bytes, more than {LIMIT:,}; shrink a network")
+    shutil.rmtree(weights, ignore_errors=True)
+    beside.rename(weights)
+    return size
+
+
+def _canonical(file: Path, key: str) -> str:
+    """Keep `text_model.` in the text encoder's names: newer transformers drop it, older ones need it."""
+    if file.parent.name == "text_encoder" and not key.startswith("text_model."):
+        return f"text_model.{key}"
+    return key
+
+
+def check_finite(weights: Path) -> None:
+    """Raise RegistryError if a published number is not finite (fp16 ends at 65,504)."""
+    for file in weights.rglob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            if not torch.isfinite(tensor).all():
+                raise RegistryError(f"{file.name}: {name} does not fit fp16")

@@ -1,0 +1,146 @@
+"""The one training loop: steps, schedule, average weights, and checkpoints that resume to the same numbers.
+
+The recipe of `tiny` and every stage of hdb use it; what differs is which parameters are trained and which
+loss is taken. Checkpoints are safetensors, never pickle.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from registry.errors import RegistryError
+
+Loss = Callable[[torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast: linear warm-up, then (1 - progress)^decay down to nothing."""
+
+    steps: int
+    lr: float
+    warmup: int = 0
+    decay: float = 1.0
+    clip: float = 1.0
+    average: float = 0.0  # decay of the moving average of the weights; 0 keeps none
+    seed: int = 0
+    checkpoint_seconds: float = 120.0
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return self.lr * warm * (1 - step / self.steps) ** self.decay
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did; `left` is the seconds that the rest will take."""
+
+    number: int
+    steps: int
+    loss: float
+    left: float
+
+
+def fit(
+    parameters: Mapping[str, Tensor],
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    averages: Mapping[str, Tensor] | None = None,
+    checkpoint: Path | None = None,
+) -> Iterator[Step]:
+    """Train `parameters` in place, yielding after every step.
+
+    `loss` draws its own batch and noise from the generator it is handed, so that the whole run is a
+    function of `plan.seed`. With `checkpoint`, a run that was cut off continues from the last one saved.
+    """
+    generator = torch.Generator().manual_seed(plan.seed)
+    first = 0
+    if checkpoint and checkpoint.exists():
+        first = _resume(checkpoint, parameters, optimizer, generator, averages or {})
+    start = saved = time.perf_counter()
+    for number in range(first, plan.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate(number)
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(generator)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
+        optimizer.step()
+        if averages is not None:
+            _average(averages, parameters, min(plan.average, (number + 1) / (number + 10)))
+        now = time.perf_counter()
+        last = number + 1 == plan.steps
+        if checkpoint and (last or now - saved > plan.checkpoint_seconds):
+            _save(checkpoint, number + 1, parameters, optimizer, generator, averages or {})
+            saved = now
+        left = (now - start) / (number + 1 - first) * (plan.steps - number - 1)
+        yield Step(number + 1, plan.steps, value.item(), left)
+
+
+@torch.no_grad()
+def _average(averages: Mapping[str, Tensor], parameters: Mapping[str, Tensor], keep: float) -> None:
+    torch._foreach_lerp_(list(averages.values()), [p.data for p in parameters.values()], 1 - keep)
+
+
+def _save(
+    path: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    averages: Mapping[str, Tensor],
+) -> None:
+    tensors = {f"parameter.{k}": v.detach() for k, v in parameters.items()}
+    tensors |= {f"average.{k}": v for k, v in averages.items()}
+    tensors["generator"] = generator.get_state()
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            kind = "tensor" if isinstance(value, Tensor) else "number"
+            tensors[f"optimizer.{kind}.{key}.{name}"] = torch.as_tensor(value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    contiguous = {k: v.contiguous().clone() for k, v in tensors.items()}
+    save_file(contiguous, beside, metadata={"format": "pt", "step": str(step)})
+    os.replace(beside, path)
+
+
+def _resume(
+    path: Path,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    averages: Mapping[str, Tensor],
+) -> int:
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise RegistryError(f"cannot resume from {path} ({error}); delete it to start again") from error
+    generator.set_state(tensors.pop("generator"))
+    expected = {f"parameter.{k}" for k in parameters} | {f"average.{k}" for k in averages}
+    found = {k for k in tensors if not k.startswith("optimizer.")}
+    if expected != found:
+        odd = sorted(expected ^ found)[0]
+        raise RegistryError(f"{path} is of another model ({odd} is in only one); delete it to start again")
+    with torch.no_grad():
+        for name, value in averages.items():
+            value.copy_(tensors[f"average.{name}"])
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, kind, field, name = key.split(".", 3)
+            optimizer.state[parameters[name]][field] = value if kind == "tensor" else value.item()
+    return step

@@ -1,0 +1,64 @@
+"""Fixtures and surroundings of the tests: no network, no user's store, few threads."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from hdbcli.base import Base
+
+# Set before anything imports torch or a hub client, and inherited by the commands that tests start.
+_STORE = tempfile.TemporaryDirectory(prefix="hdb-tests-")
+os.environ["HDB_HOME"] = _STORE.name  # a test that forgets `hdb_home` still spares the user's store
+os.environ["HF_HUB_OFFLINE"] = "1"
+# The nets are small: more threads only wait for each other, and would spin while they do.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+os.environ.setdefault("KMP_BLOCKTIME", "0")
+
+
+@pytest.fixture
+def hdb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the test an empty store of its own; return its folder, which does not exist yet."""
+    home = tmp_path / "hdb-home"
+    monkeypatch.setenv("HDB_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def astronaut() -> Path:
+    """Return the path of the shipped real photo, NASA's portrait of Eileen Collins."""
+    return Path(__file__).parent / "data" / "astronaut.png"
+
+
+@functools.cache
+def _why_no_egl() -> str | None:
+    """Return why nothing can be drawn through EGL here, or None if it can."""
+    try:
+        import moderngl
+
+        moderngl.create_context(standalone=True, backend="egl").release()
+    except Exception as error:  # the binding raises Exception itself, or OSError
+        return f"EGL is missing (Debian: libegl1 libgl1-mesa-dri libgl1): {error}"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `egl`, saying why, where EGL is missing."""
+    if item.get_closest_marker("egl") and (why := _why_no_egl()):
+        pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Iterator[Base]:
+    """Load the shipped base once; tests leave it wearing nobody."""
+    from hdbcli.base import load_base
+    from registry.plugins import load_registry
+
+    yield load_base(load_registry().get("tiny"), "cpu")

@@ -1,0 +1,294 @@
+"""Every command end to end on the shipped base, and what bad input gets: one line, exit 1, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from hdbcli.cli import app
+from registry import store
+
+QUICK = ["--steps", "2"]
+
+
+def hdb(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def ok(*words: object) -> Result:
+    result = hdb(*words)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def refused(*words: object, says: str) -> None:
+    """Assert exit 1 and one line that says what, and no change in the store."""
+    before = sorted(str(p) for p in store.root().rglob("*"))
+    result = hdb(*words)
+    assert result.exit_code == 1, (result.exit_code, result.output)
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert says in result.stderr, result.stderr
+    assert not result.stdout
+    assert sorted(str(p) for p in store.root().rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, astronaut: Path) -> Path:
+    """Make one identity for the whole module; return its file."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HDB_HOME", str(home))
+        ok("new", astronaut, "alice", *QUICK)
+        return store.path_of("alice")
+
+
+@pytest.fixture
+def alice(made: Path, hdb_home: Path) -> Path:
+    """Put that identity into a store of the test's own."""
+    path = store.path_of("alice")
+    path.parent.mkdir(parents=True)
+    shutil.copy(made, path)
+    return path
+
+
+def test_new_json(hdb_home: Path, astronaut: Path) -> None:
+    values = json.loads(ok("new", astronaut, "--json", "--steps", 8).stdout)
+    assert values["name"] == "astronaut" and values["base"] == "tiny" and values["rank"] == 4
+    assert values["numbers"] == 71 * (64 + 32) * 4
+    path = Path(values["path"])
+    assert path.stat().st_size == values["bytes"] <= 120_000
+    assert values["loss"]["end"] < values["loss"]["start"]
+    assert set(values["seconds"]) == {"crop", "predict", "refine", "total"}
+    assert 0 <= values["likeness"] <= 1
+    assert [p.name for p in path.parent.iterdir()] == ["astronaut.safetensors"]
+
+
+def test_same_photo_and_seed_give_identical_tensors(hdb_home: Path, astronaut: Path) -> None:
+    from hdbcli.identity import load
+
+    thetas = []
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        ok("new", astronaut, name, "--seed", seed, *QUICK)
+        identity = load(store.path_of(name))
+        thetas.append((identity.down, identity.up))
+    assert all((a == b).all() for a, b in zip(thetas[0], thetas[1], strict=True))
+    assert not (thetas[0][1] == thetas[2][1]).all()
+
+
+def test_new_without_refining_and_with_more_photos(hdb_home: Path, astronaut: Path) -> None:
+    values = json.loads(ok("new", astronaut, "raw", "--no-refine", "--json").stdout)
+    assert values["rank"] == 1 and values["loss"]["start"] == values["loss"]["end"]
+    two = ok("new", astronaut, "two", "--photo", astronaut, "--json", *QUICK)
+    assert json.loads(two.stdout)["rank"] == 4
+    refused("new", astronaut, "no", "--no-refine", "--rank", 2, says="--no-refine")
+
+
+def test_refine_goes_on(alice: Path, astronaut: Path) -> None:
+    before = json.loads(ok("show", "alice", "--json").stdout)
+    values = json.loads(ok("refine", "alice", astronaut, "--rank", 6, "--json", *QUICK).stdout)
+    after = json.loads(ok("show", "alice", "--json").stdout)
+    assert values["rank"] == 6 and after["steps"] == before["steps"] + 2
+    assert "relaxed from rank 4 to 6" in after["lineage"]
+    refused("refine", "alice", astronaut, "--rank", 2, says="rank 6 to 2")
+
+
+def test_gen_is_repeatable_and_named_by_seed(alice: Path, tmp_path: Path) -> None:
+    prompt = "a Pixar character of a [V] face"
+    arguments = ["gen", "alice", prompt, "-n", 2, "--seed", 7, "--steps", 3, "-o"]
+    first = ok(*arguments, tmp_path / "a")
+    assert "seed 7" in first.stdout and "[V]" not in first.stderr
+    ok(*arguments, tmp_path / "b")
+    ok(*arguments, tmp_path / "c", "--strength", 0)
+    names = ["alice-7.png", "alice-8.png"]
+    for name in names:
+        a, b, c = (np.asarray(Image.open(tmp_path / d / name)) for d in "abc")
+        assert (a == b).all() and not (a == c).all()
+    text = Image.open(tmp_path / "a" / names[1]).text["parameters"]
+    assert text.startswith(prompt + "\n") and "Seed: 8" in text and "Steps: 3" in text
+    ok(*arguments, tmp_path / "a")  # nothing is overwritten
+    assert len(list((tmp_path / "a").iterdir())) == 4
+
+
+def test_gen_batch_does_not_change_a_seed(alice: Path, tmp_path: Path) -> None:
+    ok("gen", "alice", "a [V] face", "-n", 3, "--seed", 1, "--steps", 3, "-o", tmp_path)
+    ok("gen", "alice", "a [V] face", "-n", 1, "--seed", 3, "--steps", 3, "-o", tmp_path / "x.png")
+    a, b = (np.asarray(Image.open(tmp_path / n)).astype(int) for n in ("alice-3.png", "x.png"))
+    assert abs(a - b).max() <= 1
+
+
+def test_gen_json_grid_file_and_hint(alice: Path, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    words = ["-n", 2, "--steps", 2, "--grid", "-o", sheet, "--json"]
+    result = ok("gen", alice, "a face", *words)
+    values = json.loads(result.stdout)
+    assert values["grid"] == str(sheet) and Image.open(sheet).size == (128, 64)
+    assert "[V]" in result.stderr
+    assert values["pictures"][1]["seed"] == values["pictures"][0]["seed"] + 1
+    refused("gen", "alice", "x", "-o", tmp_path / "one.png", says="4 pictures")
+
+
+def test_gen_schedulers_negative_and_size(alice: Path, tmp_path: Path) -> None:
+    base = ["gen", "alice", "a [V] face", "-n", 1, "--seed", 1, "--steps", 3, "-o"]
+    ok(*base, tmp_path / "a.png")
+    ok(*base, tmp_path / "b.png", "--scheduler", "euler-a")
+    ok(*base, tmp_path / "c.png", "--negative", "bark skin")
+    ok(*base, tmp_path / "d.png", "--size", 128)
+    a, b, c, d = (np.asarray(Image.open(tmp_path / f"{x}.png")) for x in "abcd")
+    assert not (a == b).all() and not (a == c).all() and d.shape == (128, 128, 3)
+    refused(*base, tmp_path / "e.png", "--scheduler", "nope", says="ddim, dpm++")
+    refused(*base, tmp_path / "e.png", "--size", 65, says="multiple of 16")
+
+
+def test_merge_gives_the_same_picture_with_stock_diffusers(alice: Path, tmp_path: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    ok("merge", "alice", "--out", tmp_path / "m")
+    refused("merge", "alice", "--out", tmp_path / "m", says="not empty")
+    settings = {"num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "np"}
+    args = ["-n", 1, "--seed", 3, "--steps", 5, "-o", tmp_path / "mine.png"]
+    ok("gen", "alice", "a [V] face", *args)
+    mine = np.asarray(Image.open(tmp_path / "mine.png")) / 255
+
+    def stock(folder: Path) -> np.ndarray:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        generator = torch.Generator().manual_seed(3)
+        return pipeline("a sks face", generator=generator, **settings).images[0]
+
+    def psnr(a: np.ndarray, b: np.ndarray) -> float:
+        return -10 * np.log10(((a - b) ** 2).mean() + 1e-12)
+
+    from registry.tiny import WEIGHTS
+
+    assert psnr(stock(tmp_path / "m"), mine) > 40
+    assert psnr(stock(WEIGHTS), mine) < 40
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_list_show_rm(alice: Path) -> None:
+    (entry,) = json.loads(ok("list", "--json").stdout)
+    assert {"name", "base", "bytes", "rank", "created", "path"} <= set(entry)
+    assert entry["name"] == "alice" and entry["path"] == str(alice)
+    assert ok("list", "-q").stdout == "alice\n" and "alice" in ok("list").stdout
+    assert json.loads(ok("show", "alice", "--json").stdout)["base"] == "tiny"
+    assert "tiny" in ok("show", alice).stdout
+    refused("rm", "alice", says="--yes")
+    ok("rm", "alice", "--yes")
+    assert not alice.exists() and json.loads(ok("list", "--json").stdout) == []
+    refused("rm", "alice", "-y", says="unknown identity")
+
+
+def test_base_commands_and_version() -> None:
+    assert "tiny" in [b["name"] for b in json.loads(ok("base", "list", "--json").stdout)]
+    assert json.loads(ok("base", "show", "tiny", "--json").stdout)["hypernetwork"] is True
+    assert "64" in ok("base", "list").stdout and "sks" in ok("base", "show", "tiny").stdout
+    assert ok("--version").stdout == "hdb 0.1.0\n"
+    refused("base", "show", "tinny", says="tiny")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """Return a PNG that claims a size and holds no pixels."""
+    body = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + body + struct.pack(">I", zlib.crc32(b"IHDR" + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk
+
+
+def test_bad_photos(hdb_home: Path, tmp_path: Path, astronaut: Path) -> None:
+    whole = astronaut.read_bytes()
+    bad = {
+        "text.jpg": (b"hello", "not a JPEG"),
+        "empty.png": (b"", "empty"),
+        "cut.png": (whole[: len(whole) // 3], "damaged"),
+        "bomb.png": (png_header(60_000, 60_000), "megapixels"),
+    }
+    for name, (data, says) in bad.items():
+        (tmp_path / name).write_bytes(data)
+        refused("new", tmp_path / name, says=says)
+    Image.new("RGB", (300, 300), (90, 120, 200)).save(tmp_path / "sky.png")
+    refused("new", tmp_path / "sky.png", says="no face")
+    refused("new", tmp_path / "missing.png", says="no such file")
+    refused("new", tmp_path, says="not a file")
+
+
+def test_several_faces_need_a_number(hdb_home: Path, tmp_path: Path, astronaut: Path) -> None:
+    face = Image.open(astronaut).convert("RGB").crop((100, 0, 400, 300))
+    pair = Image.new("RGB", (600, 300))
+    pair.paste(face, (0, 0)), pair.paste(face, (300, 0))
+    pair.save(tmp_path / "pair.png")
+    refused("new", tmp_path / "pair.png", says="--face N")
+    refused("new", tmp_path / "pair.png", "--face", 3, says="2 faces, not 3")
+    ok("new", tmp_path / "pair.png", "--face", 2, *QUICK)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "a\0b", "a\nb", "con", "NUL.txt", "x" * 65, "a."])
+def test_bad_names(name: str, hdb_home: Path, astronaut: Path) -> None:
+    refused("new", astronaut, name, says="name")
+
+
+def test_bad_identities(alice: Path, astronaut: Path, tmp_path: Path) -> None:
+    refused("new", astronaut, "Alice", says="exists")  # names differ in more than case
+    refused("gen", "alise", "x", says="'alice'")
+    data = bytearray(alice.read_bytes())
+    data[-1] ^= 1
+    edited = tmp_path / "edited.safetensors"
+    edited.write_bytes(data)
+    refused("gen", edited, "x", says="edited")
+    (tmp_path / "half.safetensors").write_bytes(data[:5000])
+    refused("gen", tmp_path / "half.safetensors", "x", says="half.safetensors")
+    refused("gen", "alice", "x", "--base", "nope", says="tiny")
+    ok("gen", alice, "x", "--steps", 1, "-n", 1, "-o", tmp_path / "fine.png")
+
+
+def test_an_identity_of_another_family(alice: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from hdbcli.identity import load, save
+
+    path = tmp_path / "sd.safetensors"
+    save(replace(load(alice), family="sd1", base="tiny"), path)
+    refused("gen", path, "x", says="family sd1")
+
+
+def test_unwritable_folder(alice: Path, tmp_path: Path, astronaut: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    refused("gen", "alice", "x", "-n", 1, "-o", blocked, says="is a file")
+    refused("gen", "alice", "x", "-n", 1, "-o", blocked / "x.png", says="file")
+    refused("merge", "alice", "--out", blocked / "m", says="file")
+
+
+def test_unusable_options(alice: Path, astronaut: Path) -> None:
+    refused("new", astronaut, "b", "--device", "cuda:7", says="not available")
+    refused("new", astronaut, "b", "--optimizer", "sgd", says="adamw8bit")
+    refused("new", astronaut, "b", "--rank", 33, *QUICK, says="rank")
+    assert hdb("new", astronaut, "b", "--steps", 0).exit_code == 2
+    assert hdb("nonsense").exit_code == 2
+
+
+def test_interrupt_leaves_nothing(alice: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hdbcli import create
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(create, "portrait_loss", interrupt)
+    monkeypatch.setattr(create, "refine", interrupt)
+    result = hdb("new", astronaut, "bob", *QUICK)
+    assert result.exit_code == 130 and "nothing was written" in result.stderr
+    assert [p.name for p in alice.parent.iterdir()] == ["alice.safetensors"]
+
+
+def test_console_script(hdb_home: Path) -> None:
+    script = Path(sys.executable).with_name("hdb")
+    done = subprocess.run([script, "list", "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and json.loads(done.stdout) == [] and not done.stderr

@@ -1,0 +1,138 @@
+"""Training and measuring a hypernetwork from the command line, and what they are made of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hdbcli.base import Base, load_predictor, theta_for
+from hdbcli.cli import app
+from hdbcli.config import RefineConfig
+from hdbcli.create import describe
+from hdbcli.errors import HdbError
+from hdbcli.evaluate import person_losses
+from hdbcli.people import read_people
+from hdbcli.pretrain import draw_pairs, new_hypernetwork
+from hdbcli.refine import portrait_loss, refine
+from hdbcli.relax import relax
+
+HELD_OUT = Path(__file__).parent / "data/heldout"
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    assert 0 <= done <= total, stage
+
+
+@pytest.fixture
+def people(tmp_path: Path) -> Path:
+    """Copy eight held-out people: a folder each, two photos in it."""
+    for folder in sorted(HELD_OUT.iterdir())[:8]:
+        shutil.copytree(folder, tmp_path / "people" / folder.name)
+    return tmp_path / "people"
+
+
+def test_read_people(tiny: Base, people: Path) -> None:
+    (people / "900000/not-a-photo.jpg").write_text("hello")
+    read = read_people(people, tiny.spec, "*", False, quiet)
+    assert read.crops.shape == (16, 64, 64, 3) and len(read.names) == 8
+    assert read.members[0] == (0, 1) and len(read.skipped) == 1
+    assert "not-a-photo.jpg" in read.skipped[0]
+    flat = read_people(people / "900001", tiny.spec, "photo-*", False, quiet)
+    assert flat.names == ("photo-0", "photo-1")  # a folder of photos: each its own person
+    with pytest.raises(HdbError, match="no photo"):
+        read_people(people, tiny.spec, "*.webp", False, quiet)
+    with pytest.raises(HdbError, match="256 x 256"):
+        read_people(people, tiny.spec, "*", True, quiet)
+
+
+def test_pairs_are_two_photos_of_one_person() -> None:
+    members = ((0, 1, 2), (3,), (4, 5))
+    owner = {photo: person for person, photos in enumerate(members) for photo in photos}
+    read, drawn = draw_pairs(members, 200, torch.Generator().manual_seed(0))
+    pairs = list(zip(read.tolist(), drawn.tolist(), strict=True))
+    assert all(owner[a] == owner[b] for a, b in pairs)
+    assert all(a != b or owner[a] == 1 for a, b in pairs)
+    assert {owner[a] for a, _ in pairs} == {0, 1, 2}
+
+
+def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
+    out = tmp_path / "h.safetensors"
+    words = ["train", "hypernetwork", people, "--out", out, "--steps", 3, "--batch", 4]
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    assert result.exit_code == 0, result.stderr
+    assert "step 3/3" in result.stderr and result.stdout.strip() == str(out)
+    first = out.read_bytes()
+    out.unlink()
+    assert CliRunner().invoke(app, [str(w) for w in words]).exit_code == 0  # from its checkpoint
+    assert len(out.read_bytes()) == len(first)
+    words = ["train", "evaluate", people, "--hypernetwork", out, "--refined", 2, "--json"]
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    assert result.exit_code == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert values["people"] == 8
+    interval = values["base_minus_own"]
+    assert interval["low"] <= interval["mean"] <= interval["high"]
+    assert values["base_minus_own"]["mean"] == pytest.approx(values["base"] - values["own"], abs=1e-5)
+    words = ["train", "evaluate", people / "900000", "--hypernetwork", out]
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    assert result.exit_code == 1 and "two people" in result.stderr
+
+
+def test_shipped_hypernetwork_knows_people(tiny: Base, people: Path) -> None:
+    """Held-out people: own theta beats the base, and another's theta is worse."""
+    read = read_people(people, tiny.spec, "*", False, quiet)
+    model, _ = load_predictor(tiny)
+    with torch.no_grad():
+        theta = model(tiny.images([read.crops[m[0]] for m in read.members]))
+        latents = tiny.backbone.encode_images(tiny.images([read.crops[m[1]] for m in read.members]))
+    own = person_losses(tiny, theta, latents, quiet)
+    base = person_losses(tiny, None, latents, quiet)
+    others = person_losses(tiny, theta[torch.arange(8).roll(1)], latents, quiet)
+    assert own.mean() < base.mean() and own.mean() < others.mean()
+
+
+def test_refinement_lowers_the_loss_and_leaves_the_base(tiny: Base, people: Path) -> None:
+    read = read_people(people, tiny.spec, "*", False, quiet)
+    images = tiny.images([read.crops[0]])
+    model, _ = load_predictor(tiny)
+    theta = relax(model.predict(images), 2)
+    latents = tiny.backbone.encode_images(images)
+    assert portrait_loss(tiny, theta, latents) == portrait_loss(tiny, theta, latents)
+    before = portrait_loss(tiny, None, latents)
+    result = refine(tiny, theta, images, RefineConfig(steps=8, rank=2), quiet)
+    assert result.loss_end < result.loss_start and result.theta.rank == 2
+    assert result.optimizer == "adamw8bit"
+    assert portrait_loss(tiny, None, latents) == before
+    plain = refine(tiny, theta, images, RefineConfig(steps=8, rank=2, optimizer="adamw"), quiet)
+    assert plain.optimizer == "adamw"
+    assert plain.loss_end == pytest.approx(result.loss_end, rel=0.05)
+
+
+def test_a_hypernetwork_of_another_base_is_refused(tiny: Base, tmp_path: Path) -> None:
+    from hdbcli.hyperfile import save_hypernetwork
+
+    path = tmp_path / "h.safetensors"
+    model = new_hypernetwork(tiny, 0)
+    save_hypernetwork(model, path)
+    load_predictor(replace(tiny, spec=replace(tiny.spec, hypernetwork=path)))
+    model.config = replace(model.config, basis_digest="f" * 64, base="other")
+    save_hypernetwork(model, path)
+    with pytest.raises(HdbError, match="was trained for other"):
+        load_predictor(replace(tiny, spec=replace(tiny.spec, hypernetwork=path)))
+    with pytest.raises(HdbError, match="no hypernetwork"):
+        load_predictor(replace(tiny, spec=replace(tiny.spec, hypernetwork=None)))
+
+
+def test_identity_of_a_fine_tune_warns(tiny: Base) -> None:
+    model, digest = load_predictor(tiny)
+    theta = model.predict(torch.zeros(1, 3, 64, 64))
+    identity = describe(tiny, theta, digest)
+    assert theta_for(tiny, identity)[1] is None
+    _, warning = theta_for(tiny, replace(identity, base_digest="0" * 64))
+    assert warning is not None

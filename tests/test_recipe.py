@@ -1,0 +1,65 @@
+"""The renderer: the same seed is the same person, styles differ, held-out people stay out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from registry.tiny.recipe.assets import MATERIALS, MESHES, Assets, fetch_assets
+from registry.tiny.recipe.people import HELD_OUT_SEED, render_people
+from registry.tiny.recipe.person import sample_person
+from registry.tiny.recipe.pictures import read_pictures
+from registry.tiny.recipe.styles import CAPTIONS
+
+SLIDERS = {"nose/nose-scale-horiz-incr": True, "head/head-oval": False, "head/head-round": False}
+
+
+def test_a_seed_is_a_person() -> None:
+    assert sample_person(5, SLIDERS) == sample_person(5, SLIDERS)
+    people = [sample_person(seed, SLIDERS) for seed in range(200)]
+    assert len({p.hair for p in people}) > 4 and len({p.eyes for p in people}) > 4
+    assert 60 < sum(p.male > 0.5 for p in people) < 140
+    assert all(abs(sum(p.races.values()) - 1) < 1e-6 for p in people)
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
+    """Use the assets of an earlier run of the recipe, or fetch them once (HDB_FETCH_ASSETS=1)."""
+    cache = Path(__file__).parents[1] / "build/tiny/assets"
+    if not all((cache / f"{p.name}-{p.version}").is_dir() for p in (MESHES, MATERIALS)):
+        if not os.environ.get("HDB_FETCH_ASSETS"):
+            pytest.skip("the recipe's assets (137 MB) are not here; HDB_FETCH_ASSETS=1 fetches them")
+    return fetch_assets(cache)
+
+
+@pytest.mark.egl
+def test_renders_repeatable_people(assets: Assets, tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        list(render_people(assets, folder, range(HELD_OUT_SEED, HELD_OUT_SEED + 2), 64))
+    first, again = (read_pictures(folder) for folder in folders)
+    assert len(first.pixels) == 2 * 2 * len(CAPTIONS)
+    assert (first.pixels == again.pixels).all()
+    one = first.pixels[first.people == HELD_OUT_SEED].float()
+    two = first.pixels[first.people == HELD_OUT_SEED + 1].float()
+    assert (one - two).abs().mean() > 5
+    portraits = first.styles == list(CAPTIONS).index("portrait")
+    marble = first.pixels[first.styles == list(CAPTIONS).index("marble")].float()
+    spread = marble.amax(1) - marble.amin(1)
+    assert spread.mean() < 40 < (first.pixels[portraits].float().amax(1) - first.pixels[portraits].float().amin(1)).mean()
+
+
+@pytest.mark.egl
+def test_rendered_faces_are_found_and_told_apart(assets: Assets, tmp_path: Path) -> None:
+    from hdbcli.faces import embed, retrieval
+
+    list(render_people(assets, tmp_path / "p", range(HELD_OUT_SEED, HELD_OUT_SEED + 6), 64))
+    pictures = read_pictures(tmp_path / "p")
+    portraits = pictures.pixels[pictures.styles == 0].permute(0, 2, 3, 1).numpy()
+    faces, found = embed([np.ascontiguousarray(p) for p in portraits])
+    assert all(found)
+    assert retrieval(faces[0::2], faces[1::2]).top1 == 1.0
+    assert retrieval(faces[0::2], faces[1::2].roll(1, 0)).top1 == 0.0

@@ -1,0 +1,65 @@
+"""The training loop: a run that was cut off ends with the same numbers as one that was not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hdbcli.device import make_optimizer
+from registry.errors import RegistryError
+from registry.training import Plan, fit
+
+PLAN = Plan(steps=12, lr=1e-2, warmup=3, average=0.9, checkpoint_seconds=0.0)
+
+
+def problem(optimizer: str) -> tuple[dict[str, Tensor], Callable, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    weights = torch.randn(5000).requires_grad_(True)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        return (weights - torch.randn(5000, generator=generator)).pow(2).mean()
+
+    return {"w": weights}, loss, make_optimizer(optimizer, [weights], PLAN.lr)[0]
+
+
+def run(optimizer: str, checkpoint: Path | None, steps: int = 12) -> tuple[Tensor, Tensor]:
+    parameters, loss, chosen = problem(optimizer)
+    averages = {k: p.detach().clone() for k, p in parameters.items()}
+    for _ in islice(fit(parameters, loss, chosen, PLAN, averages, checkpoint), steps):
+        pass
+    return parameters["w"].detach(), averages["w"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_resumed_equals_uninterrupted(optimizer: str, tmp_path: Path) -> None:
+    whole, whole_average = run(optimizer, None)
+    path = tmp_path / "c.safetensors"
+    cut, _ = run(optimizer, path, steps=5)
+    resumed, average = run(optimizer, path)
+    assert not torch.equal(cut, whole)
+    assert torch.equal(resumed, whole) and torch.equal(average, whole_average)
+
+
+def test_schedule_and_average() -> None:
+    rates = [PLAN.rate(i) for i in range(12)]
+    assert rates[0] < rates[1] < rates[2] > rates[-1] > 0
+    weights, average = run("adamw", None)
+    assert not torch.equal(weights, average)
+
+
+def test_checkpoint_of_another_model(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    run("adamw", path, steps=2)
+    parameters, loss, optimizer = problem("adamw")
+    with pytest.raises(RegistryError, match="another model"):
+        next(fit({"other": parameters["w"]}, loss, optimizer, PLAN, None, path))
+    path.write_bytes(b"half")
+    with pytest.raises(RegistryError, match="cannot resume"):
+        next(fit(parameters, loss, optimizer, PLAN, None, path))
+    path.unlink()
+    assert next(fit(parameters, loss, optimizer, PLAN, None, path)).number == 1
