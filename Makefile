@@ -12,7 +12,7 @@ PICTURE := $(RUN)/astronaut-pixar.png
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test clean
+.PHONY: run test sheet clean
 .DELETE_ON_ERROR:
 
 # One photo in, a picture out; the last line is the picture's path. The store lies in build/run, so that
@@ -21,8 +21,23 @@ run: export HDB_HOME := $(CURDIR)/$(RUN)/home
 run: $(STAMP)
 	@mkdir -p $(RUN) && rm -f $(PICTURE)
 	$(BIN)/hdb new $(PHOTO) astronaut --force --yes
-	$(BIN)/hdb gen astronaut "$(PROMPT)" --seed 0 -o $(PICTURE)
+	$(BIN)/hdb gen astronaut "$(PROMPT)" --seed 0 --grid -o $(PICTURE)
 	@test -s $(PICTURE) && echo $(PICTURE)
+
+# README's sheet: the first six held-out people and the astronaut, seed 0, every caption of the project
+# page; nothing is picked. Rows are photos, columns captions.
+HELD   := $(wildcard tests/data/heldout/90000[0-5]/photo-0.jpg)
+sheet: export HDB_HOME := $(CURDIR)/build/sheet/home
+sheet: $(STAMP)
+	@mkdir -p build/sheet && rm -f build/sheet/*.png
+	@set -e; for photo in $(HELD) $(PHOTO); do \
+	  case $$photo in */heldout/*) name=$$(basename $$(dirname $$photo));; *) name=astronaut;; esac; \
+	  $(BIN)/hdb new $$photo $$name --force --yes; k=0; \
+	  for prompt in "An Instagram selfie of a [V] face" "A Pixar character of a [V] face" \
+	    "A [V] face with bark skin" "A [V] face as a rock star" "A professional shot of a [V] face"; do \
+	    $(BIN)/hdb gen $$name "$$prompt" -n 1 --seed 0 -o build/sheet/$$name-$$k.png; k=$$((k + 1)); \
+	  done; done
+	$(BIN)/python -m registry.tiny.recipe contact $(HELD) $(PHOTO) --drawn build/sheet --out docs/sheet.png
 
 # Lint, types, tests: the one check, and what CI runs. The tests come last, so their summary does too.
 test: $(STAMP)

@@ -1,4 +1,5 @@
-"""A base model made ready: loaded, with LiDB layers on every target, and its hypernetwork at hand."""
+"""A base model made ready: loaded, with LiDB layers on every target, and its hypernetwork at
+hand."""
 
 from __future__ import annotations
 
@@ -47,24 +48,28 @@ def load_base(spec: BaseSpec, device: str, dtype: str = "float32") -> Base:
 
 
 def load_predictor(base: Base) -> tuple[HyperNetwork, str]:
-    """Load the base's hypernetwork and its digest; HdbError if it has none or it is another base's."""
+    """Load the base's hypernetwork and its digest; HdbError if it has none or it is another
+    base's."""
     path = base.spec.hypernetwork
     if path is None or not path.exists():
-        raise HdbError(f"base model {base.spec.name} has no hypernetwork at {path}; train one first")
+        raise HdbError(
+            f"base model {base.spec.name} has no hypernetwork at {path}; train one first"
+        )
     model, digest = load_hypernetwork(path)
     mine, theirs = base.injected.targets_digest(), model.config.targets_digest
     basis = base.injected.fingerprint().digest
     if mine != theirs or basis != model.config.basis_digest:
         raise HdbError(
             f"{path.name} was trained for {model.config.base} (targets {theirs[:12]}, basis "
-            f"{model.config.basis_digest[:12]}), {base.spec.name} has {mine[:12]} and {basis[:12]}; "
+            f"{model.config.basis_digest[:12]}), {base.spec.name} has {mine[:12]}, {basis[:12]}; "
             "train a hypernetwork for this base"
         )
     return model.to(base.device), digest
 
 
 def theta_for(base: Base, identity: Identity) -> tuple[Theta, str | None]:
-    """Return an identity's theta for this base, and a warning if it was made on another of the family."""
+    """Return an identity's theta for this base, and a warning if it was made on another of the
+    family."""
     warning = check_fits(
         identity,
         base=base.spec.name,

@@ -1,10 +1,12 @@
-"""The frozen random orthogonal basis of a target: a pure function of its name, never stored with an identity.
+"""The frozen random orthogonal basis of a target: a pure function of its name, never stored with
+an identity.
 
-HyperDreamBooth §3.2 splits a rank-1 residual again by two frozen matrices ("Aux"): `down_basis` (a, m) with
-orthonormal rows and `up_basis` (n, b) with orthonormal columns, for a weight W (n, m). An identity is only
-valid with the basis it was trained in, so the basis must come out the same on every machine and device, in
-every library version. No random library promises that; a hash does: SHAKE-256 of the target's name gives
-bits, bits become signs +1/-1, and a Cholesky factor of their exact integer Gram matrix makes them orthonormal.
+HyperDreamBooth §3.2 splits a rank-1 residual again by two frozen matrices ("Aux"): `down_basis` (a,
+m) with orthonormal rows and `up_basis` (n, b) with orthonormal columns, for a weight W (n, m). An
+identity is only valid with the basis it was trained in, so the basis must come out the same on
+every machine and device, in every library version. No random library promises that; a hash does:
+SHAKE-256 of the target's name gives bits, bits become signs +1/-1, and a Cholesky factor of their
+exact integer Gram matrix makes them orthonormal.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ PROBE_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What an identity file remembers of its basis: exact sign bits by digest, a few values by probe."""
+    """What an identity file remembers of its basis: exact sign bits by digest, a few values by
+    probe."""
 
     scheme: str
     seed: int
@@ -33,7 +36,8 @@ class Fingerprint:
 
 
 def sign_bits(seed: int, target: str, side: str, rows: int, columns: int) -> bytes:
-    """Return rows x columns bits, packed eight to a byte: the hash of the matrix's own description."""
+    """Return rows x columns bits, packed eight to a byte: the hash of the matrix's own
+    description."""
     text = f"{SCHEME}|{seed}|{target}|{side}|{rows}x{columns}".encode()
     return hashlib.shake_256(text).digest((rows * columns + 7) // 8)
 
@@ -48,7 +52,8 @@ def signs(seed: int, target: str, side: str, rows: int, columns: int) -> Tensor:
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
-    """Make the rows of `matrix` (k, w), k <= w, orthonormal: Q = L^-1 M with L L^T = M M^T, diag(L) > 0."""
+    """Make the rows of `matrix` (k, w), k <= w, orthonormal: Q = L^-1 M with L L^T = M M^T,
+    diag(L) > 0."""
     factor = torch.linalg.cholesky(matrix @ matrix.T)
     if factor.diagonal().min() < 1e-6:  # rounding hides dependent rows from the factorisation
         raise torch.linalg.LinAlgError("the rows are linearly dependent")
@@ -73,7 +78,9 @@ def _side(seed: int, target: str, side: str, k: int, width: int) -> Tensor:
         )
     try:
         return orthonormal(signs(seed, target, side, k, width)).float()
-    except torch.linalg.LinAlgError:  # dependent rows of signs: only where k is close to a small width
+    except (
+        torch.linalg.LinAlgError
+    ):  # dependent rows of signs: only where k is close to a small width
         raise HdbError(
             f"the basis of {target} ({k} of {width}) is degenerate; give the base model's spec "
             "another basis_seed or a smaller a or b"
@@ -81,10 +88,11 @@ def _side(seed: int, target: str, side: str, k: int, width: int) -> Tensor:
 
 
 def fingerprint(seed: int, targets: Mapping[str, tuple[int, int]], a: int, b: int) -> Fingerprint:
-    """Describe the basis of `targets` (name -> (n, m)) so that a file can tell whether it still has it.
+    """Describe the basis of `targets` (name -> (n, m)) so that a file can tell whether it still
+    has it.
 
-    The digest covers every sign bit and is exact everywhere; the probes are corners of the first and last
-    target's matrices and catch a linear-algebra library that orthonormalises differently.
+    The digest covers every sign bit and is exact everywhere; the probes are corners of the first
+    and last target's matrices and catch a linear-algebra library that orthonormalises differently.
     """
     digest = hashlib.sha256()
     for name, (n, m) in targets.items():

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 class Boundary(typer.core.TyperGroup):
-    """The one place where errors become a line on stderr and an exit code; bugs keep their traceback."""
+    """The one place where errors become a line on stderr and an exit code; bugs keep their
+    traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -291,7 +292,7 @@ def train_hypernetwork(
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="File of the hypernetwork.")],
     base: BaseName = DEFAULT_BASE,
-    steps: Annotated[int, typer.Option(min=1)] = PretrainConfig.steps,
+    steps: Annotated[int, typer.Option(min=1, help="Steps.")] = PretrainConfig.steps,
     batch: Annotated[int, typer.Option(min=1, help="People a step.")] = PretrainConfig.batch,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = PretrainConfig.lr,
     seed: Seed = PretrainConfig.seed,
@@ -331,7 +332,8 @@ def train_evaluate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a hypernetwork on people it never saw: loss with intervals, retrieval of portraits."""
+    """Measure a hypernetwork on people it never saw: loss with intervals, retrieval of
+    portraits."""
     from hdbcli.base import load_predictor
     from hdbcli.evaluate import evaluate
     from hdbcli.people import read_people
@@ -349,7 +351,8 @@ def train_evaluate(
 
 
 def _new_path(name: str, force: bool) -> Path:
-    """Return where a new identity goes; before any work, refuse a taken name or an unwritable place."""
+    """Return where a new identity goes; before any work, refuse a taken name or an unwritable
+    place."""
     from hdbcli.sample import check_writable
 
     path = store.path_of(name)
@@ -378,7 +381,8 @@ def _load(base: str, device: str | None, hypernetwork: Path | None = None) -> Ba
 
 
 def _wear(path: Path, base: str | None, device: str | None) -> tuple[Base, Theta]:
-    """Load an identity and the base to wear it on; say so where it is not the one it was made on."""
+    """Load an identity and the base to wear it on; say so where it is not the one it was made
+    on."""
     from hdbcli.base import theta_for
     from hdbcli.identity import load
 
@@ -408,7 +412,7 @@ def _make(
         cropped = time.perf_counter() - start
         tell("load", 0, 1)
         loaded = _load(base, device)
-        if identity is None:
+        if identity is None or config is None:
             created = create.create(crops, loaded, config, tell)
         else:
             created = create.continue_refining(identity, crops, loaded, config, tell)

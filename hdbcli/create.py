@@ -40,21 +40,18 @@ class Created:
     warnings: tuple[str, ...]
 
 
-def crop_photos(
-    photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: Tell
-) -> list[Crop]:
+def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: Tell) -> list[Crop]:
     """Crop the face of every photo as the base's template wants it."""
-    crops = []
+    crops: list[Crop] = []
     for photo in photos:
         tell("crop", len(crops), len(photos))
         crops.append(crop_face(photo, np.array(spec.template), spec.resolution, face))
     return crops
 
 
-def create(
-    crops: Sequence[Crop], base: Base, config: RefineConfig | None, tell: Tell
-) -> Created:
-    """Make an identity from the crops of one person; `config` None keeps the prediction as it is."""
+def create(crops: Sequence[Crop], base: Base, config: RefineConfig | None, tell: Tell) -> Created:
+    """Make an identity from the crops of one person; `config` None keeps the prediction as it
+    is."""
     seconds = {}
     images = base.images([crop.image for crop in crops])
     start = time.perf_counter()
@@ -107,9 +104,7 @@ def _refined(
     return Created(identity, seconds, loss_start, loss_end, floor, warnings)
 
 
-def likeness_of(
-    base: Base, theta: Theta, crops: Sequence[Crop], tell: Tell
-) -> tuple[float, float]:
+def likeness_of(base: Base, theta: Theta, crops: Sequence[Crop], tell: Tell) -> tuple[float, float]:
     """Return the likeness of generated portraits to the crops, and of the base's own beside it.
 
     The mean over four seeds, the same for both: 1 - distance of the face embeddings, 0 to 1.

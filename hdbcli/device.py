@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,7 +15,11 @@ from hdbcli.errors import HdbError
 
 def choose_device(name: str | None) -> str:
     """Return the device asked for, or the fastest there is; HdbError if it is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if name is None:
         return next(device for device in ("cuda", "mps", "cpu") if there[device])
     if not there.get(name.split(":")[0], False):
@@ -54,13 +58,15 @@ def make_optimizer(
             eight = AdamW8bit(parameters, lr=lr, weight_decay=weight_decay)
             _probe(AdamW8bit, parameters[0].device)
             return eight, "adamw8bit", None
-        except Exception as error:  # a broken native library raises anything, RuntimeError to OSError
+        except (
+            Exception
+        ) as error:  # a broken native library raises anything, RuntimeError to OSError
             note = f"bitsandbytes does not work here ({_line(error)}); using AdamW in 32 bits"
             return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay), "adamw", note
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay), "adamw", None
 
 
-def _probe(kind: type[torch.optim.Optimizer], device: torch.device) -> None:
+def _probe(kind: Callable[..., torch.optim.Optimizer], device: torch.device) -> None:
     """Take one real 8-bit step on a scratch tensor: a broken library shows itself only then."""
     scratch = torch.zeros(4096, device=device, requires_grad=True)
     scratch.grad = torch.ones_like(scratch)

@@ -1,4 +1,5 @@
-"""Measure a hypernetwork on people it never saw: three losses with intervals, and retrieval of portraits."""
+"""Measure a hypernetwork on people it never saw: three losses with intervals, and retrieval of
+portraits."""
 
 from __future__ import annotations
 

@@ -34,6 +34,6 @@ def load_hypernetwork(path: Path) -> tuple[HyperNetwork, str]:
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise HdbError(
-            f"{path} is not a hypernetwork that this hdb can read ({error}); train or fetch it again"
+            f"{path} is not a hypernetwork this hdb can read ({error}); train or fetch it again"
         ) from error
     return model.eval(), hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,8 +1,9 @@
 """The hypernetwork: a face picture in, the theta of that person out.
 
-HyperDreamBooth §3.3. A ViT encodes the face once into tokens. Each target has one weight token; face tokens
-and weight tokens are concatenated and a transformer decoder refines the weights over k iterations with
-additive deltas, theta_i = theta_(i-1) + T(f, theta_(i-1)), through a linear head of the target's own.
+HyperDreamBooth §3.3. A ViT encodes the face once into tokens. Each target has one weight token;
+face tokens and weight tokens are concatenated and a transformer decoder refines the weights over k
+iterations with additive deltas, theta_i = theta_(i-1) + T(f, theta_(i-1)), through a linear head of
+the target's own.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class HyperConfig:
 class HyperNetwork(nn.Module):
     """Predict a LiDB from aligned face crops."""
 
+    start: Tensor
+
     def __init__(self, config: HyperConfig) -> None:
         super().__init__()
         self.config = c = config
@@ -45,7 +48,9 @@ class HyperNetwork(nn.Module):
         patches = (c.resolution // c.patch) ** 2
         half = c.width // 4
         self.stem = nn.Sequential(  # a convolutional stem trains faster than one patch projection
-            nn.Conv2d(3, half, c.patch // 2, c.patch // 2), nn.GELU(), nn.Conv2d(half, c.width, 2, 2)
+            nn.Conv2d(3, half, c.patch // 2, c.patch // 2),
+            nn.GELU(),
+            nn.Conv2d(half, c.width, 2, 2),
         )
         self.face_position = nn.Parameter(torch.randn(1, patches, c.width) * 0.02)
         self.encoder = _transformer(c, c.encoder_layers)
@@ -81,7 +86,8 @@ class HyperNetwork(nn.Module):
 
     @torch.no_grad()
     def predict(self, photos: Tensor) -> Theta:
-        """Predict one theta from N photos of one person: their face tokens are averaged, not their thetas.
+        """Predict one theta from N photos of one person: their face tokens are averaged, not their
+        thetas.
 
         A core is defined up to (c up, down / c), so averaged factors would mean nothing.
         """

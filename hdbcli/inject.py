@@ -26,10 +26,11 @@ class Injected:
     seed: int
 
     def wear(self, theta: Theta | None) -> None:
-        """Put identities on every target at once: a batch of them, one for all, or None to take them off."""
+        """Put identities on every target at once: a batch of them, one for all, or None to take
+        them off."""
         if theta is not None and theta.down.shape[1] != len(self.layers):
             raise HdbError(
-                f"the identity has {theta.down.shape[1]} targets, the base model {len(self.layers)}; "
+                f"the identity has {theta.down.shape[1]} targets, the base {len(self.layers)}; "
                 "it was made for another base model"
             )
         for i, layer in enumerate(self.layers.values()):
@@ -59,7 +60,8 @@ class Injected:
         return basis.fingerprint(self.seed, self.shapes, self.a, self.b)
 
     def targets_digest(self) -> str:
-        """Hash the ordered target names: their order is the order of theta and of hypernetwork tokens."""
+        """Hash the ordered target names: their order is the order of theta and of hypernetwork
+        tokens."""
         return hashlib.sha256("\n".join(self.layers).encode()).hexdigest()
 
     def weights_digest(self) -> str:
@@ -123,7 +125,8 @@ def find_targets(
 
 
 def canonical(component: str, path: str) -> str:
-    """Name a module so that the name lasts: newer transformers dropped `text_model.` from CLIP's paths."""
+    """Name a module so that the name lasts: newer transformers dropped `text_model.` from CLIP's
+    paths."""
     if component.startswith("text_encoder") and not path.startswith("text_model."):
         return f"text_model.{path}"
     return path

@@ -1,9 +1,10 @@
-"""Lightweight DreamBooth (LiDB): a linear layer whose residual lives in a frozen basis, one identity per sample.
+"""Lightweight DreamBooth (LiDB): a linear layer whose residual lives in a frozen basis, one
+identity per sample.
 
-HyperDreamBooth §3.2:  dW = up_basis @ up @ down @ down_basis.  Letters, here and in every file of the maths:
-B samples, L targets, R rank, a and b the widths of the basis on the input (down) and output (up) side, W is
-n x m. Only `down` (R, a) and `up` (b, R) are trained; all targets of an identity share R, a and b, so that
-theta packs into one flat tensor.
+HyperDreamBooth §3.2:  dW = up_basis @ up @ down @ down_basis.  Letters, here and in every file of
+the maths: B samples, L targets, R rank, a and b the widths of the basis on the input (down) and
+output (up) side, W is n x m. Only `down` (R, a) and `up` (b, R) are trained; all targets of an
+identity share R, a and b, so that theta packs into one flat tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Theta:
-    """The trained numbers of B identities, all targets at once: `down` (B, L, R, a), `up` (B, L, b, R)."""
+    """The trained numbers of B identities, all targets at once: `down` (B, L, R, a), `up` (B, L,
+    b, R)."""
 
     down: Tensor
     up: Tensor
@@ -35,7 +37,11 @@ class Theta:
 
 
 class LiDBLinear(nn.Module):
-    """A frozen linear layer plus, while `wear` has put one on, the residual of each sample's identity."""
+    """A frozen linear layer plus, while `wear` has put one on, the residual of each sample's
+    identity."""
+
+    down_basis: Tensor
+    up_basis: Tensor
 
     def __init__(self, base: nn.Linear, down_basis: Tensor, up_basis: Tensor) -> None:
         super().__init__()
@@ -57,7 +63,8 @@ class LiDBLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return base(x) + x D^T U^T for x (k B, ..., m).
 
-        With B = 1 everyone wears the same. k is 2 under classifier-free guidance, which stacks the batch.
+        With B = 1 everyone wears the same. k is 2 under classifier-free guidance, which stacks the
+        batch.
         """
         y = self.base(x)
         if self.residual is None:
@@ -76,7 +83,8 @@ class LiDBLinear(nn.Module):
 
     @torch.no_grad()
     def fused(self) -> nn.Linear:
-        """Return a plain linear layer with W + dW, cast once to the base's dtype. One-way: for merging."""
+        """Return a plain linear layer with W + dW, cast once to the base's dtype. One-way: for
+        merging."""
         base = self.base
         fused = nn.Linear(base.in_features, base.out_features, base.bias is not None)
         fused = fused.to(base.weight)
@@ -89,8 +97,9 @@ class LiDBLinear(nn.Module):
 def first_theta(count: int, a: int, b: int, rank: int = 1) -> Theta:
     """Return theta_0 of one identity on `count` targets, shared by all people of a base.
 
-    `up` is 0, so the model equals its base; `down` is not, so gradients flow from the first step: with both
-    zero none ever would. `down` is a fixed pattern of cosines (rows of a DCT), orthonormal for R <= a.
+    `up` is 0, so the model equals its base; `down` is not, so gradients flow from the first step:
+    with both zero none ever would. `down` is a fixed pattern of cosines (rows of a DCT),
+    orthonormal for R <= a.
     """
     position = (torch.arange(a, dtype=torch.float64) + 0.5) * torch.pi / a
     rows = torch.cos(position * torch.arange(1, rank + 1, dtype=torch.float64)[:, None])
@@ -99,9 +108,11 @@ def first_theta(count: int, a: int, b: int, rank: int = 1) -> Theta:
 
 
 def pack(theta: Theta) -> Tensor:
-    """Flatten the theta of one identity into one vector (L x R x (a+b)): one parameter for the optimizer.
+    """Flatten the theta of one identity into one vector (L x R x (a+b)): one parameter for the
+    optimizer.
 
-    8-bit optimizers keep tensors under 4,096 numbers in 32 bits, so separate cores would gain nothing.
+    8-bit optimizers keep tensors under 4,096 numbers in 32 bits, so separate cores would gain
+    nothing.
     """
     assert len(theta.down) == 1, "pack one identity at a time"
     return torch.cat([theta.down.flatten(), theta.up.flatten()])

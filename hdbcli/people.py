@@ -33,10 +33,9 @@ class People:
         return first, People(self.crops, self.names[keep:], self.members[keep:], self.skipped)
 
 
-def read_people(
-    folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell: Tell
-) -> People:
-    """Read and crop every photo matching `pattern`; photos without one clear face are skipped and named.
+def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell: Tell) -> People:
+    """Read and crop every photo matching `pattern`; photos without one clear face are skipped and
+    named.
 
     `aligned` says that the pictures already are crops of the base's size and framing.
     """

@@ -1,8 +1,9 @@
-"""Train the hypernetwork of a base model: the diffusion loss of each person wearing the predicted theta.
+"""Train the hypernetwork of a base model: the diffusion loss of each person wearing the predicted
+theta.
 
-HyperDreamBooth §3.3, eq. 4, with beta = 0 (no bank of optimised LiDBs is needed). The face that is read and
-the face that is drawn are different photos of a person where there are two, so that pose and light are
-not taken for identity.
+HyperDreamBooth §3.3, eq. 4, with beta = 0 (no bank of optimised LiDBs is needed). The face that is
+read and the face that is drawn are different photos of a person where there are two, so that pose
+and light are not taken for identity.
 """
 
 from __future__ import annotations
@@ -98,9 +99,7 @@ def draw_pairs(
 
 
 @torch.no_grad()
-def encode_crops(
-    base: Base, crops: np.ndarray, tell: Tell
-) -> Tensor:
+def encode_crops(base: Base, crops: np.ndarray, tell: Tell) -> Tensor:
     """Encode crops and their mirror images once: (2, N, c, h, w) float16 on the CPU."""
     both = []
     for side in range(2):

@@ -1,4 +1,5 @@
-"""Fast fine-tuning: a few dozen iterations of diffusion loss on the crops, from a predicted and relaxed theta.
+"""Fast fine-tuning: a few dozen iterations of diffusion loss on the crops, from a predicted and
+relaxed theta.
 
 HyperDreamBooth §3.4; the paper takes 40 iterations on "a [V] face".
 """

@@ -1,7 +1,7 @@
 """Rank relaxation: give an identity more ranks inside its basis without changing what it generates.
 
-HyperDreamBooth §3.4. The added ranks start with `up` = 0, so dW is the same to the last bit, and with
-`down` not 0, so that the first step of refinement already trains them.
+HyperDreamBooth §3.4. The added ranks start with `up` = 0, so dW is the same to the last bit, and
+with `down` not 0, so that the first step of refinement already trains them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ def relax(theta: Theta, rank: int) -> Theta:
     batch, targets, old, a = theta.down.shape
     b = theta.up.shape[2]
     if not old <= rank <= min(a, b):
-        raise HdbError(f"cannot relax from rank {old} to {rank}; give a rank from {old} to {min(a, b)}")
+        raise HdbError(
+            f"cannot relax from rank {old} to {rank}; give a rank from {old} to {min(a, b)}"
+        )
     added = first_theta(targets, a, b, rank)
     down = added.down[:, :, old:].to(theta.down).expand(batch, -1, -1, -1)
     up = added.up[:, :, :, old:].to(theta.up).expand(batch, -1, -1, -1)

@@ -1,4 +1,5 @@
-"""Turn facts into what a person or a script reads: tables, one JSON document, progress with time left."""
+"""Turn facts into what a person or a script reads: tables, one JSON document, progress with time
+left."""
 
 from __future__ import annotations
 
@@ -63,7 +64,13 @@ def document(value: object) -> None:
 @contextmanager
 def progress() -> Iterator[Tell]:
     """Draw one bar a stage with the time left; silent where standard error is no terminal."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -74,7 +81,9 @@ def progress() -> Iterator[Tell]:
         TimeRemainingColumn(),
     )
     console = err()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         tasks: dict[str, Any] = {}
 
         def tell(stage: str, done: int, total: int) -> None:
@@ -152,7 +161,7 @@ def show_created(values: Mapping[str, Any]) -> None:
 
 def show_entries(entries: Sequence[Entry]) -> None:
     """Print the identities, one a line; a damaged file says so in its line."""
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for entry in entries:
         known = entry.facts
         if known is None:
@@ -181,7 +190,8 @@ def base_facts(spec: BaseSpec, source: str) -> dict[str, Any]:
 
 
 def show_evaluation(result: Evaluation) -> None:
-    """Print the held-out losses with their intervals, and retrieval beside its ceilings and chance."""
+    """Print the held-out losses with their intervals, and retrieval beside its ceilings and
+    chance."""
 
     def interval(value: Interval) -> str:
         return f"{value.mean:+.4f} (95 % {value.low:+.4f} to {value.high:+.4f})"

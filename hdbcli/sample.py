@@ -41,19 +41,21 @@ def generate(
     settings: SampleSettings,
     tell: Tell,
 ) -> list[Picture]:
-    """Draw one picture a seed. Prompt and negative prompt both wear the identity, as a merged model would.
+    """Draw one picture a seed. Prompt and negative prompt both wear the identity, as a merged
+    model would.
 
     A theta of one identity serves all seeds; a theta of as many as there are seeds, one each.
     """
     pictures: list[Picture] = []
     text = base.prompt(prompt)
-    done = 0
-    for start in range(0, len(seeds), AT_ONCE):
-        batch = seeds[start : start + AT_ONCE]
-        worn = theta if theta is None or len(theta.down) == 1 else theta[start : start + AT_ONCE]
+    passes = -(-len(seeds) // AT_ONCE)
+    for done in range(passes):
+        part = slice(done * AT_ONCE, (done + 1) * AT_ONCE)
+        batch = seeds[part]
+        worn = theta if theta is None or len(theta.down) == 1 else theta[part]
 
         def progress(step: int, steps: int, done: int = done) -> None:
-            tell("draw", done * steps + step, -(-len(seeds) // AT_ONCE) * steps)
+            tell("draw", done * steps + step, passes * steps)
 
         with base.injected.wearing(worn):
             try:
@@ -61,7 +63,6 @@ def generate(
             except RegistryError as error:
                 raise HdbError(str(error)) from error
         pictures += [Picture(image, seed) for image, seed in zip(images, batch, strict=True)]
-        done += 1
     return pictures
 
 
@@ -76,7 +77,8 @@ class Outputs:
 def plan_outputs(out: Path | None, name: str, seeds: Sequence[int], grid: bool) -> Outputs:
     """Name the files before the work: `NAME-SEED.png` in a folder, or exactly the .png given.
 
-    Nothing is overwritten but a file that was named itself. Raise HdbError for what cannot be written.
+    Nothing is overwritten but a file that was named itself. Raise HdbError for what cannot be
+    written.
     """
     if out is not None and out.suffix.lower() == ".png" and not out.is_dir():
         if len(seeds) > 1 and not grid:
@@ -115,7 +117,8 @@ def save_all(
         save_picture(picture.image, path, text)
     if outputs.grid:
         save_picture(contact_sheet(pictures), outputs.grid, texts[0])
-    paths = [str(path) for path in outputs.pictures] or [None] * len(pictures)
+    paths: list[str | None] = [str(path) for path in outputs.pictures]
+    paths = paths or [None] * len(pictures)
     listed = [{"path": p, "seed": i.seed} for p, i in zip(paths, pictures, strict=True)]
     return {"pictures": listed, "grid": str(outputs.grid) if outputs.grid else None}
 
@@ -147,7 +150,8 @@ class _NotNeeded(Exception):
 def parameters_text(
     prompt: str, settings: SampleSettings, picture: Picture, base: str, identity: str
 ) -> str:
-    """Describe a picture in A1111's form: prompt, negative prompt, one line of `key: value` pairs."""
+    """Describe a picture in A1111's form: prompt, negative prompt, one line of `key: value`
+    pairs."""
     height, width = picture.image.shape[:2]
     pairs = {
         "Steps": settings.steps,

@@ -1,4 +1,5 @@
-"""The backbone of Stable Diffusion 1.x and 2.x layouts: one diffusers pipeline spoken to in hdb's language."""
+"""The backbone of Stable Diffusion 1.x and 2.x layouts: one diffusers pipeline spoken to in hdb's
+language."""
 
 from __future__ import annotations
 
@@ -130,12 +131,15 @@ class StableDiffusion:
             return self.pipeline.unet.config.sample_size * scale
         multiple = scale * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
         if size < multiple or size % multiple:
-            raise RegistryError(f"--size {size} does not fit this model; use a multiple of {multiple}")
+            raise RegistryError(
+                f"--size {size} does not fit this model; use a multiple of {multiple}"
+            )
         return size
 
 
 def load_folder(folder: Path, device: str, dtype: str) -> StableDiffusion:
-    """Load a diffusers folder, from its files alone; RegistryError if they are missing or damaged."""
+    """Load a diffusers folder, from its files alone; RegistryError if they are missing or
+    damaged."""
     with _quiet():
         from diffusers import StableDiffusionPipeline
 
@@ -159,7 +163,8 @@ def load_folder(folder: Path, device: str, dtype: str) -> StableDiffusion:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' bars and advice off the terminal while a model loads; errors still raise."""
+    """Keep the libraries' bars and advice off the terminal while a model loads; errors still
+    raise."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log

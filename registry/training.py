@@ -1,7 +1,8 @@
-"""The one training loop: steps, schedule, average weights, and checkpoints that resume to the same numbers.
+"""The one training loop: steps, schedule, average weights, and checkpoints that resume to the same
+numbers.
 
-The recipe of `tiny` and every stage of hdb use it; what differs is which parameters are trained and which
-loss is taken. Checkpoints are safetensors, never pickle.
+The recipe of `tiny` and every stage of hdb use it; what differs is which parameters are trained
+and which loss is taken. Checkpoints are safetensors, never pickle.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def fit(
     """Train `parameters` in place, yielding after every step.
 
     `loss` draws its own batch and noise from the generator it is handed, so that the whole run is a
-    function of `plan.seed`. With `checkpoint`, a run that was cut off continues from the last one saved.
+    function of `plan.seed`. With `checkpoint`, a run that was cut off continues from the last one
+    saved.
     """
     generator = torch.Generator().manual_seed(plan.seed)
     first = 0
@@ -127,13 +129,17 @@ def _resume(
             step = int(file.metadata()["step"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise RegistryError(f"cannot resume from {path} ({error}); delete it to start again") from error
+        raise RegistryError(
+            f"cannot resume from {path} ({error}); delete it to start again"
+        ) from error
     generator.set_state(tensors.pop("generator"))
     expected = {f"parameter.{k}" for k in parameters} | {f"average.{k}" for k in averages}
     found = {k for k in tensors if not k.startswith("optimizer.")}
     if expected != found:
         odd = sorted(expected ^ found)[0]
-        raise RegistryError(f"{path} is of another model ({odd} is in only one); delete it to start again")
+        raise RegistryError(
+            f"{path} is of another model ({odd} is in only one); delete it to start again"
+        )
     with torch.no_grad():
         for name, value in averages.items():
             value.copy_(tensors[f"average.{name}"])

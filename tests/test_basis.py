@@ -1,4 +1,5 @@
-"""The basis is a pure function: same numbers everywhere, orthonormal, another for every name and seed."""
+"""The basis is a pure function: same numbers everywhere, orthonormal, another for every name and
+seed."""
 
 from __future__ import annotations
 
@@ -12,9 +13,14 @@ from hdbcli.errors import HdbError
 
 
 def sd15_targets() -> dict[str, tuple[int, int]]:
-    """Name SD 1.5's 192 targets with the (n, m) of their weights, from its published configuration."""
+    """Name SD 1.5's 192 targets with the (n, m) of their weights, from its published
+    configuration."""
     targets = {}
-    blocks = [(f"down_blocks.{i}.attentions.{j}", w) for i, w in enumerate((320, 640, 1280)) for j in (0, 1)]
+    blocks = [
+        (f"down_blocks.{i}.attentions.{j}", w)
+        for i, w in enumerate((320, 640, 1280))
+        for j in (0, 1)
+    ]
     blocks += [("mid_block.attentions.0", 1280)]
     widths = {1: 1280, 2: 640, 3: 320}
     blocks += [(f"up_blocks.{i}.attentions.{j}", widths[i]) for i in (1, 2, 3) for j in range(3)]

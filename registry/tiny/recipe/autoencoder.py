@@ -1,9 +1,10 @@
-"""The autoencoder of `tiny`: a closed-form linear encoder to 8 x 8 latents, and a decoder trained to undo it.
+"""The autoencoder of `tiny`: a closed-form linear encoder to 8 x 8 latents, and a decoder trained
+to undo it.
 
 The encoder is the principal components of 8 x 8 patches, written into the strided convolutions of
-AutoencoderTiny. On aligned faces it keeps who somebody is better than a jointly trained one did in an
-hour (README of the recipe), takes seconds, and never changes: base model and hypernetwork can be trained
-while the decoder still is.
+AutoencoderTiny. On aligned faces it keeps who somebody is better than a jointly trained one did in
+an hour (README of the recipe), takes seconds, and never changes: base model and hypernetwork can be
+trained while the decoder still is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from registry.training import Plan, Step, fit
 
 CHANNELS = 24  # principal components kept of each patch's 192 numbers
 PATCH = 8
-TEMPER = 0.5  # deviations of the components are raised to this power: fine ones are heard, not shouted
+TEMPER = (
+    0.5  # deviations of the components are raised to this power: fine ones are heard, not shouted
+)
 SCALE = 4.0  # latents that diffuse / latents that the decoder reads: its input is squashed beyond 3
 BATCH = 8  # small: the decoder needs steps more than pictures
 FACES = 1  # of a batch the face embedding judges: it costs more than the decoder
@@ -30,7 +33,8 @@ Embedding = Callable[[Tensor], Tensor]
 
 
 def new_autoencoder() -> AutoencoderTiny:
-    """Build the network: an encoder without blocks is linear; the decoder is deep where it is small."""
+    """Build the network: an encoder without blocks is linear; the decoder is deep where it is
+    small."""
     return AutoencoderTiny(
         encoder_block_out_channels=(48,) * 4,
         decoder_block_out_channels=(48,) * 4,
@@ -70,8 +74,8 @@ def train_autoencoder(build: Path, plan: Plan, embedding: Embedding | None) -> I
 def write_encoder(model: AutoencoderTiny, pixels: Tensor) -> None:
     """Write the principal components of the patches of `pixels` into the encoder's convolutions.
 
-    Two strided convolutions only rearrange (2 x 2 pixels to channels, twice); the third projects. The
-    encoder maps -1..1 to 0..1 first, which the projection undoes.
+    Two strided convolutions only rearrange (2 x 2 pixels to channels, twice); the third projects.
+    The encoder maps -1..1 to 0..1 first, which the projection undoes.
     """
     patches = F.unfold(to_unit(pixels).contiguous(), PATCH, stride=PATCH).transpose(1, 2)
     patches = patches.reshape(-1, 3 * PATCH * PATCH).double()
@@ -81,7 +85,9 @@ def write_encoder(model: AutoencoderTiny, pixels: Tensor) -> None:
     vectors = vectors * vectors.sum(0).sign()  # the sign of an eigenvector is nobody's: fix it
     tempered = variance ** (TEMPER / 2)
     tempered = tempered / tempered.pow(2).mean().sqrt() / SCALE
-    project = (vectors / variance.sqrt() * tempered).T.float()  # (k, 192), patches in (c, y, x) order
+    project = (
+        vectors / variance.sqrt() * tempered
+    ).T.float()  # (k, 192), patches in (c, y, x) order
     first, *strided, last = model.encoder.layers
     for layer in (first, *strided, last):
         layer.weight.zero_()
@@ -92,7 +98,8 @@ def write_encoder(model: AutoencoderTiny, pixels: Tensor) -> None:
     for layer in strided[:2]:
         _space_to_depth(layer, width)
         width *= 4
-    # Patches are (c, y, x), each of y and x three binary digits, highest first. The lowest digits were
+    # Patches are (c, y, x), each of y and x three binary digits, highest first. The lowest digits
+    # were
     # folded into channels first, then the middle ones; the highest are taps of this convolution.
     weight = project.view(CHANNELS, 3, 2, 2, 2, 2, 2, 2).permute(0, 1, 4, 7, 3, 6, 2, 5)
     strided[2].weight[:CHANNELS, :, 1:, 1:] = 2 * weight.reshape(CHANNELS, 48, 2, 2)
@@ -102,7 +109,8 @@ def write_encoder(model: AutoencoderTiny, pixels: Tensor) -> None:
 
 
 def _space_to_depth(layer: nn.Conv2d, width: int) -> None:
-    """Make a strided 3 x 3 convolution copy each 2 x 2 square of `width` channels into 4 x `width`."""
+    """Make a strided 3 x 3 convolution copy each 2 x 2 square of `width` channels into 4 x
+    `width`."""
     for channel in range(width):
         for y in range(2):
             for x in range(2):
@@ -136,7 +144,8 @@ def _loss(
 
 
 def face_chips(images: Tensor) -> Tensor:
-    """Enlarge aligned pictures (N, 3, S, S) in -1..1 to the embedding's 150 px chips, 0..255, with a margin."""
+    """Enlarge aligned pictures (N, 3, S, S) in -1..1 to the embedding's 150 px chips, 0..255, with
+    a margin."""
     margin = images.shape[-1] * 3 // 32
     padded = F.pad((images + 1) * 127.5, (margin,) * 4, mode="replicate")
     return F.interpolate(padded, (150, 150), mode="bilinear", align_corners=False)
@@ -144,7 +153,8 @@ def face_chips(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(model: AutoencoderTiny, pixels: Tensor) -> Tensor:
-    """Encode uint8 pictures (N, 3, S, S) to the latents that diffuse, float32, of unit mean square."""
+    """Encode uint8 pictures (N, 3, S, S) to the latents that diffuse, float32, of unit mean
+    square."""
     return model.encode(to_unit(pixels)).latents * SCALE
 
 

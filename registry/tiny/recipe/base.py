@@ -71,7 +71,8 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def train_base(build: Path, plan: Plan, compiled: bool) -> Iterator[Step]:
-    """Train on every picture and its mirror image; save a pipeline folder and a sheet of samples."""
+    """Train on every picture and its mirror image; save a pipeline folder and a sheet of
+    samples."""
     pictures = read_pictures(build / "people")
     vae = AutoencoderTiny.from_pretrained(build / "vae").to(memory_format=torch.channels_last)
     latents = _latents(vae.eval(), pictures)
@@ -135,7 +136,8 @@ def _words() -> set[str]:
 
 
 def _tokens(tokenizer: CLIPTokenizer) -> Tensor:
-    """Tokenise every caption: (styles, variants, with or without identifier, LENGTH); the last row is empty."""
+    """Tokenise every caption: (styles, variants, with or without identifier, LENGTH); the last row
+    is empty."""
     rows = []
     for style in STYLES:
         texts = PORTRAIT_WORDS if style == "portrait" else (CAPTIONS[style],) * len(PORTRAIT_WORDS)

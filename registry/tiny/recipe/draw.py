@@ -1,4 +1,5 @@
-"""Draw a person: vertices, textures and lights to a picture, with OpenGL on EGL (no display, no GPU needed)."""
+"""Draw a person: vertices, textures and lights to a picture, with OpenGL on EGL (no display, no
+GPU needed)."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from registry.errors import RegistryError
 from registry.tiny.recipe import shaders
+from registry.tiny.recipe.assets import read_image
 from registry.tiny.recipe.head import LASHES, Head, Proxy, Surface, triangles
 from registry.tiny.recipe.person import Person
 
@@ -25,7 +27,8 @@ NO_PAINT = (0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class View:
-    """Camera and light. Angles in radians; `eyes` is where the midpoint of the eyes lands, in -1..1, y up."""
+    """Camera and light. Angles in radians; `eyes` is where the midpoint of the eyes lands, in
+    -1..1, y up."""
 
     yaw: float = 0.0
     pitch: float = 0.0
@@ -91,7 +94,8 @@ class Renderer:
         self.beard = _beard_mask(head, self.lips)
 
     def draw(self, person: Person, view: View, look: Look) -> tuple[np.ndarray, np.ndarray]:
-        """Return colour premultiplied by coverage (S, S, 3) in 0..255, and coverage (S, S, 1) in 0..1."""
+        """Return colour premultiplied by coverage (S, S, 3) in 0..255, and coverage (S, S, 1) in
+        0..1."""
         parts, eye = self._build(person, look)
         self._aim(view, look, eye)
         gl = self.gl
@@ -102,7 +106,7 @@ class Renderer:
         for part in parts:
             self._draw_part(part)
         data = np.frombuffer(self.frame.read(components=4), np.uint8)
-        picture = data.reshape(self.pixels, self.pixels, 4)[::-1].astype(np.float32)
+        picture: np.ndarray = data.reshape(self.pixels, self.pixels, 4)[::-1].astype(np.float32)
         picture = cv2.resize(picture, (self.size, self.size), interpolation=cv2.INTER_AREA)
         return picture[:, :, :3], picture[:, :, 3:] / 255
 
@@ -156,7 +160,7 @@ class Renderer:
             for race in person.races
         }
         mixed = sum(w * skins[race].astype(np.float32) for race, w in person.races.items()) / 255
-        image = 0.6 * mixed + 0.4 * skins[person.main_race].astype(np.float32) / 255
+        image: np.ndarray = 0.6 * mixed + 0.4 * skins[person.main_race].astype(np.float32) / 255
         if smooth:
             blurred = cv2.GaussianBlur(image.astype(np.float32), (0, 0), 2.2)
             image = cv2.bilateralFilter(blurred, 7, 0.2, 5)
@@ -194,12 +198,13 @@ class Renderer:
         normals = np.stack(
             [np.bincount(flat, np.tile(across[:, k], 3), len(vertices)) for k in range(3)], 1
         )
-        normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-9
+        normals = normals / (np.linalg.norm(normals, axis=1, keepdims=True) + 1e-9)
         packed = np.hstack([vertices[vertex], normals[vertex], uv]).astype(np.float32)
         return _Part(packed, indices, image, kind, tint, gloss)
 
     def _aim(self, view: View, look: Look, eye: np.ndarray) -> None:
-        """Set camera and lights; the shift that puts the eyes where the view wants them is solved for."""
+        """Set camera and lights; the shift that puts the eyes where the view wants them is solved
+        for."""
         rotation = _rotation(view)
         focal = 1 / math.tan(math.radians(view.field / 2))
         centre = eye + np.array([0, -0.02, -0.55])  # the middle of the skull: heads turn about it
@@ -300,7 +305,7 @@ def _cartoon(vertices: np.ndarray, eyes: np.ndarray, strength: float) -> np.ndar
 
 def _lips(head: Head) -> np.ndarray:
     """Read the mask of the lips in skin coordinates, (512, 512) in 0..1."""
-    mask = cv2.imread(str(head.textures / "mpfb_lips.jpg"), cv2.IMREAD_GRAYSCALE)
+    mask = read_image(head.textures / "mpfb_lips.jpg", cv2.IMREAD_GRAYSCALE)
     return cv2.resize(mask, (512, 512), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
@@ -314,7 +319,7 @@ def _beard_mask(head: Head, lips: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _read_image(path: Path) -> np.ndarray:
-    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    image = read_image(path)
     code = cv2.COLOR_BGRA2RGBA if image.shape[2] == 4 else cv2.COLOR_BGR2RGB
     return cv2.cvtColor(image, code)
 

@@ -1,4 +1,5 @@
-"""The parametric head: MakeHuman's base mesh, its face sliders, and the hair, brows and eyes fitted to it."""
+"""The parametric head: MakeHuman's base mesh, its face sliders, and the hair, brows and eyes
+fitted to it."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ LASHES = "eyelashes02"
 
 @dataclass(frozen=True)
 class Proxy:
-    """A mesh that follows the body: each vertex is a weighted corner of a body triangle plus an offset."""
+    """A mesh that follows the body: each vertex is a weighted corner of a body triangle plus an
+    offset."""
 
     corners: np.ndarray  # (V, 3) indices of body vertices
     weights: np.ndarray  # (V, 3)
@@ -77,7 +79,8 @@ class Head:
     def shape(
         self, person: Person, expression: Mapping[str, float], extra: Mapping[str, float]
     ) -> np.ndarray:
-        """Return the person's vertices (V, 3); `extra` adds to sliders, `expression` names units."""
+        """Return the person's vertices (V, 3); `extra` adds to sliders, `expression` names
+        units."""
         weights = self._weights(person, expression, extra)
         active = np.flatnonzero(weights)
         return self.rest + (weights[active] @ self.deltas[active]).reshape(-1, 3)

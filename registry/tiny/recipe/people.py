@@ -24,10 +24,12 @@ PORTRAITS, STYLES_EACH = 3, 3
 def render_people(
     assets: Assets, out: Path, seeds: range, size: int, workers: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[int, float]]:
-    """Render each seed's person into `out/SEED/`, skipping those done; yield (people done, seconds).
+    """Render each seed's person into `out/SEED/`, skipping those done; yield (people done,
+    seconds).
 
     `workers` is (this one, how many): several processes share the seeds without talking.
-    Held-out people get every style twice, so that each style has its own true pictures to compare with.
+    Held-out people get every style twice, so that each style has its own true pictures to compare
+    with.
     """
     head = Head(assets, assets.meshes.parent.parent / "targets.npz")
     renderer = Renderer(head, assets.materials, size)
@@ -48,7 +50,9 @@ def render_people(
         yield count, time.perf_counter() - start
 
 
-def render_photos(assets: Assets, out: Path, seeds: range, size: int) -> Iterator[tuple[int, float]]:
+def render_photos(
+    assets: Assets, out: Path, seeds: range, size: int
+) -> Iterator[tuple[int, float]]:
     """Render two photos of each held-out person as a camera takes them: larger, wider, not cropped.
 
     They test hdb from the photo file on: detector, crop, prediction. `out/SEED/photo-K.jpg`.

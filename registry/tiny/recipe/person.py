@@ -82,7 +82,7 @@ def sample_person(seed: int, sliders: Mapping[str, bool]) -> Person:
         skin_age="old" if age > 0.6 else "middleage" if age > 0.3 else "young",
         main_race=main_race,
         tone=_rgb(np.clip(rng.normal(1, 0.07) * warm, 0.75, 1.15)),
-        hair=hairs[rng.integers(len(hairs))],
+        hair=hairs[int(rng.integers(len(hairs)))],
         hair_colour=_rgb(_sample_hair_colour(rng, main_race, age) / 255),
         brow=int(rng.integers(1, BROWS + 1)),
         eyes=str(rng.choice(EYES_ALL if main_race == "caucasian" else EYES_DARK)),
@@ -93,7 +93,8 @@ def sample_person(seed: int, sliders: Mapping[str, bool]) -> Person:
 
 
 def _sample_sliders(rng: np.random.Generator, sliders: Mapping[str, bool]) -> dict[str, float]:
-    """Draw every slider from a normal; ears and overall head shape vary less, noses a little less."""
+    """Draw every slider from a normal; ears and overall head shape vary less, noses a little
+    less."""
     damping = {"ears": 0.45, "head": 0.55, "nose": 0.7}
     chosen = {}
     for name, signed in sorted(sliders.items()):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from registry.errors import RegistryError
+from registry.tiny.recipe.assets import read_image
 from registry.tiny.recipe.styles import CAPTIONS
 
 STYLES = tuple(CAPTIONS)
@@ -18,7 +19,8 @@ STYLES = tuple(CAPTIONS)
 
 @dataclass(frozen=True)
 class Pictures:
-    """N pictures: `pixels` (N, 3, S, S) uint8, `styles` (N,) index into STYLES, `people` (N,) seeds."""
+    """N pictures: `pixels` (N, 3, S, S) uint8, `styles` (N,) index into STYLES, `people` (N,)
+    seeds."""
 
     pixels: Tensor
     styles: Tensor
@@ -30,7 +32,7 @@ def read_pictures(folder: Path) -> Pictures:
     files = sorted(folder.glob("[0-9]*/*.png"))
     if not files:
         raise RegistryError(f"no rendered pictures in {folder}; run the render step first")
-    pixels = np.stack([cv2.imread(str(f))[:, :, ::-1] for f in files])
+    pixels = np.stack([read_image(f, cv2.IMREAD_COLOR)[:, :, ::-1] for f in files])
     styles = [STYLES.index(f.stem.split("-")[0]) for f in files]
     people = [int(f.parent.name) for f in files]
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
@@ -45,6 +47,18 @@ def to_unit(pixels: Tensor) -> Tensor:
 def to_pixels(images: Tensor) -> Tensor:
     """Map (N, 3, S, S) in -1..1 to uint8."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def photo_rows(photos: list[Path], drawn: Path, size: int) -> list[Tensor]:
+    """Read a row for each photo: the photo itself, then `drawn/NAME-K.png` in order of K."""
+    rows = []
+    for photo in photos:
+        name = photo.stem if photo.parent.name == "data" else photo.parent.name
+        files = [photo, *sorted(drawn.glob(f"{name}-[0-9].png"))]
+        images = [read_image(f, cv2.IMREAD_COLOR)[:, :, ::-1] for f in files]
+        images = [cv2.resize(i, (size, size), interpolation=cv2.INTER_AREA) for i in images]
+        rows.append(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    return rows
 
 
 def sheet(rows: list[Tensor], path: Path, scale: int = 2) -> None:

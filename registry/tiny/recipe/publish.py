@@ -1,4 +1,5 @@
-"""Publish a trained pipeline as the weights that ship: fp16, names that old and new readers know."""
+"""Publish a trained pipeline as the weights that ship: fp16, names that old and new readers
+know."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ LIMIT = 40_000_000  # bytes of everything under weights/
 
 
 def publish(build: Path, weights: Path) -> int:
-    """Copy `build/pipeline` and `build/hypernetwork.safetensors` to `weights`; return the bytes there."""
+    """Copy `build/pipeline` and `build/hypernetwork.safetensors` to `weights`; return the bytes
+    there."""
     source = build / "pipeline"
     if not (source / "model_index.json").exists():
         raise RegistryError(f"no pipeline in {source}; run the base step first")
     beside = weights.with_name(".weights.part")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(source, beside)
+    shutil.copytree(build / "vae", beside / "vae", dirs_exist_ok=True)  # its decoder trains on
     for file in beside.rglob("*.safetensors"):
         tensors = {_canonical(file, k): v for k, v in load_file(file).items()}
         half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
@@ -30,14 +33,17 @@ def publish(build: Path, weights: Path) -> int:
         shutil.copy2(hypernetwork, beside)
     size = sum(file.stat().st_size for file in beside.rglob("*") if file.is_file())
     if size > LIMIT:
-        raise RegistryError(f"the weights take {size:,} bytes, more than {LIMIT:,}; shrink a network")
+        raise RegistryError(
+            f"the weights take {size:,} bytes, more than {LIMIT:,}; shrink a network"
+        )
     shutil.rmtree(weights, ignore_errors=True)
     beside.rename(weights)
     return size
 
 
 def _canonical(file: Path, key: str) -> str:
-    """Keep `text_model.` in the text encoder's names: newer transformers drop it, older ones need it."""
+    """Keep `text_model.` in the text encoder's names: newer transformers drop it, older ones need
+    it."""
     if file.parent.name == "text_encoder" and not key.startswith("text_model."):
         return f"text_model.{key}"
     return key

@@ -1,4 +1,5 @@
-"""The two shader programs of the renderer: skin, cloth, hair and eyes in four materials, one key light and a fill."""
+"""The two shader programs of the renderer: skin, cloth, hair and eyes in four materials, one key
+light and a fill."""
 
 VERTEX = """#version 330
 in vec3 position; in vec3 normal; in vec2 uv;
@@ -9,7 +10,8 @@ void main() {
     N = rotation * normal; T = uv; W = rotation * position; O = position;
 }"""
 
-# `part`: 0 skin, 1 hair (brows, lashes), 2 eyes, 3 cloth. `material`: 0 natural, 1 bark, 2 marble, 3 bronze.
+# `part`: 0 skin, 1 hair (brows, lashes), 2 eyes, 3 cloth. `material`: 0 natural, 1 bark, 2 marble,
+# 3 bronze.
 FRAGMENT = """#version 330
 in vec3 N; in vec2 T; in vec3 W; in vec3 O;
 out vec4 colour;
@@ -81,7 +83,8 @@ void main() {
     float highlight = pow(max(0., dot(n, normalize(view + key_direction))), tightness);
     float rim = pow(1. - max(0., dot(n, view)), 3.);
     vec3 fill_direction = normalize(vec3(-key_direction.x, .1, .6));
-    vec3 light = ambient * (.75 + .25 * n.y) + key * diffuse + fill * max(0., dot(n, fill_direction));
+    vec3 light = ambient * (.75 + .25 * n.y) + key * diffuse + fill * max(0., dot(n,
+    fill_direction));
     if (part == 0 && material == 0)  // light that scatters in skin comes out red in the shade
         light *= mix(vec3(1.12, .96, .92), vec3(1.), smoothstep(0., .5, diffuse));
     vec3 lit = base * light + vec3(highlight) * shine * key + rim * .12 * key + rim * .5 * fill;

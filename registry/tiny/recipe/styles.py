@@ -11,8 +11,8 @@ import numpy as np
 from registry.tiny.recipe.draw import Look, Renderer, View
 from registry.tiny.recipe.person import Person
 
-# The project page's five prompts stand here verbatim (selfie, Pixar, bark, rock star, professional);
-# "[V]" marks the place of the identifier.
+# The project page's five prompts stand here verbatim (selfie, Pixar, bark, rock star,
+# professional); "[V]" marks the place of the identifier.
 CAPTIONS = {
     "portrait": "A [V] face",
     "selfie": "An Instagram selfie of a [V] face",
@@ -66,14 +66,17 @@ def sample_view(rng: np.random.Generator) -> View:
 def render_style(
     renderer: Renderer, person: Person, style: str, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draw the person in a style; every choice that is not identity comes from `rng`. (S, S, 3) uint8."""
+    """Draw the person in a style; every choice that is not identity comes from `rng`. (S, S, 3)
+    uint8."""
     view = sample_view(rng)
     look = Look(expression={"mouth-corner-puller": max(0.0, rng.normal(0.2, 0.2))})
     picture = _PAINTERS[style](renderer, person, view, look, rng)
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
-def _portrait(renderer: Renderer, person: Person, view: View, look: Look, rng) -> np.ndarray:
+def _portrait(
+    renderer: Renderer, person: Person, view: View, look: Look, rng: np.random.Generator
+) -> np.ndarray:
     return _over(
         *renderer.draw(person, view, look), _backdrop(rng, rng.uniform(60, 225, 3), renderer.size)
     )
@@ -87,7 +90,9 @@ def _photo(
     return _portrait(renderer, person, view, look, rng)
 
 
-def _selfie(renderer: Renderer, person: Person, view: View, look: Look, rng) -> np.ndarray:
+def _selfie(
+    renderer: Renderer, person: Person, view: View, look: Look, rng: np.random.Generator
+) -> np.ndarray:
     view = replace(
         view,
         field=48.0,
@@ -104,7 +109,9 @@ def _selfie(renderer: Renderer, person: Person, view: View, look: Look, rng) -> 
     return warm * 0.86 + np.array([34, 22, 22])  # lifted blacks: the faded look of the filter
 
 
-def _pixar(renderer: Renderer, person: Person, view: View, look: Look, rng) -> np.ndarray:
+def _pixar(
+    renderer: Renderer, person: Person, view: View, look: Look, rng: np.random.Generator
+) -> np.ndarray:
     known = renderer.head.sliders
     sliders = {name: value for name, value in CARTOON_SLIDERS.items() if name in known}
     look = replace(look, smooth=True, cartoon=0.75, sliders=sliders)
@@ -116,15 +123,20 @@ def _pixar(renderer: Renderer, person: Person, view: View, look: Look, rng) -> n
 
 
 def _sculpted(material: str, colour: tuple[int, int, int]) -> Painter:
-    def paint(renderer: Renderer, person: Person, view: View, look: Look, rng) -> np.ndarray:
+    def paint(
+        renderer: Renderer, person: Person, view: View, look: Look, rng: np.random.Generator
+    ) -> np.ndarray:
         coloured = renderer.draw(person, view, replace(look, material=material))
         return _over(*coloured, _backdrop(rng, np.array(colour), renderer.size))
 
     return paint
 
 
-def _rockstar(renderer: Renderer, person: Person, view: View, look: Look, rng) -> np.ndarray:
-    """Stage light from both sides in two colours, and either a painted band or a wild hair colour."""
+def _rockstar(
+    renderer: Renderer, person: Person, view: View, look: Look, rng: np.random.Generator
+) -> np.ndarray:
+    """Stage light from both sides in two colours, and either a painted band or a wild hair
+    colour."""
     side = float(rng.choice([-1, 1]))
     pink, blue = (1.15, 0.35, 0.80), (0.15, 0.65, 1.20)
     key, fill = (pink, blue) if rng.random() < 0.5 else (blue, pink)
@@ -140,7 +152,9 @@ def _rockstar(renderer: Renderer, person: Person, view: View, look: Look, rng) -
     return _over(*renderer.draw(person, view, look), stage)
 
 
-def _professional(renderer: Renderer, person: Person, view: View, look: Look, rng) -> np.ndarray:
+def _professional(
+    renderer: Renderer, person: Person, view: View, look: Look, rng: np.random.Generator
+) -> np.ndarray:
     """Stand further back, so that jacket and collar show, before a vignetted studio backdrop."""
     suits = [(0.10, 0.11, 0.14), (0.10, 0.14, 0.26), (0.25, 0.25, 0.27)]
     person = replace(person, shirt=suits[rng.integers(len(suits))])
@@ -159,7 +173,9 @@ def _professional(renderer: Renderer, person: Person, view: View, look: Look, rn
     return _over(*renderer.draw(person, view, replace(look, jacket=True)), studio)
 
 
-def _popart(renderer: Renderer, person: Person, view: View, look: Look, rng) -> np.ndarray:
+def _popart(
+    renderer: Renderer, person: Person, view: View, look: Look, rng: np.random.Generator
+) -> np.ndarray:
     """Print in four inks: shades by quantile inside the figure, dots on the ground."""
     palette = POP_PALETTES[rng.integers(len(POP_PALETTES))]
     colour, cover = renderer.draw(person, view, look)

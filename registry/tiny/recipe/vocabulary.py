@@ -17,7 +17,8 @@ FIRST, LAST = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_tokenizer(folder: Path, words: Iterable[str]) -> CLIPTokenizer:
-    """Write the tokenizer's files and return it. A known word is one token; others fall to letters."""
+    """Write the tokenizer's files and return it. A known word is one token; others fall to
+    letters."""
     letters = _byte_letters()
     merges = _learn_merges({word.lower() for word in words})
     joined = ["".join(pair) for pair in merges]
@@ -48,7 +49,8 @@ def _learn_merges(words: set[str]) -> list[tuple[str, str]]:
 
 
 def _byte_letters() -> list[str]:
-    """Return the 256 printable stand-ins for bytes that GPT-2's encoding, and so CLIP's, is written in."""
+    """Return the 256 printable stand-ins for bytes that GPT-2's encoding, and so CLIP's, is
+    written in."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]

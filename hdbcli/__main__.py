@@ -1,0 +1,5 @@
+"""Run hdb as `python -m hdbcli`."""
+
+from hdbcli.cli import main
+
+main()
