@@ -177,9 +177,9 @@ def gen(
     settings = SampleSettings(steps, guidance, negative, size, scheduler)
     path = store.resolve(identity)
     targets = sample.plan_outputs(out, path.stem, seeds, grid)
+    loaded, theta = _wear(path, base, device)
     if "[V]" not in prompt:
         render.note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
-    loaded, theta = _wear(path, base, device)
     with render.progress() as tell:
         pictures = sample.generate(loaded, theta.scaled(strength), prompt, seeds, settings, tell)
     label = f"{path.stem} {strength:g}"

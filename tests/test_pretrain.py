@@ -45,6 +45,7 @@ def test_read_people(tiny: Base, people: Path) -> None:
     assert "not-a-photo.jpg" in read.skipped[0]
     flat = read_people(people / "900001", tiny.spec, "photo-*", False, quiet)
     assert flat.names == ("photo-0", "photo-1")  # a folder of photos: each its own person
+    (people / "900000/not-a-photo.jpg").unlink()
     with pytest.raises(HdbError, match="no photo"):
         read_people(people, tiny.spec, "*.webp", False, quiet)
     with pytest.raises(HdbError, match="256 x 256"):
