@@ -200,8 +200,14 @@ def test_base_commands_and_version() -> None:
 def png_header(width: int, height: int) -> bytes:
     """Return a PNG that claims a size and holds no pixels."""
     body = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + b"IHDR" + body + struct.pack(">I", zlib.crc32(b"IHDR" + body))
-    return b"\x89PNG\r\n\x1a\n" + chunk
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    pixels = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", body) + chunk(b"IDAT", pixels)
 
 
 def test_bad_photos(hdb_home: Path, tmp_path: Path, astronaut: Path) -> None:
