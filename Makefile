@@ -29,7 +29,7 @@ run: $(STAMP)
 HELD   := $(wildcard tests/data/heldout/90000[0-5]/photo-0.jpg)
 sheet: export HDB_HOME := $(CURDIR)/build/sheet/home
 sheet: $(STAMP)
-	@mkdir -p build/sheet && rm -f build/sheet/*.png
+	@mkdir -p build/sheet docs && rm -f build/sheet/*.png
 	@set -e; for photo in $(HELD) $(PHOTO); do \
 	  case $$photo in */heldout/*) name=$$(basename $$(dirname $$photo));; *) name=astronaut;; esac; \
 	  $(BIN)/hdb new $$photo $$name --force --yes; k=0; \
