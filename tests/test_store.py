@@ -192,7 +192,8 @@ def test_write_beside_leaves_nothing_after_an_exception(
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_ctrl_c_in_a_process_leaves_nothing(tmp_path: Path) -> None:
     code = (
-        "import signal, sys, time; from pathlib import Path; from registry.store import write_beside\n"
+        "import signal, sys, time; from pathlib import Path\n"
+        "from registry.store import write_beside\n"
         # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with write_beside(Path(sys.argv[1])) as temporary:\n"
