@@ -78,9 +78,7 @@ def _side(seed: int, target: str, side: str, k: int, width: int) -> Tensor:
         )
     try:
         return orthonormal(signs(seed, target, side, k, width)).float()
-    except (
-        torch.linalg.LinAlgError
-    ):  # dependent rows of signs: only where k is close to a small width
+    except torch.linalg.LinAlgError:  # dependent rows: only where k is close to a small width
         raise HdbError(
             f"the basis of {target} ({k} of {width}) is degenerate; give the base model's spec "
             "another basis_seed or a smaller a or b"
