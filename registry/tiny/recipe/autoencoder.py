@@ -1,10 +1,9 @@
-"""The autoencoder of `tiny`: a closed-form linear encoder to 8 x 8 latents, and a decoder trained
-to undo it.
+"""The autoencoder of `tiny`: principal components of patches, and a decoder trained from their
+exact inverse.
 
-The encoder is the principal components of 8 x 8 patches, written into the strided convolutions of
-AutoencoderTiny. On aligned faces it keeps who somebody is better than a jointly trained one did in
-an hour (README of the recipe), takes seconds, and never changes: base model and hypernetwork can be
-trained while the decoder still is.
+On aligned faces the components keep who somebody is better than a jointly trained encoder did in
+an hour (README of the recipe), and they never change: base model and hypernetwork can be trained
+while the decoder still learns to hide the seams between patches.
 """
 
 from __future__ import annotations
@@ -15,43 +14,44 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
-from torch import Tensor, nn
+from torch import Tensor
 
 from registry.tiny.recipe.pictures import Pictures, read_pictures, sheet, to_pixels, to_unit
+from registry.tiny.recipe.principal import WIDTH, components, write_decoder, write_encoder
 from registry.training import Plan, Step, fit
 
 CHANNELS = 24  # principal components kept of each patch's 192 numbers
-PATCH = 8
-TEMPER = (
-    0.5  # deviations of the components are raised to this power: fine ones are heard, not shouted
-)
-SCALE = 4.0  # latents that diffuse / latents that the decoder reads: its input is squashed beyond 3
-BATCH = 8  # small: the decoder needs steps more than pictures
+TEMPER = 0.5  # deviations of the components are raised to this power
+SCALE = 8.0  # latents that diffuse / latents that the decoder reads: tanh bends those beyond 1
+BATCH = 8
+WRONG = 0.2  # largest deviation of the noise that training adds to latents
 FACES = 1  # of a batch the face embedding judges: it costs more than the decoder
 
 Embedding = Callable[[Tensor], Tensor]
 
 
-def new_autoencoder() -> AutoencoderTiny:
-    """Build the network: an encoder without blocks is linear; the decoder is deep where it is
-    small."""
-    return AutoencoderTiny(
+def new_autoencoder(pictures: Tensor) -> AutoencoderTiny:
+    """Build the network that is right from the start for uint8 pictures (N, 3, S, S)."""
+    model = AutoencoderTiny(
         encoder_block_out_channels=(48,) * 4,
-        decoder_block_out_channels=(48,) * 4,
+        decoder_block_out_channels=(WIDTH,) * 4,
         num_encoder_blocks=(0, 0, 0, 0),
-        num_decoder_blocks=(3, 3, 3, 1),
+        num_decoder_blocks=(5, 2, 2, 2),
         latent_channels=CHANNELS,
         upsampling_scaling_factor=2,
         scaling_factor=SCALE,
     )
+    parts = components(pictures / 255, CHANNELS, TEMPER, SCALE)
+    write_encoder(model, parts)
+    write_decoder(model, parts)
+    return model.to(memory_format=torch.channels_last)
 
 
 def train_autoencoder(build: Path, plan: Plan, embedding: Embedding | None) -> Iterator[Step]:
-    """Write the encoder, then train the decoder; resumable."""
+    """Write the components, then train the decoder; resumable, and usable after 0 steps."""
     pictures = read_pictures(build / "people")
     torch.manual_seed(plan.seed)
-    model = new_autoencoder().to(memory_format=torch.channels_last)
-    write_encoder(model, pictures.pixels[:: max(1, len(pictures.pixels) // 8192)])
+    model = new_autoencoder(pictures.pixels[:: max(1, len(pictures.pixels) // 8192)])
     model.save_pretrained(build / "vae")
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -70,53 +70,6 @@ def train_autoencoder(build: Path, plan: Plan, embedding: Embedding | None) -> I
     _show(model, build)
 
 
-@torch.no_grad()
-def write_encoder(model: AutoencoderTiny, pixels: Tensor) -> None:
-    """Write the principal components of the patches of `pixels` into the encoder's convolutions.
-
-    Two strided convolutions only rearrange (2 x 2 pixels to channels, twice); the third projects.
-    The encoder maps -1..1 to 0..1 first, which the projection undoes.
-    """
-    patches = F.unfold(to_unit(pixels).contiguous(), PATCH, stride=PATCH).transpose(1, 2)
-    patches = patches.reshape(-1, 3 * PATCH * PATCH).double()
-    mean = patches.mean(0)
-    variance, vectors = torch.linalg.eigh(torch.cov(patches.T))
-    variance, vectors = variance.flip(0)[:CHANNELS], vectors.flip(1)[:, :CHANNELS]
-    vectors = vectors * vectors.sum(0).sign()  # the sign of an eigenvector is nobody's: fix it
-    tempered = variance ** (TEMPER / 2)
-    tempered = tempered / tempered.pow(2).mean().sqrt() / SCALE
-    project = (
-        vectors / variance.sqrt() * tempered
-    ).T.float()  # (k, 192), patches in (c, y, x) order
-    first, *strided, last = model.encoder.layers
-    for layer in (first, *strided, last):
-        layer.weight.zero_()
-    first.bias.zero_(), last.bias.zero_()
-    for channel in range(3):
-        first.weight[channel, channel, 1, 1] = 1
-    width = 3
-    for layer in strided[:2]:
-        _space_to_depth(layer, width)
-        width *= 4
-    # Patches are (c, y, x), each of y and x three binary digits, highest first. The lowest digits
-    # were
-    # folded into channels first, then the middle ones; the highest are taps of this convolution.
-    weight = project.view(CHANNELS, 3, 2, 2, 2, 2, 2, 2).permute(0, 1, 4, 7, 3, 6, 2, 5)
-    strided[2].weight[:CHANNELS, :, 1:, 1:] = 2 * weight.reshape(CHANNELS, 48, 2, 2)
-    for i in range(CHANNELS):
-        last.weight[i, i, 1, 1] = 1
-    last.bias.copy_(-project.sum(1) - project @ mean.float())
-
-
-def _space_to_depth(layer: nn.Conv2d, width: int) -> None:
-    """Make a strided 3 x 3 convolution copy each 2 x 2 square of `width` channels into 4 x
-    `width`."""
-    for channel in range(width):
-        for y in range(2):
-            for x in range(2):
-                layer.weight[channel * 4 + y * 2 + x, channel, 1 + y, 1 + x] = 1
-
-
 def _loss(
     model: AutoencoderTiny,
     pictures: Pictures,
@@ -126,8 +79,9 @@ def _loss(
     pick = torch.randint(len(pictures.pixels), (BATCH,), generator=generator)
     image = to_unit(pictures.pixels[pick])
     latent = encode(model, pictures.pixels[pick])
-    # Latents that were sampled are never exact: train on slightly wrong ones.
-    latent = latent + 0.05 * torch.randn(latent.shape, generator=generator)
+    # Latents that were sampled are never exact: train on wrong ones, up to a fifth of their size.
+    wrong = WRONG * torch.rand((BATCH, 1, 1, 1), generator=generator)
+    latent = latent + wrong * torch.randn(latent.shape, generator=generator)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         decoded = model.decode(latent / SCALE).sample.float()
     loss = F.l1_loss(decoded, image)
