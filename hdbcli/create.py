@@ -81,16 +81,16 @@ def _refined(
     tell: Tell,
     seconds: dict[str, float],
 ) -> Created:
-    images = base.images([crop.image for crop in crops])
+    latents = [base.backbone.encode_images(base.images([crop.image for crop in crops]))]
     warnings = tuple(w for crop in crops for w in crop.warnings)
     start = time.perf_counter()
     if config is None:
-        loss_start = loss_end = portrait_loss(base, theta, base.backbone.encode_images(images))
+        loss_start = loss_end = portrait_loss(base, theta, latents)
     else:
         if config.rank != theta.rank:
             relaxed = f"relaxed from rank {theta.rank} to {config.rank}"
             identity = replace(identity, lineage=(*identity.lineage, relaxed))
-        result = refine(base, relax(theta, config.rank), images, config, tell)
+        result = refine(base, relax(theta, config.rank), latents, config, tell)
         theta, loss_start, loss_end = result.theta, result.loss_start, result.loss_end
         warnings += (result.note,) if result.note else ()
         identity = replace(
@@ -101,7 +101,7 @@ def _refined(
     identity = replace(
         identity, down=theta.down[0].cpu(), up=theta.up[0].cpu(), likeness=round(mine, 4)
     )
-    return Created(identity, seconds, loss_start, loss_end, floor, warnings)
+    return Created(identity, seconds, float(loss_start), float(loss_end), floor, warnings)
 
 
 def likeness_of(base: Base, theta: Theta, crops: Sequence[Crop], tell: Tell) -> tuple[float, float]:

@@ -108,18 +108,17 @@ def first_theta(count: int, a: int, b: int, rank: int = 1) -> Theta:
 
 
 def pack(theta: Theta) -> Tensor:
-    """Flatten the theta of one identity into one vector (L x R x (a+b)): one parameter for the
-    optimizer.
+    """Flatten theta into one tensor (B, L x R x (a+b)): one parameter for the optimizer.
 
     8-bit optimizers keep tensors under 4,096 numbers in 32 bits, so separate cores would gain
     nothing.
     """
-    assert len(theta.down) == 1, "pack one identity at a time"
-    return torch.cat([theta.down.flatten(), theta.up.flatten()])
+    return torch.cat([theta.down.flatten(1), theta.up.flatten(1)], dim=1)
 
 
 def unpack(flat: Tensor, count: int, a: int, b: int) -> Theta:
-    """Undo `pack`, as views of `flat`: theta of one identity on `count` targets."""
-    rank = flat.numel() // (count * (a + b))
-    down, up = flat.split([count * rank * a, count * rank * b])
-    return Theta(down.view(1, count, rank, a), up.view(1, count, b, rank))
+    """Undo `pack`, as views of `flat` (B, ...): theta of B identities on `count` targets."""
+    batch, numbers = flat.shape
+    rank = numbers // (count * (a + b))
+    down, up = flat.split([count * rank * a, count * rank * b], dim=1)
+    return Theta(down.view(batch, count, rank, a), up.view(batch, count, b, rank))

@@ -1,11 +1,13 @@
 """Fast fine-tuning: a few dozen iterations of diffusion loss on the crops, from a predicted and
 relaxed theta.
 
-HyperDreamBooth §3.4; the paper takes 40 iterations on "a [V] face".
+HyperDreamBooth §3.4; the paper takes 40 iterations on "a [V] face". P people are refined side by
+side through the per-sample layer, each exactly as if alone: same noise, no shared number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from hdbcli.base import PORTRAIT, Base
 from hdbcli.config import RefineConfig, Tell
 from hdbcli.device import autocast, make_optimizer
+from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta, pack, unpack
 from registry.training import Plan, fit
 
@@ -23,33 +26,33 @@ PAIRS_SEED = 0
 
 @dataclass(frozen=True)
 class Refined:
-    """What refinement made, and the loss before and after on the same 64 pairs."""
+    """What refinement made, and each person's loss (P,) before and after on the same 64 pairs."""
 
     theta: Theta
-    loss_start: float
-    loss_end: float
+    loss_start: Tensor
+    loss_end: Tensor
     optimizer: str
     note: str | None
 
 
-def refine(base: Base, theta: Theta, images: Tensor, config: RefineConfig, tell: Tell) -> Refined:
-    """Train theta of one identity on its crops `images` (N, 3, S, S) in -1..1."""
-    latents = base.backbone.encode_images(images)
-    prompt = base.prompt(PORTRAIT)
+def refine(
+    base: Base, theta: Theta, latents: Sequence[Tensor], config: RefineConfig, tell: Tell
+) -> Refined:
+    """Train theta of P identities, person p on the latents (N_p, c, h, w) of their crops."""
+    if len(theta.down) != len(latents):
+        raise HdbError(f"theta of {len(theta.down)} people, photos of {len(latents)}")
     flat = pack(theta).clone().requires_grad_(True)
     optimizer, label, note = make_optimizer(config.optimizer, [flat], config.lr)
-    plan = Plan(config.steps, config.lr, warmup=3, decay=0.5, seed=config.seed)
+    plan = Plan(config.steps, config.lr, warmup=3, decay=0.5, clip=None, seed=config.seed)
     start = portrait_loss(base, theta, latents)
 
     def loss(generator: torch.Generator) -> Tensor:
-        clean = latents[torch.arange(config.batch) % len(latents)]
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        noise = torch.randn((config.batch, *latents[0].shape[1:]), generator=generator)
         # One time in each of `batch` equal parts of the schedule: less noise in the gradient.
         part = torch.arange(config.batch) + torch.rand(config.batch, generator=generator)
-        t = (part / config.batch).to(clean.device)
         base.injected.wear(unpack(flat, len(base.injected.layers), base.spec.a, base.spec.b))
         with autocast(base.device):
-            return base.backbone.loss(clean, [prompt] * config.batch, noise, t).mean()
+            return _losses(base, latents, noise, part / config.batch).mean(0).sum()
 
     with base.injected.wearing(None):
         for step in fit({"theta": flat}, loss, optimizer, plan):
@@ -59,16 +62,28 @@ def refine(base: Base, theta: Theta, images: Tensor, config: RefineConfig, tell:
 
 
 @torch.no_grad()
-def portrait_loss(base: Base, theta: Theta | None, latents: Tensor) -> float:
-    """Return the diffusion loss of "a [V] face", the mean over 64 fixed (timestep, noise) pairs."""
+def portrait_loss(base: Base, theta: Theta | None, latents: Sequence[Tensor]) -> Tensor:
+    """Return each person's diffusion loss (P,) of "a [V] face", the mean over 64 fixed pairs."""
     generator = torch.Generator().manual_seed(PAIRS_SEED)
-    noise = torch.randn((PAIRS, *latents.shape[1:]), generator=generator).to(latents)
+    noise = torch.randn((PAIRS, *latents[0].shape[1:]), generator=generator)
     t = ((torch.arange(PAIRS) + 0.5) / PAIRS)[torch.randperm(PAIRS, generator=generator)]
-    clean = latents[torch.arange(PAIRS) % len(latents)]
-    prompts = [base.prompt(PORTRAIT)] * 16
-    total = 0.0
     with base.injected.wearing(theta), autocast(base.device):
-        for part in torch.arange(PAIRS).split(16):
-            where = t[part].to(latents.device)
-            total += base.backbone.loss(clean[part], prompts, noise[part], where).sum().item()
-    return total / PAIRS
+        parts = [
+            _losses(base, latents, noise[i : i + 16], t[i : i + 16]) for i in range(0, PAIRS, 16)
+        ]
+    return torch.cat(parts).mean(0).cpu()
+
+
+def _losses(base: Base, latents: Sequence[Tensor], noise: Tensor, t: Tensor) -> Tensor:
+    """Return the loss of pair k for person p, (K, P): noise (K, c, h, w) and t (K,) serve
+    everybody.
+
+    Person p is drawn from their photos in turn. Samples lie pair by pair, people fastest: the order
+    in which the layer deals out P identities.
+    """
+    people = len(latents)
+    clean = torch.stack([each[k % len(each)] for k in range(len(t)) for each in latents])
+    noise = noise.to(clean).repeat_interleave(people, 0)
+    times = t.to(clean.device).repeat_interleave(people)
+    prompts = [base.prompt(PORTRAIT)] * len(clean)
+    return base.backbone.loss(clean, prompts, noise, times).view(len(t), people)

@@ -22,7 +22,7 @@ from registry.errors import RegistryError
 from registry.spec import SampleSettings
 from registry.store import write_beside
 
-AT_ONCE = 4  # pictures in one pass: memory stays bounded whatever -n is
+AT_ONCE = 4  # pictures of 512 px in one pass, more of smaller ones: memory stays bounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,11 @@ def generate(
     """
     pictures: list[Picture] = []
     text = base.prompt(prompt)
-    passes = -(-len(seeds) // AT_ONCE)
+    side = settings.size or base.spec.resolution
+    at_once = max(1, min(32, AT_ONCE * 512**2 // side**2))
+    passes = -(-len(seeds) // at_once)
     for done in range(passes):
-        part = slice(done * AT_ONCE, (done + 1) * AT_ONCE)
+        part = slice(done * at_once, (done + 1) * at_once)
         batch = seeds[part]
         worn = theta if theta is None or len(theta.down) == 1 else theta[part]
 

@@ -31,7 +31,7 @@ class Plan:
     lr: float
     warmup: int = 0
     decay: float = 1.0
-    clip: float = 1.0
+    clip: float | None = 1.0  # longest gradient
     average: float = 0.0  # decay of the moving average of the weights; 0 keeps none
     seed: int = 0
     checkpoint_seconds: float = 120.0
@@ -77,7 +77,8 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         value = loss(generator)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
+        if plan.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
         optimizer.step()
         if averages is not None:
             _average(averages, parameters, min(plan.average, (number + 1) / (number + 10)))

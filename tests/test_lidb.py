@@ -91,13 +91,13 @@ def test_gradients_reach_the_cores_only() -> None:
 
 
 def test_pack_is_exact_and_flat() -> None:
-    down, up = torch.randn(1, 5, 2, A), torch.randn(1, 5, B, 2)
+    down, up = torch.randn(3, 5, 2, A), torch.randn(3, 5, B, 2)
     flat = pack(Theta(down, up))
-    assert flat.shape == (5 * 2 * (A + B),)
+    assert flat.shape == (3, 5 * 2 * (A + B))
     again = unpack(flat, 5, A, B)
     assert torch.equal(again.down, down) and torch.equal(again.up, up) and again.rank == 2
-    flat[0] += 1
-    assert again.down[0, 0, 0, 0] == down[0, 0, 0, 0] + 1  # views: the optimizer moves theta
+    flat[1, 0] += 1
+    assert again.down[1, 0, 0, 0] == down[1, 0, 0, 0] + 1  # views: the optimizer moves theta
 
 
 def test_strength_scales_the_residual() -> None:
