@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from hdbcli.config import DEFAULT_BASE, OPTIMIZERS, PretrainConfig, RefineConfig
 from hdbcli.errors import HdbError
 from registry import store
 from registry.errors import RegistryError
-from registry.plugins import load_registry
 from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
     from hdbcli.base import Base
     from hdbcli.create import Created
     from hdbcli.lidb import Theta
+    from registry.plugins import Registry
 
 
 class Boundary(typer.core.TyperGroup):
@@ -172,7 +172,7 @@ def gen(
     """
     from hdbcli import sample
 
-    first = secrets.randbelow(2**32) if seed is None else seed
+    first = int.from_bytes(os.urandom(4), "big") if seed is None else seed
     seeds = [first + i for i in range(count)]
     settings = SampleSettings(steps, guidance, negative, size, scheduler)
     path = store.resolve(identity)
@@ -261,7 +261,7 @@ def rm(
 @base_app.command("list")
 def base_list(as_json: Json = False) -> None:
     """List the base models, and the plug-ins that could not be loaded."""
-    registry = load_registry()
+    registry = _registry()
     for problem in registry.problems:
         render.note(f"warning: {problem}")
     specs = registry.specs()
@@ -277,7 +277,7 @@ def base_show(
     name: Annotated[str, typer.Argument(help="Name of a base model.")], as_json: Json = False
 ) -> None:
     """Show what a base model offers."""
-    registry = load_registry()
+    registry = _registry()
     values = render.base_facts(registry.get(name), registry.source(name))
     (render.document if as_json else render.facts)(values)
 
@@ -369,12 +369,18 @@ def _ask_consent(yes: bool) -> None:
     typer.confirm("Faces belong to people. Does this person agree?", abort=True, err=True)
 
 
+def _registry() -> Registry:
+    from registry.plugins import load_registry  # its importlib.metadata is slow, and `list` is not
+
+    return load_registry()
+
+
 def _load(base: str, device: str | None, hypernetwork: Path | None = None) -> Base:
     """Load a base model on a device."""
     from hdbcli.base import load_base
     from hdbcli.device import choose_device
 
-    spec = load_registry().get(base)
+    spec = _registry().get(base)
     if hypernetwork:
         spec = replace(spec, hypernetwork=hypernetwork)
     return load_base(spec, choose_device(device))
@@ -405,7 +411,7 @@ def _make(
     """Crop before loading, since a bad photo should be told at once; then create or refine."""
     from hdbcli import create
 
-    spec = load_registry().get(base)
+    spec = _registry().get(base)
     start = time.perf_counter()
     with render.progress() as tell:
         crops = create.crop_photos(photos, spec, face, tell)

@@ -9,10 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from hdbcli.config import Tell
 
 if TYPE_CHECKING:
@@ -36,24 +32,14 @@ STAGES = {
 }
 
 
-def out() -> Console:
-    """Return standard output: what was asked for. Made when used, so that redirection is seen."""
-    return Console(soft_wrap=True, highlight=False)
-
-
-def err() -> Console:
-    """Return standard error: progress, hints, errors."""
-    return Console(stderr=True, soft_wrap=True, highlight=False)
-
-
 def say(text: str) -> None:
     """Print a line on standard output as it is: brackets such as [V] are no markup here."""
-    out().print(Text(text))
+    sys.stdout.write(f"{text}\n")
 
 
 def note(text: str) -> None:
     """Print a line beside the result, on standard error."""
-    err().print(Text(text))
+    sys.stderr.write(f"{text}\n")
 
 
 def document(value: object) -> None:
@@ -64,6 +50,7 @@ def document(value: object) -> None:
 @contextmanager
 def progress() -> Iterator[Tell]:
     """Draw one bar a stage with the time left; silent where standard error is no terminal."""
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         Progress,
@@ -80,7 +67,7 @@ def progress() -> Iterator[Tell]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    console = err()
+    console = Console(stderr=True, highlight=False)
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
@@ -111,19 +98,21 @@ def show_skipped(skipped: Sequence[str]) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a plain table; a pipe gets the same text without colours."""
-    grid = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        grid.add_row(*(Text(str(cell)) for cell in row))
-    out().print(grid)
+    """Print plain columns, the same for a terminal and a pipe.
+
+    Not by rich: to load it takes longer than `hdb list` of a thousand identities may.
+    """
+    cells = [tuple(columns), *(tuple(map(str, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+    say("\n".join(lines))
 
 
 def facts(values: Mapping[str, object]) -> None:
     """Print names and values in two columns."""
-    grid = Table(box=None, show_header=False, pad_edge=False)
+    width = max(map(len, values))
     for key, value in values.items():
-        grid.add_row(Text(key, style="bold"), Text("-" if value is None else str(value)))
-    out().print(grid)
+        say(f"{key.ljust(width)}  {'-' if value is None else value}")
 
 
 def created_facts(name: str, path: str, size: int, created: Created) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from registry.errors import RegistryError
 
 MAX_FILE = 16 * 2**20  # an identity has 120 KB; the room is for higher ranks
 MAX_HEADER = 2**20
+COUNT = re.compile("[0-9]{1,18}")
+SHA256 = re.compile("[0-9a-f]{64}")
 KIND = "identity"
 VERSION = 1
 
@@ -160,7 +162,7 @@ def parse_facts(metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo]) 
         raise RegistryError(
             f"made by a newer hdb (format {version}, this one reads {VERSION}); upgrade hdb"
         )
-    if not re.fullmatch("[0-9a-f]{64}", metadata.get("hdb.content", "")):
+    if not SHA256.fullmatch(metadata.get("hdb.content", "")):
         raise RegistryError("hdb.content is missing or not a sha256; the file is damaged")
     facts = Facts(
         base=_text(metadata, "hdb.base"),
@@ -300,7 +302,7 @@ def _text(metadata: Mapping[str, str], key: str, low: int = 1) -> str:
 
 def _count(metadata: Mapping[str, str], key: str, low: int) -> int:
     text = metadata.get(key, "")
-    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < low:
+    if not COUNT.fullmatch(text) or int(text) < low:
         raise RegistryError(f"metadata {key} is {text[:40]!r}, not a number from {low}")
     return int(text)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,17 +31,6 @@ MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 350, 60, 8
 EXCUSED = {
     "hdbcli/cli.py": "the one file that knows the framework, and every option is a line of its own",
 }
-
-# Runs the console script's own function, then tells which top-level packages the process loaded.
-PROBE = """
-import sys
-from hdbcli.cli import main
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
-print("LOADED", *sorted({name.partition(".")[0] for name in sys.modules}))
-"""
 
 
 def name_of(path: Path) -> str:
@@ -206,39 +193,6 @@ def test_what_is_imported_is_declared() -> None:
         if names - allowed:
             undeclared[name_of(path)] = names - allowed
     assert not undeclared
-
-
-def store_identity(name: str) -> None:
-    """Write the smallest identity by hand, as this must work, and be read, without torch."""
-    from registry.store import describe, path_of
-
-    texts = "base family base_digest targets_digest basis_scheme basis_digest identifier optimizer"
-    facts = dict.fromkeys(texts.split(), "x")
-    facts |= dict.fromkeys(["version", "targets", "a", "b", "rank"], "1")
-    facts |= {"kind": "identity", "content": "0" * 64, "dtype": "fp32", "hypernetwork": ""}
-    facts |= {"basis_seed": "0", "steps": "0", "basis_probes": "[]", "lineage": "[]"}
-    facts |= {"likeness": "null", "created": "2026-01-01T00:00:00+00:00"}
-    number = {"dtype": "F32", "shape": [1, 1, 1]}
-    header = {"__metadata__": {f"hdb.{key}": value for key, value in facts.items()}}
-    header |= {"down": {**number, "data_offsets": [0, 4]}, "up": {**number, "data_offsets": [4, 8]}}
-    text = json.dumps(header).encode()
-    path = path_of(name)
-    path.parent.mkdir(parents=True)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    assert describe(path).facts, "the format has changed"
-
-
-@pytest.mark.parametrize("words", [["--help"], ["list"], ["--version"]], ids=" ".join)
-def test_light_commands_load_no_torch(words: list[str], hdb_home: Path) -> None:
-    store_identity("alice")
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    loaded = set(done.stdout.rpartition("LOADED")[2].split())
-    assert {"hdbcli", "typer"} <= loaded  # the probe sees what is loaded
-    assert ("alice" in done.stdout) == (words == ["list"])
-    assert not loaded & {"torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "cv2"}
 
 
 def test_sizes() -> None:

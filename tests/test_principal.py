@@ -81,3 +81,12 @@ def test_what_is_kept_is_most_of_a_picture(model: AutoencoderTiny, pictures: Ten
     back = model.decode(model.encode(images).latents).sample
     error, plain = (back - images).pow(2).mean(), (images.mean() - images).pow(2).mean()
     assert error < 0.05 * plain
+
+
+def test_no_linear_code_of_as_many_numbers_keeps_more(parts: Components, pictures: Tensor) -> None:
+    patches = F.unfold(pictures / 255, PATCH, stride=PATCH).transpose(1, 2).reshape(-1, 192)
+    back = (patches - parts.mean) @ parts.project.T @ parts.restore.T + parts.mean
+    lost = (back - patches).pow(2).sum(1).mean()
+    rest = torch.linalg.eigvalsh(torch.cov(patches.T)).flip(0)[CHANNELS:].sum()
+    torch.testing.assert_close(lost, rest, rtol=0.01, atol=1e-5)
+    assert rest > 0.01 * patches.var(0).sum()  # something is lost: the test is about something

@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from hdbcli.base import Base
 from registry.errors import RegistryError
 from registry.tiny import WEIGHTS
-from registry.tiny.recipe.autoencoder import CHANNELS, encode, new_autoencoder, write_encoder
 from registry.tiny.recipe.pictures import read_pictures, sheet, to_pixels, to_unit
 from registry.tiny.recipe.publish import check_finite, publish
 from registry.tiny.recipe.styles import CAPTIONS
@@ -81,29 +79,6 @@ def test_autoencoder_brings_portraits_back(tiny: Base) -> None:
     back = tiny.backbone.decode_latents(tiny.backbone.encode_images(tiny.images([crop])))[0]
     error = ((back.astype(float) - crop) ** 2).mean()
     assert 10 * np.log10(255**2 / error) > 20 > 10 * np.log10(255**2 / crop.astype(float).var())
-
-
-def test_encoder_is_the_principal_components_of_patches() -> None:
-    torch.manual_seed(0)
-    smooth = F.interpolate(torch.rand(64, 3, 16, 16), (64, 64), mode="bicubic").clamp(0, 1)
-    pixels = (smooth * 255).to(torch.uint8)
-    model = new_autoencoder()
-    write_encoder(model, pixels)
-    latents = encode(model, pixels)
-    assert latents.shape == (64, CHANNELS, 8, 8)
-    assert latents.mean((0, 2, 3)).abs().max() < 1e-2
-    flat = latents.permute(1, 0, 2, 3).reshape(CHANNELS, -1)
-    covariance = torch.cov(flat)
-    off = covariance - covariance.diagonal().diag()
-    assert off.abs().max() < 1e-2 * covariance.max()  # components do not overlap
-    patches = F.unfold(to_unit(pixels).contiguous(), 8, stride=8).transpose(1, 2).reshape(-1, 192)
-    ones = torch.ones(1, flat.shape[1])
-    solved = torch.linalg.lstsq(torch.cat([flat, ones]).T, patches).solution
-    kept = (torch.cat([flat, ones]).T @ solved - patches).pow(2).mean()
-    eigenvalues = torch.linalg.eigvalsh(torch.cov(patches.T)).flip(0)
-    # No linear code of as many numbers keeps more: what is lost is the sum of the other
-    # eigenvalues.
-    torch.testing.assert_close(kept, eigenvalues[CHANNELS:].sum() / 192, rtol=0.02, atol=1e-6)
 
 
 def test_tokenizer_round_trip(tmp_path: Path) -> None:
