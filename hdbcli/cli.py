@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hdbcli import __version__, render
-from hdbcli.config import DEFAULT_BASE, OPTIMIZERS, PretrainConfig, RefineConfig
+from hdbcli.config import DEFAULT_BASE, OPTIMIZERS, BankConfig, PretrainConfig, RefineConfig
 from hdbcli.errors import HdbError
 from registry import store
 from registry.errors import RegistryError
@@ -287,6 +288,41 @@ Pattern = Annotated[str, typer.Option(help="Which files to take, such as 'portra
 Aligned = Annotated[bool, typer.Option("--aligned", help="Pictures are the base's crops already.")]
 
 
+@train_app.command("bank")
+def train_bank(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the bank.")],
+    base: BaseName = DEFAULT_BASE,
+    steps: Annotated[int, typer.Option(min=1, help="Iterations each.")] = BankConfig.steps,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = BankConfig.lr,
+    at_once: Annotated[int, typer.Option(min=1, help="People side by side.")] = BankConfig.at_once,
+    seed: Seed = BankConfig.seed,
+    optimizer: Optimizer = BankConfig.optimizer,
+    pattern: Pattern = "*",
+    aligned: Aligned = False,
+    device: Device = None,
+) -> None:
+    """Optimise the LiDB of everybody in a folder; interrupted, the same command goes on."""
+    from hdbcli.bank import build_bank
+    from hdbcli.people import read_people
+
+    loaded = _load(base, device)
+    config = BankConfig(steps, lr=lr, at_once=at_once, seed=seed, optimizer=optimizer)
+    start, made = time.perf_counter(), 0
+    with render.progress() as tell:
+        people = read_people(data, loaded.spec, pattern, aligned, tell)
+        render.show_skipped(people.skipped)
+        for shard in build_bank(loaded, people, out, config, tell):
+            made += shard.people
+            rate = made / (time.perf_counter() - start)
+            render.note(
+                f"{shard.total}/{len(people.names)} people, loss {shard.loss_start:.4f} to "
+                f"{shard.loss_end:.4f}, {rate:.2f} people a second, "
+                f"{(len(people.names) - shard.total) / rate / 60:.1f} min left"
+            )
+    render.say(str(out))
+
+
 @train_app.command("hypernetwork")
 def train_hypernetwork(
     data: Data,
@@ -295,25 +331,39 @@ def train_hypernetwork(
     steps: Annotated[int, typer.Option(min=1, help="Steps.")] = PretrainConfig.steps,
     batch: Annotated[int, typer.Option(min=1, help="People a step.")] = PretrainConfig.batch,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = PretrainConfig.lr,
+    bank: Annotated[Path | None, typer.Option(help="Bank made by hdb train bank.")] = None,
+    beta: Annotated[float, typer.Option(help="Weight of the bank.")] = PretrainConfig.beta,
     seed: Seed = PretrainConfig.seed,
     optimizer: Optimizer = PretrainConfig.optimizer,
     pattern: Pattern = "*",
     aligned: Aligned = False,
     device: Device = None,
 ) -> None:
-    """Train the hypernetwork of a base model; interrupted, the same command goes on."""
+    """Train the hypernetwork of a base model; interrupted, the same command goes on.
+
+    On several devices: accelerate launch --num_processes N -m hdbcli train hypernetwork ...
+    """
     from hdbcli import pretrain
+    from hdbcli.bank import read_bank
+    from hdbcli.device import join_workers
     from hdbcli.hyperfile import save_hypernetwork
     from hdbcli.people import read_people
 
     loaded = _load(base, device)
-    config = PretrainConfig(steps, lr, batch, seed, optimizer)
+    config = PretrainConfig(steps, lr, batch, beta=beta, seed=seed, optimizer=optimizer)
+    known = read_bank(bank, loaded) if bank else None
+    workers = join_workers()
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
     model = pretrain.new_hypernetwork(loaded, seed)
     with render.progress() as tell:
         people = read_people(data, loaded.spec, pattern, aligned, tell)
         render.show_skipped(people.skipped)
-        steps_done = pretrain.pretrain(loaded, model, people, config, checkpoint, tell)
+        steps_done = pretrain.pretrain(
+            loaded, model, people, config, checkpoint, tell, known, workers
+        )
+        if workers.rank:
+            deque(steps_done, maxlen=0)
+            return
         render.follow(steps_done, tell)
     save_hypernetwork(model, out)
     render.say(str(out))

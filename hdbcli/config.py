@@ -26,11 +26,31 @@ class RefineConfig:
 
 
 @dataclass(frozen=True)
+class BankConfig:
+    """How to optimise the LiDBs of a bank: as refinement, from theta_0, of `at_once` people."""
+
+    steps: int = 200
+    rank: int = 1
+    lr: float = 5e-3
+    batch: int = 8
+    at_once: int = 64
+    seed: int = 0
+    optimizer: str = "adamw8bit"
+
+    def refine(self) -> RefineConfig:
+        """Return the settings of each person."""
+        shared = (self.steps, self.rank, self.lr, self.batch, self.seed, self.optimizer)
+        return RefineConfig(*shared)
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """How to train a hypernetwork; its shape is HyperConfig's."""
 
     steps: int = 1200
     lr: float = 5e-4
     batch: int = 48
+    beta: float = 0.1  # weight of the distance from the bank, where there is one
+    prior: float = 0.15  # share of the samples that teach theta to leave the empty prompt alone
     seed: int = 0
     optimizer: str = "adamw8bit"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,12 +22,43 @@ def choose_device(name: str | None) -> str:
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
+    if name is None and there["cuda"] and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"  # of `accelerate launch`: a device each
     if name is None:
         return next(device for device in ("cuda", "mps", "cpu") if there[device])
     if not there.get(name.split(":")[0], False):
         usable = ", ".join(device for device in DEVICES if there[device])
         raise HdbError(f"device {name!r} is not available here; use {usable}")
     return name
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that `accelerate launch` started, or this one alone."""
+
+    rank: int
+    count: int
+    share: Callable[[list[Tensor]], None] | None  # averages tensors over the processes, in place
+
+
+ALONE = Workers(0, 1, None)
+
+
+def join_workers() -> Workers:
+    """Meet the other processes of `accelerate launch`, if it started this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+
+    def share(tensors: list[Tensor]) -> None:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = accelerator.reduce(flat, reduction="mean")
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    return Workers(accelerator.process_index, accelerator.num_processes, share)
 
 
 def autocast(device: str) -> AbstractContextManager:

@@ -107,6 +107,14 @@ def first_theta(count: int, a: int, b: int, rank: int = 1) -> Theta:
     return Theta(down.expand(1, count, rank, a).clone(), torch.zeros(1, count, b, rank))
 
 
+def inner(x: Theta, y: Theta) -> Tensor:
+    """Return <dW, dW'> of each target (B, L): the basis is orthonormal, so the cores suffice.
+
+    Unlike the factors it does not change under (c up, down / c), which leaves dW the same.
+    """
+    return ((x.up.mT @ y.up) * (x.down @ y.down.mT)).sum((-2, -1))
+
+
 def pack(theta: Theta) -> Tensor:
     """Flatten theta into one tensor (B, L x R x (a+b)): one parameter for the optimizer.
 

@@ -1,15 +1,19 @@
 """Train the hypernetwork of a base model: the diffusion loss of each person wearing the predicted
 theta.
 
-HyperDreamBooth §3.3, eq. 4, with beta = 0 (no bank of optimised LiDBs is needed). The face that is
-read and the face that is drawn are different photos of a person where there are two, so that pose
-and light are not taken for identity.
+HyperDreamBooth §3.3, eq. 4: the diffusion loss, and with a bank of optimised LiDBs beta times the
+distance from them, taken between residuals, since factors are only defined up to a scale. The face
+that is read and the face that is drawn are different photos of a person where there are two, so
+that pose and light are not taken for identity. A share of the samples has an empty prompt and
+anybody's face: what the identity changes is tied to "[V]", which guidance then enlarges (prior
+preservation, DreamBooth §3.3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +21,10 @@ from torch import Tensor
 
 from hdbcli.base import PORTRAIT, Base
 from hdbcli.config import PretrainConfig, Tell
-from hdbcli.device import autocast, make_optimizer
+from hdbcli.device import ALONE, Workers, autocast, make_optimizer
+from hdbcli.errors import HdbError
 from hdbcli.hypernet import HyperConfig, HyperNetwork
+from hdbcli.lidb import Theta, inner
 from hdbcli.people import People
 from registry.training import Plan, Step, fit
 
@@ -51,51 +57,111 @@ def pretrain(
     config: PretrainConfig,
     checkpoint: Path | None,
     tell: Tell,
+    bank: Mapping[str, Theta] | None = None,
+    workers: Workers = ALONE,
 ) -> Iterator[Step]:
     """Train `model` in place; at the end it holds the moving average of its weights."""
     device = base.device
+    known = None if bank is None else _known(bank, people, device)
     model.to(device).train()
     latents = encode_crops(base, people.crops, tell)
     images = torch.from_numpy(people.crops).permute(0, 3, 1, 2)
-    prompts = [base.prompt(PORTRAIT)] * config.batch
+    portrait = base.prompt(PORTRAIT)
     parameters = dict(model.named_parameters())
     averages = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer, _, _ = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
     plan = Plan(config.steps, config.lr, warmup=100, average=AVERAGE, seed=config.seed)
 
     def loss(generator: torch.Generator) -> Tensor:
-        read, drawn = draw_pairs(people.members, config.batch, generator)
-        mirrored = torch.rand(config.batch, generator=generator) < 0.5
-        clean = torch.where(mirrored.view(-1, 1, 1, 1), latents[1, drawn], latents[0, drawn])
-        faces = images[read].float().to(device) / 127.5 - 1
-        faces = torch.where(mirrored.view(-1, 1, 1, 1).to(device), faces.flip(-1), faces)
-        noise = torch.randn(clean.shape, generator=generator)
-        t = torch.rand(config.batch, generator=generator)
+        # Every process draws the batch of all and takes its part: N processes are one with N times
+        # the batch.
+        whole = draw_batch(people, config.batch * workers.count, latents.shape[2:], generator)
+        batch = Batch(*(each[workers.rank :: workers.count] for each in whole))
+        prior = batch.chance < config.prior
+        drawn = torch.where(prior, batch.anybody, batch.drawn)
+        prompts = ["" if free else portrait for free in prior]
+        mirrored = (batch.mirror < 0.5).view(-1, 1, 1, 1)
+        clean = torch.where(mirrored, latents[1, drawn], latents[0, drawn]).float().to(device)
+        faces = images[batch.read].float().to(device) / 127.5 - 1
+        faces = torch.where(mirrored.to(device), faces.flip(-1), faces)
         with autocast(device):
-            base.injected.wear(model(faces))
-            clean, noise, t = clean.float().to(device), noise.to(device), t.to(device)
-            return base.backbone.loss(clean, prompts, noise, t).mean()
+            theta = model(faces)
+            base.injected.wear(theta)
+            noise, t = batch.noise.to(device), batch.t.to(device)
+            value = base.backbone.loss(clean, prompts, noise, t).mean()
+        if known is not None:
+            value = value + config.beta * weight_loss(theta, known[batch.person.to(device)]).mean()
+        return value
 
     with base.injected.wearing(None):
-        yield from fit(parameters, loss, optimizer, plan, averages, checkpoint)
+        first = workers.rank == 0
+        yield from fit(
+            parameters, loss, optimizer, plan, averages, checkpoint, workers.share, first
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(averages[name])
     model.eval()
 
 
-def draw_pairs(
-    members: tuple[tuple[int, ...], ...], count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Draw `count` people and two photos of each, different where there are two: (read, drawn)."""
+class Batch(NamedTuple):
+    """What a step draws for each of its samples: whom, which photos, and all that is chance."""
+
+    person: Tensor
+    read: Tensor  # the photo that the hypernetwork reads
+    drawn: Tensor  # another photo of the person, where there is one
+    anybody: Tensor  # a photo of whomever
+    chance: Tensor  # in 0..1: low ones keep the empty prompt as it is
+    mirror: Tensor  # in 0..1
+    noise: Tensor
+    t: Tensor
+
+
+def draw_batch(
+    people: People, count: int, shape: Sequence[int], generator: torch.Generator
+) -> Batch:
+    """Draw `count` samples; `shape` is that of a latent."""
+    person = torch.randint(len(people.names), (count,), generator=generator)
     read, drawn = [], []
-    for person in torch.randint(len(members), (count,), generator=generator).tolist():
-        photos = members[person]
+    for photos in (people.members[index] for index in person.tolist()):
         first = int(torch.randint(len(photos), (), generator=generator))
         step = int(torch.randint(1, max(2, len(photos)), (), generator=generator))
         read.append(photos[first])
         drawn.append(photos[(first + step) % len(photos)])
-    return torch.tensor(read), torch.tensor(drawn)
+    everything = torch.tensor([photo for photos in people.members for photo in photos])
+    return Batch(
+        person,
+        torch.tensor(read),
+        torch.tensor(drawn),
+        everything[torch.randint(len(everything), (count,), generator=generator)],
+        torch.rand(count, generator=generator),
+        torch.rand(count, generator=generator),
+        torch.randn((count, *shape), generator=generator),
+        torch.rand(count, generator=generator),
+    )
+
+
+def weight_loss(predicted: Theta, bank: Theta) -> Tensor:
+    """Return how far each sample's residuals (B,) are from the bank's, as a share of their
+    energy."""
+    energy = inner(bank, bank).sum(1)
+    far = inner(predicted, predicted) - 2 * inner(predicted, bank) + inner(bank, bank)
+    return far.sum(1) / energy.clamp(min=1e-12)
+
+
+def _known(bank: Mapping[str, Theta], people: People, device: str) -> Theta:
+    """Put the bank in the order of the people; HdbError if somebody is not in it."""
+    missing = [name for name in people.names if name not in bank]
+    if missing:
+        raise HdbError(
+            f"{len(missing)} of {len(people.names)} people are not in the bank, {missing[0]} for "
+            "one; run hdb train bank on the same folder"
+        )
+    chosen = [bank[name] for name in people.names]
+    return Theta(
+        torch.cat([theta.down for theta in chosen]).to(device),
+        torch.cat([theta.up for theta in chosen]).to(device),
+    )
 
 
 @torch.no_grad()

@@ -59,12 +59,15 @@ def fit(
     plan: Plan,
     averages: Mapping[str, Tensor] | None = None,
     checkpoint: Path | None = None,
+    share: Callable[[list[Tensor]], None] | None = None,
+    writes: bool = True,
 ) -> Iterator[Step]:
     """Train `parameters` in place, yielding after every step.
 
     `loss` draws its own batch and noise from the generator it is handed, so that the whole run is a
     function of `plan.seed`. With `checkpoint`, a run that was cut off continues from the last one
-    saved.
+    saved. Of several processes each calls `share`, which averages the gradients in place, and one
+    `writes`.
     """
     generator = torch.Generator().manual_seed(plan.seed)
     first = 0
@@ -77,6 +80,8 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         value = loss(generator)
         value.backward()
+        if share is not None:
+            share([p.grad for p in parameters.values() if p.grad is not None])
         if plan.clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
         optimizer.step()
@@ -84,7 +89,7 @@ def fit(
             _average(averages, parameters, min(plan.average, (number + 1) / (number + 10)))
         now = time.perf_counter()
         last = number + 1 == plan.steps
-        if checkpoint and (last or now - saved > plan.checkpoint_seconds):
+        if checkpoint and writes and (last or now - saved > plan.checkpoint_seconds):
             _save(checkpoint, number + 1, parameters, optimizer, generator, averages or {})
             saved = now
         left = (now - start) / (number + 1 - first) * (plan.steps - number - 1)

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -18,8 +19,8 @@ from hdbcli.config import RefineConfig
 from hdbcli.create import describe
 from hdbcli.errors import HdbError
 from hdbcli.evaluate import person_losses
-from hdbcli.people import read_people
-from hdbcli.pretrain import draw_pairs, new_hypernetwork
+from hdbcli.people import People, read_people
+from hdbcli.pretrain import draw_batch, new_hypernetwork
 from hdbcli.refine import portrait_loss, refine
 from hdbcli.relax import relax
 
@@ -56,11 +57,15 @@ def test_read_people(tiny: Base, people: Path) -> None:
 def test_pairs_are_two_photos_of_one_person() -> None:
     members = ((0, 1, 2), (3,), (4, 5))
     owner = {photo: person for person, photos in enumerate(members) for photo in photos}
-    read, drawn = draw_pairs(members, 200, torch.Generator().manual_seed(0))
-    pairs = list(zip(read.tolist(), drawn.tolist(), strict=True))
+    people = People(np.zeros((7, 8, 8, 3), np.uint8), ("a", "b", "c"), members, ())
+    batch = draw_batch(people, 200, (2, 4, 4), torch.Generator().manual_seed(0))
+    pairs = list(zip(batch.read.tolist(), batch.drawn.tolist(), strict=True))
+    assert [owner[a] for a, _ in pairs] == batch.person.tolist()
     assert all(owner[a] == owner[b] for a, b in pairs)
     assert all(a != b or owner[a] == 1 for a, b in pairs)
     assert {owner[a] for a, _ in pairs} == {0, 1, 2}
+    assert set(batch.anybody.tolist()) == set(range(6))  # photo 6 is nobody's here: held out
+    assert all(len(each) == 200 for each in batch) and batch.noise.shape == (200, 2, 4, 4)
 
 
 def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
