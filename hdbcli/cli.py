@@ -145,7 +145,9 @@ def refine(
 
 @app.command()
 def gen(
-    identity: Identity,
+    identity: Annotated[
+        str, typer.Argument(help="Name of an identity, or its file; several: alice,bob,carol.")
+    ],
     prompt: Annotated[str, typer.Argument(help="What to draw; [V] is the person's place in it.")],
     count: Annotated[int, typer.Option("-n", min=1, max=1000, help="How many pictures.")] = 4,
     seed: Annotated[int | None, typer.Option(min=0, help="First seed; default: random.")] = None,
@@ -169,24 +171,29 @@ def gen(
 ) -> None:
     """Draw an identity in any style, such as "a Pixar character of a [V] face".
 
-    The same seed gives the same picture. Prompt and negative prompt both wear the identity.
+    The same seed gives the same picture. Prompt and negative prompt both wear the identity. Several
+    people are drawn in one pass, each with the same seeds.
     """
     from hdbcli import sample
 
     first = int.from_bytes(os.urandom(4), "big") if seed is None else seed
-    seeds = [first + i for i in range(count)]
     settings = SampleSettings(steps, guidance, negative, size, scheduler)
-    path = store.resolve(identity)
-    targets = sample.plan_outputs(out, path.stem, seeds, grid)
-    loaded, theta = _wear(path, base, device)
+    paths = [store.resolve(each) for each in identity.split(",")]
+    jobs = [(path.stem, first + i) for path in paths for i in range(count)]
+    names, seeds = [name for name, _ in jobs], [number for _, number in jobs]
+    targets = sample.plan_outputs(out, [f"{name}-{number}" for name, number in jobs], grid)
+    loaded, people = _wear(paths, base, device)
     if "[V]" not in prompt:
         render.note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
+    theta = people.scaled(strength)
+    if len(paths) > 1:  # each wears their own; one person alone serves all pictures
+        theta = theta[[i for i in range(len(paths)) for _ in range(count)]]
     with render.progress() as tell:
-        pictures = sample.generate(loaded, theta.scaled(strength), prompt, seeds, settings, tell)
-    label = f"{path.stem} {strength:g}"
-    saved = sample.save_all(pictures, targets, prompt, settings, loaded.spec.name, label)
+        pictures = sample.generate(loaded, theta, prompt, seeds, settings, tell)
+    saved = sample.save_all(pictures, names, targets, prompt, settings, loaded.spec.name, strength)
     if as_json:
-        render.document({"name": path.stem, "base": loaded.spec.name, "prompt": prompt, **saved})
+        label = ",".join(path.stem for path in paths)
+        render.document({"name": label, "base": loaded.spec.name, "prompt": prompt, **saved})
         return
     for picture in saved["pictures"]:
         render.say(f"{picture['path'] or 'in the sheet'}  seed {picture['seed']}")
@@ -208,7 +215,7 @@ def merge(
     from hdbcli.merge import merge as write
 
     check_folder(out, force)
-    loaded, theta = _wear(store.resolve(identity), base, "cpu")
+    loaded, theta = _wear([store.resolve(identity)], base, "cpu")
     size = write(loaded, theta.scaled(strength), out)
     if as_json:
         render.document({"path": str(out), "base": loaded.spec.name, "bytes": size})
@@ -436,18 +443,22 @@ def _load(base: str, device: str | None, hypernetwork: Path | None = None) -> Ba
     return load_base(spec, choose_device(device))
 
 
-def _wear(path: Path, base: str | None, device: str | None) -> tuple[Base, Theta]:
-    """Load an identity and the base to wear it on; say so where it is not the one it was made
+def _wear(paths: list[Path], base: str | None, device: str | None) -> tuple[Base, Theta]:
+    """Load identities and the base to wear them on; say so where it is not the one they were made
     on."""
     from hdbcli.base import theta_for
     from hdbcli.identity import load
+    from hdbcli.relax import stack
 
-    identity = load(path)
-    loaded = _load(base or identity.base, device)
-    theta, warning = theta_for(loaded, identity)
-    if warning:
-        render.note(f"warning: {warning}")
-    return loaded, theta
+    identities = [load(path) for path in paths]
+    loaded = _load(base or identities[0].base, device)
+    thetas = []
+    for path, identity in zip(paths, identities, strict=True):
+        theta, warning = theta_for(loaded, identity)
+        if warning:
+            render.note(f"warning: {path.stem}: {warning}")
+        thetas.append(theta)
+    return loaded, stack(thetas)
 
 
 def _make(

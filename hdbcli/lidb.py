@@ -28,7 +28,7 @@ class Theta:
     def rank(self) -> int:
         return self.down.shape[-2]
 
-    def __getitem__(self, samples: slice | Tensor) -> Theta:
+    def __getitem__(self, samples: slice | list[int] | Tensor) -> Theta:
         return Theta(self.down[samples], self.up[samples])
 
     def scaled(self, strength: float) -> Theta:

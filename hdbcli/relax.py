@@ -6,6 +6,8 @@ with `down` not 0, so that the first step of refinement already trains them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from hdbcli.errors import HdbError
@@ -24,3 +26,10 @@ def relax(theta: Theta, rank: int) -> Theta:
     down = added.down[:, :, old:].to(theta.down).expand(batch, -1, -1, -1)
     up = added.up[:, :, :, old:].to(theta.up).expand(batch, -1, -1, -1)
     return Theta(torch.cat([theta.down, down], 2), torch.cat([theta.up, up], 3))
+
+
+def stack(thetas: Sequence[Theta]) -> Theta:
+    """Put identities of any ranks into one batch, relaxed to the highest of them."""
+    rank = max(theta.rank for theta in thetas)
+    relaxed = [relax(theta, rank) for theta in thetas]
+    return Theta(torch.cat([t.down for t in relaxed]), torch.cat([t.up for t in relaxed]))

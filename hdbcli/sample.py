@@ -76,16 +76,16 @@ class Outputs:
     grid: Path | None
 
 
-def plan_outputs(out: Path | None, name: str, seeds: Sequence[int], grid: bool) -> Outputs:
-    """Name the files before the work: `NAME-SEED.png` in a folder, or exactly the .png given.
+def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool) -> Outputs:
+    """Name the files before the work: `STEM.png` in a folder, or exactly the .png given.
 
     Nothing is overwritten but a file that was named itself. Raise HdbError for what cannot be
     written.
     """
     if out is not None and out.suffix.lower() == ".png" and not out.is_dir():
-        if len(seeds) > 1 and not grid:
+        if len(stems) > 1 and not grid:
             raise HdbError(
-                f"{out} is one file, {len(seeds)} pictures were asked for; give a folder, -n 1, or "
+                f"{out} is one file, {len(stems)} pictures were asked for; give a folder, -n 1, or "
                 "--grid for a sheet of them"
             )
         check_writable(out)
@@ -93,9 +93,9 @@ def plan_outputs(out: Path | None, name: str, seeds: Sequence[int], grid: bool) 
     folder = out or Path()
     if folder.exists() and not folder.is_dir():
         raise HdbError(f"{folder} is a file; give a folder or a name that ends in .png")
-    paths = tuple(_free(folder, f"{name}-{seed}") for seed in seeds)
+    paths = tuple(_free(folder, stem) for stem in stems)
     check_writable(paths[0])
-    return Outputs(paths, _free(folder, f"{name}-{seeds[0]}-grid") if grid else None)
+    return Outputs(paths, _free(folder, f"{stems[0]}-grid") if grid else None)
 
 
 def _free(folder: Path, stem: str) -> Path:
@@ -107,21 +107,31 @@ def _free(folder: Path, stem: str) -> Path:
 
 def save_all(
     pictures: Sequence[Picture],
+    names: Sequence[str],
     outputs: Outputs,
     prompt: str,
     settings: SampleSettings,
     base: str,
-    identity: str,
+    strength: float,
 ) -> dict[str, Any]:
-    """Write what was planned; return it as `hdb gen --json` prints it."""
-    texts = [parameters_text(prompt, settings, picture, base, identity) for picture in pictures]
+    """Write what was planned, picture i showing `names[i]`; return it as `hdb gen --json` prints
+    it."""
+    texts = [
+        parameters_text(prompt, settings, picture, base, f"{name} {strength:g}")
+        for picture, name in zip(pictures, names, strict=True)
+    ]
     for picture, path, text in zip(pictures, outputs.pictures, texts, strict=False):
         save_picture(picture.image, path, text)
     if outputs.grid:
-        save_picture(contact_sheet(pictures), outputs.grid, texts[0])
+        people = len(set(names))
+        columns = len(names) // people if people > 1 else min(4, len(names))
+        save_picture(contact_sheet(pictures, columns), outputs.grid, texts[0])
     paths: list[str | None] = [str(path) for path in outputs.pictures]
     paths = paths or [None] * len(pictures)
-    listed = [{"path": p, "seed": i.seed} for p, i in zip(paths, pictures, strict=True)]
+    listed = [
+        {"name": name, "path": path, "seed": picture.seed}
+        for name, path, picture in zip(names, paths, pictures, strict=True)
+    ]
     return {"pictures": listed, "grid": str(outputs.grid) if outputs.grid else None}
 
 
@@ -177,9 +187,8 @@ def _quoted(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
 
 
-def contact_sheet(pictures: Sequence[Picture]) -> np.ndarray:
-    """Put pictures side by side, at most four a row, on white."""
-    columns = min(4, len(pictures))
+def contact_sheet(pictures: Sequence[Picture], columns: int) -> np.ndarray:
+    """Put pictures side by side, `columns` a row, on white."""
     height, width = pictures[0].image.shape[:2]
     rows = -(-len(pictures) // columns)
     sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)

@@ -127,6 +127,29 @@ def test_gen_batch_does_not_change_a_seed(alice: Path, tmp_path: Path) -> None:
     assert abs(a - b).max() <= 1
 
 
+def test_gen_of_several_people_is_each_alone(alice: Path, astronaut: Path, tmp_path: Path) -> None:
+    ok("new", astronaut, "bob", "--no-refine")  # rank 1 beside alice's 4
+    words = ["a [V] face", "-n", 2, "--seed", 5, "--steps", 3]
+    result = ok("gen", "alice,bob", *words, "--grid", "-o", tmp_path / "both", "--json")
+    values = json.loads(result.stdout)
+    assert [(p["name"], p["seed"]) for p in values["pictures"]] == [
+        *(("alice", 5), ("alice", 6), ("bob", 5), ("bob", 6))
+    ]
+    assert Image.open(values["grid"]).size == (128, 128)  # a row each
+    pictures = {}
+    for name in ("alice", "bob"):
+        ok("gen", name, *words, "-o", tmp_path / "alone")
+        for seed in (5, 6):
+            together, alone = (
+                np.asarray(Image.open(tmp_path / d / f"{name}-{seed}.png")).astype(int)
+                for d in ("both", "alone")
+            )
+            assert abs(together - alone).max() <= 1
+            pictures[name, seed] = alone
+    assert abs(pictures["alice", 5] - pictures["bob", 5]).max() > 1  # they are not the same person
+    refused("gen", "alice,nobody", "x", says="unknown identity 'nobody'")
+
+
 def test_gen_json_grid_file_and_hint(alice: Path, tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     words = ["-n", 2, "--steps", 2, "--grid", "-o", sheet, "--json"]
