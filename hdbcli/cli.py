@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hdbcli import __version__, render
-from hdbcli.config import DEFAULT_BASE, OPTIMIZERS, BankConfig, PretrainConfig, RefineConfig
+from hdbcli.config import (
+    DEFAULT_BASE,
+    OPTIMIZERS,
+    PRECISIONS,
+    BankConfig,
+    PretrainConfig,
+    RefineConfig,
+)
 from hdbcli.errors import HdbError
 from registry import store
 from registry.errors import RegistryError
@@ -340,15 +347,25 @@ def train_hypernetwork(
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = PretrainConfig.lr,
     bank: Annotated[Path | None, typer.Option(help="Bank made by hdb train bank.")] = None,
     beta: Annotated[float, typer.Option(help="Weight of the bank.")] = PretrainConfig.beta,
+    prior: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of samples with an empty prompt.")
+    ] = PretrainConfig.prior,
     seed: Seed = PretrainConfig.seed,
     optimizer: Optimizer = PretrainConfig.optimizer,
+    precision: Annotated[
+        str, typer.Option(help=f"{' or '.join(PRECISIONS)}.")
+    ] = PretrainConfig.precision,
+    save_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds between checkpoints.")
+    ] = PretrainConfig.save_seconds,
     pattern: Pattern = "*",
     aligned: Aligned = False,
     device: Device = None,
 ) -> None:
     """Train the hypernetwork of a base model; interrupted, the same command goes on.
 
-    On several devices: accelerate launch --num_processes N -m hdbcli train hypernetwork ...
+    On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
+    processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
     from hdbcli import pretrain
     from hdbcli.bank import read_bank
@@ -357,7 +374,7 @@ def train_hypernetwork(
     from hdbcli.people import read_people
 
     loaded = _load(base, device)
-    config = PretrainConfig(steps, lr, batch, beta=beta, seed=seed, optimizer=optimizer)
+    config = PretrainConfig(steps, lr, batch, beta, prior, seed, optimizer, precision, save_seconds)
     known = read_bank(bank, loaded) if bank else None
     workers = join_workers()
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")

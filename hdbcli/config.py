@@ -8,6 +8,7 @@ from dataclasses import dataclass
 DEFAULT_BASE = "tiny"
 DEVICES = ("cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw8bit", "adamw")
+PRECISIONS = ("auto", "fp32")
 
 # Whoever wants to draw progress is told (stage, done, in all).
 Tell = Callable[[str, int, int], None]
@@ -54,3 +55,5 @@ class PretrainConfig:
     prior: float = 0.15  # share of the samples that teach theta to leave the empty prompt alone
     seed: int = 0
     optimizer: str = "adamw8bit"
+    precision: str = "auto"
+    save_seconds: float = 120.0  # between checkpoints

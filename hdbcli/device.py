@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hdbcli.config import DEVICES, OPTIMIZERS
+from hdbcli.config import DEVICES, OPTIMIZERS, PRECISIONS
 from hdbcli.errors import HdbError
 
 
@@ -34,7 +34,7 @@ def choose_device(name: str | None) -> str:
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that `accelerate launch` started, or this one alone."""
+    """The processes that `accelerate launch` or `torchrun` started, or this one alone."""
 
     rank: int
     count: int
@@ -45,7 +45,7 @@ ALONE = Workers(0, 1, None)
 
 
 def join_workers() -> Workers:
-    """Meet the other processes of `accelerate launch`, if it started this one."""
+    """Meet the other processes of `accelerate launch` or `torchrun`, if one of them started us."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     from accelerate import Accelerator
@@ -61,9 +61,14 @@ def join_workers() -> Workers:
     return Workers(accelerator.process_index, accelerator.num_processes, share)
 
 
-def autocast(device: str) -> AbstractContextManager:
-    """Run matrix products in bfloat16 where the device does that fast, else in float32."""
+def autocast(device: str, precision: str = "auto") -> AbstractContextManager:
+    """Run matrix products in bfloat16 where the device does that fast, else, or if `precision` is
+    fp32, in float32."""
+    if precision not in PRECISIONS:
+        raise HdbError(f"unknown precision {precision!r}; choose {' or '.join(PRECISIONS)}")
     kind = device.split(":")[0]
+    if precision == "fp32":
+        return nullcontext()
     if kind == "cpu":
         fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     else:

@@ -70,7 +70,14 @@ def pretrain(
     parameters = dict(model.named_parameters())
     averages = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer, _, _ = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
-    plan = Plan(config.steps, config.lr, warmup=100, average=AVERAGE, seed=config.seed)
+    plan = Plan(
+        config.steps,
+        config.lr,
+        warmup=100,
+        average=AVERAGE,
+        seed=config.seed,
+        checkpoint_seconds=config.save_seconds,
+    )
 
     def loss(generator: torch.Generator) -> Tensor:
         # Every process draws the batch of all and takes its part: N processes are one with N times
@@ -84,7 +91,7 @@ def pretrain(
         clean = torch.where(mirrored, latents[1, drawn], latents[0, drawn]).float().to(device)
         faces = images[batch.read].float().to(device) / 127.5 - 1
         faces = torch.where(mirrored.to(device), faces.flip(-1), faces)
-        with autocast(device):
+        with autocast(device, config.precision):
             theta = model(faces)
             base.injected.wear(theta)
             noise, t = batch.noise.to(device), batch.t.to(device)

@@ -1,0 +1,73 @@
+"""Training in several processes, and training that was killed: the same numbers as in one go."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HELD_OUT = Path(__file__).parent / "data/heldout"
+LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m")
+
+
+def command(*launcher: str, out: Path, **options: object) -> list[str]:
+    chosen = {"steps": 4, "lr": 1e-3, "optimizer": "adamw", "precision": "fp32", **options}
+    words = ["hdbcli", "train", "hypernetwork", str(HELD_OUT), "--pattern", "photo-0.jpg"]
+    words += ["--out", str(out)]
+    for key, value in chosen.items():
+        words += [f"--{key.replace('_', '-')}", str(value)]
+    return [sys.executable, *(launcher or ("-m",)), *words]
+
+
+def run(words: list[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train in one process and one go, with a batch of four."""
+    out = tmp_path_factory.mktemp("whole") / "h.safetensors"
+    run(command(out=out, batch=4))
+    return out
+
+
+def difference(a: Path, b: Path) -> float:
+    """Return the mean difference of the checkpoints' weights, which are not rounded to fp16."""
+    first, second = (load_file(p.with_name("h-checkpoint.safetensors")) for p in (a, b))
+    names = [name for name in first if name.startswith("parameter.")]
+    assert first.keys() == second.keys() and names
+    return sum(float((first[n] - second[n]).abs().mean()) for n in names) / len(names)
+
+
+def test_two_processes_are_one_with_twice_the_batch(whole: Path, tmp_path: Path) -> None:
+    both, half = tmp_path / "both/h.safetensors", tmp_path / "half/h.safetensors"
+    said = run(command(*LAUNCH, out=both, batch=2))
+    assert said.count("step 4/4") == 1  # one of the two speaks
+    run(command(out=half, batch=2))  # the control: half of the batch is something else
+    assert difference(both, whole) < 0.02 * difference(half, whole)
+
+
+def test_killed_and_resumed_is_the_same(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "h.safetensors"
+    words = command(out=out, batch=4, save_seconds=0)
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "h-checkpoint.safetensors"
+    try:
+        while not checkpoint.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert checkpoint.exists() and not out.exists(), "it ended before it could be killed"
+    run(words)
+    for name, tensor in load_file(out).items():
+        assert torch.equal(tensor, load_file(whole)[name]), name
