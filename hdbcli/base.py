@@ -3,7 +3,10 @@ hand."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,8 +17,11 @@ from hdbcli.hyperfile import load_hypernetwork
 from hdbcli.hypernet import HyperNetwork
 from hdbcli.identity import Identity, check_fits
 from hdbcli.inject import Injected, inject
-from hdbcli.lidb import Theta
+from hdbcli.lidb import Factors, Theta
+from hdbcli.tokens import Tokens
 from registry.spec import Backbone, BaseSpec
+
+Worn: TypeAlias = Theta | Factors | Tokens
 
 PLACEHOLDER = "[V]"
 PORTRAIT = "a [V] face"  # the one prompt of training: HyperDreamBooth §3.3
@@ -33,6 +39,16 @@ class Base:
     def prompt(self, text: str) -> str:
         """Put the base's rare token where the user wrote [V]."""
         return text.replace(PLACEHOLDER, self.spec.identifier)
+
+    @contextmanager
+    def wearing(self, worn: Worn | None) -> Iterator[None]:
+        """Draw and train inside the block with a batch of people on, one for all, or nobody."""
+        if isinstance(worn, Tokens):
+            with worn.on(self.backbone):
+                yield
+        else:
+            with self.injected.wearing(worn):
+                yield
 
     def images(self, crops: list[np.ndarray]) -> Tensor:
         """Stack uint8 crops (S, S, 3) as (B, 3, S, S) in -1..1 on the device."""

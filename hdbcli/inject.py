@@ -13,7 +13,7 @@ from torch import nn
 
 from hdbcli import basis
 from hdbcli.errors import HdbError
-from hdbcli.lidb import LiDBLinear, Theta
+from hdbcli.lidb import Factors, LiDBLinear, Theta
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,34 @@ class Injected:
     b: int
     seed: int
 
-    def wear(self, theta: Theta | None) -> None:
+    def wear(self, worn: Theta | Factors | None) -> None:
         """Put identities on every target at once: a batch of them, one for all, or None to take
         them off."""
-        if theta is not None and theta.down.shape[1] != len(self.layers):
+        if worn is None:
+            for layer in self.layers.values():
+                layer.residual = None
+            return
+        factors = self.factors(worn) if isinstance(worn, Theta) else worn
+        for layer, down, up in zip(self.layers.values(), factors.down, factors.up, strict=True):
+            layer.residual = down, up
+
+    def factors(self, theta: Theta) -> Factors:
+        """Multiply theta by every target's basis."""
+        if theta.down.shape[1] != len(self.layers):
             raise HdbError(
                 f"the identity has {theta.down.shape[1]} targets, the base {len(self.layers)}; "
                 "it was made for another base model"
             )
-        for i, layer in enumerate(self.layers.values()):
-            if theta is None:
-                layer.wear(None, None)
-            else:
-                layer.wear(theta.down[:, i], theta.up[:, i])
+        pairs = [
+            layer.factors(theta.down[:, i], theta.up[:, i])
+            for i, layer in enumerate(self.layers.values())
+        ]
+        return Factors(tuple(down for down, _ in pairs), tuple(up for _, up in pairs))
 
     @contextmanager
-    def wearing(self, theta: Theta | None) -> Iterator[None]:
-        """Wear `theta` inside the block only."""
-        self.wear(theta)
+    def wearing(self, worn: Theta | Factors | None) -> Iterator[None]:
+        """Wear what is given inside the block only."""
+        self.wear(worn)
         try:
             yield
         finally:

@@ -28,6 +28,9 @@ class Theta:
     def rank(self) -> int:
         return self.down.shape[-2]
 
+    def __len__(self) -> int:
+        return len(self.down)
+
     def __getitem__(self, samples: slice | list[int] | Tensor) -> Theta:
         return Theta(self.down[samples], self.up[samples])
 
@@ -36,8 +39,31 @@ class Theta:
         return Theta(self.down, self.up * strength)
 
 
+@dataclass(frozen=True)
+class Factors:
+    """Residuals of B samples without a basis, a pair for each target: D (B, R, m), U (B, n, R).
+
+    What theta becomes when it is worn, and what LoRA trains.
+    """
+
+    down: tuple[Tensor, ...]
+    up: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.down[0])
+
+    def __getitem__(self, samples: slice | list[int] | Tensor) -> Factors:
+        return Factors(tuple(d[samples] for d in self.down), tuple(u[samples] for u in self.up))
+
+    def plus(self, other: Factors) -> Factors:
+        """Add the residuals of another, rank beside rank."""
+        down = (torch.cat(pair, dim=1) for pair in zip(self.down, other.down, strict=True))
+        up = (torch.cat(pair, dim=2) for pair in zip(self.up, other.up, strict=True))
+        return Factors(tuple(down), tuple(up))
+
+
 class LiDBLinear(nn.Module):
-    """A frozen linear layer plus, while `wear` has put one on, the residual of each sample's
+    """A frozen linear layer plus, while one is worn, the residual (D, U) of each sample's
     identity."""
 
     down_basis: Tensor
@@ -50,15 +76,10 @@ class LiDBLinear(nn.Module):
         self.register_buffer("up_basis", up_basis, persistent=False)  # (n, b)
         self.residual: tuple[Tensor, Tensor] | None = None
 
-    def wear(self, down: Tensor | None, up: Tensor | None) -> None:
-        """Put on cores `down` (B, R, a) and `up` (B, b, R), or take them off with None.
-
-        The products with the basis are taken once here, not per token: D (B, R, m) and U (B, n, R).
-        """
-        if down is None or up is None:
-            self.residual = None
-        else:
-            self.residual = down @ self.down_basis, self.up_basis @ up
+    def factors(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiply cores `down` (B, R, a) and `up` (B, b, R) by the basis, once and not per token:
+        D (B, R, m), U (B, n, R)."""
+        return down @ self.down_basis, self.up_basis @ up
 
     def forward(self, x: Tensor) -> Tensor:
         """Return base(x) + x D^T U^T for x (k B, ..., m).

@@ -26,7 +26,7 @@ from hdbcli.errors import HdbError
 from hdbcli.hypernet import HyperConfig, HyperNetwork
 from hdbcli.lidb import Theta, inner
 from hdbcli.people import People
-from registry.training import Plan, Step, fit
+from registry.training import Plan, Step, fit, short_attention
 
 AVERAGE = 0.998
 
@@ -91,7 +91,7 @@ def pretrain(
         clean = torch.where(mirrored, latents[1, drawn], latents[0, drawn]).float().to(device)
         faces = images[batch.read].float().to(device) / 127.5 - 1
         faces = torch.where(mirrored.to(device), faces.flip(-1), faces)
-        with autocast(device, config.precision):
+        with autocast(device, config.precision), short_attention(device, clean[0, 0].numel()):
             theta = model(faces)
             base.injected.wear(theta)
             noise, t = batch.noise.to(device), batch.t.to(device)

@@ -7,21 +7,35 @@ side through the per-sample layer, each exactly as if alone: same noise, no shar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hdbcli.base import PORTRAIT, Base
+from hdbcli.base import PORTRAIT, Base, Worn
 from hdbcli.config import RefineConfig, Tell
 from hdbcli.device import autocast, make_optimizer
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta, pack, unpack
-from registry.training import Plan, fit
+from registry.training import Plan, Step, fit, short_attention
 
 PAIRS = 64  # (timestep, noise) pairs that the loss is reported on, the same before and after
 PAIRS_SEED = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a method trains for P people, `numbers` each, and how they wear it at this moment.
+
+    LiDB here, the methods beside it in `methods`: the loop is one.
+    """
+
+    people: int
+    parameters: Mapping[str, Tensor]
+    worn: Callable[[], Worn | None]
+    numbers: int
+    prior: Callable[[torch.Generator], Tensor] | None = None  # a loss beside the portrait's
 
 
 @dataclass(frozen=True)
@@ -39,35 +53,63 @@ def refine(
     base: Base, theta: Theta, latents: Sequence[Tensor], config: RefineConfig, tell: Tell
 ) -> Refined:
     """Train theta of P identities, person p on the latents (N_p, c, h, w) of their crops."""
-    if len(theta.down) != len(latents):
-        raise HdbError(f"theta of {len(theta.down)} people, photos of {len(latents)}")
-    flat = pack(theta).clone().requires_grad_(True)
-    optimizer, label, note = make_optimizer(config.optimizer, [flat], config.lr)
-    plan = Plan(config.steps, config.lr, warmup=3, decay=0.5, clip=None, seed=config.seed)
+    trial = lidb_trial(base, theta)
+    optimizer, label, note = make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
     start = portrait_loss(base, theta, latents)
+    for step in train(base, trial, latents, config, optimizer):
+        tell("refine", step.number, step.steps)
+    with torch.no_grad():
+        refined = trial.worn()
+    assert isinstance(refined, Theta)
+    return Refined(refined, start, portrait_loss(base, refined, latents), label, note)
+
+
+def lidb_trial(base: Base, theta: Theta) -> Trial:
+    """Train the cores, as one flat parameter."""
+    flat = pack(theta).clone().requires_grad_(True)
+    targets, spec = len(base.injected.layers), base.spec
+
+    def worn() -> Theta:
+        return unpack(flat, targets, spec.a, spec.b)
+
+    return Trial(len(flat), {"theta": flat}, worn, flat.shape[1])
+
+
+def train(
+    base: Base,
+    trial: Trial,
+    latents: Sequence[Tensor],
+    config: RefineConfig,
+    optimizer: torch.optim.Optimizer,
+) -> Iterator[Step]:
+    """Run the iterations on "a [V] face", yielding after each."""
+    if len(latents) != trial.people:
+        raise HdbError(f"a trial of {trial.people} people, photos of {len(latents)}")
 
     def loss(generator: torch.Generator) -> Tensor:
         noise = torch.randn((config.batch, *latents[0].shape[1:]), generator=generator)
         # One time in each of `batch` equal parts of the schedule: less noise in the gradient.
         part = torch.arange(config.batch) + torch.rand(config.batch, generator=generator)
-        base.injected.wear(unpack(flat, len(base.injected.layers), base.spec.a, base.spec.b))
-        with autocast(base.device):
-            return _losses(base, latents, noise, part / config.batch).mean(0).sum()
+        tokens = noise[0, 0].numel()
+        with (
+            base.wearing(trial.worn()),
+            autocast(base.device),
+            short_attention(base.device, tokens),
+        ):
+            value = _losses(base, latents, noise, part / config.batch).mean(0).sum()
+        return value if trial.prior is None else value + trial.prior(generator)
 
-    with base.injected.wearing(None):
-        for step in fit({"theta": flat}, loss, optimizer, plan):
-            tell("refine", step.number, step.steps)
-    refined = unpack(flat.detach(), len(base.injected.layers), base.spec.a, base.spec.b)
-    return Refined(refined, start, portrait_loss(base, refined, latents), label, note)
+    plan = Plan(config.steps, config.lr, warmup=3, decay=0.5, clip=None, seed=config.seed)
+    yield from fit(trial.parameters, loss, optimizer, plan)
 
 
 @torch.no_grad()
-def portrait_loss(base: Base, theta: Theta | None, latents: Sequence[Tensor]) -> Tensor:
+def portrait_loss(base: Base, worn: Worn | None, latents: Sequence[Tensor]) -> Tensor:
     """Return each person's diffusion loss (P,) of "a [V] face", the mean over 64 fixed pairs."""
     generator = torch.Generator().manual_seed(PAIRS_SEED)
     noise = torch.randn((PAIRS, *latents[0].shape[1:]), generator=generator)
     t = ((torch.arange(PAIRS) + 0.5) / PAIRS)[torch.randperm(PAIRS, generator=generator)]
-    with base.injected.wearing(theta), autocast(base.device):
+    with base.wearing(worn), autocast(base.device):
         parts = [
             _losses(base, latents, noise[i : i + 16], t[i : i + 16]) for i in range(0, PAIRS, 16)
         ]

@@ -14,10 +14,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hdbcli import __version__
-from hdbcli.base import Base
+from hdbcli.base import Base, Worn
 from hdbcli.config import Tell
 from hdbcli.errors import HdbError
-from hdbcli.lidb import Theta
 from registry.errors import RegistryError
 from registry.spec import SampleSettings
 from registry.store import write_beside
@@ -35,7 +34,7 @@ class Picture:
 
 def generate(
     base: Base,
-    theta: Theta | None,
+    worn: Worn | None,
     prompt: str,
     seeds: Sequence[int],
     settings: SampleSettings,
@@ -44,7 +43,7 @@ def generate(
     """Draw one picture a seed. Prompt and negative prompt both wear the identity, as a merged
     model would.
 
-    A theta of one identity serves all seeds; a theta of as many as there are seeds, one each.
+    One identity serves all seeds; a batch of as many as there are seeds, one each.
     """
     pictures: list[Picture] = []
     text = base.prompt(prompt)
@@ -54,12 +53,12 @@ def generate(
     for done in range(passes):
         part = slice(done * at_once, (done + 1) * at_once)
         batch = seeds[part]
-        worn = theta if theta is None or len(theta.down) == 1 else theta[part]
+        theirs = worn if worn is None or len(worn) == 1 else worn[part]
 
         def progress(step: int, steps: int, done: int = done) -> None:
             tell("draw", done * steps + step, passes * steps)
 
-        with base.injected.wearing(worn):
+        with base.wearing(theirs):
             try:
                 images = base.backbone.sample([text] * len(batch), settings, batch, progress)
             except RegistryError as error:

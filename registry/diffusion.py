@@ -82,6 +82,12 @@ class StableDiffusion:
         ).input_ids
         return self.pipeline.text_encoder(ids.to(self.pipeline.device)).last_hidden_state
 
+    def token_embeddings(self, word: str) -> list[tuple[nn.Embedding, int]]:
+        ids = self.pipeline.tokenizer(word, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise RegistryError(f"{word!r} is {len(ids)} tokens of this model; give a word of one")
+        return [(self.pipeline.text_encoder.get_input_embeddings(), ids[0])]
+
     @torch.no_grad()
     def sample(
         self,

@@ -70,6 +70,12 @@ class Backbone(Protocol):
         `progress` is told (steps done, steps in all) after each step.
         """
 
+    def token_embeddings(self, word: str) -> Sequence[tuple[nn.Embedding, int]]:
+        """Return, for each text encoder, its embedding and the row of `word`, which is one token.
+
+        Raise RegistryError if it is more.
+        """
+
     def save(self, folder: Path) -> None:
         """Write the model as it is now, residuals fused or not, as a diffusers folder."""
 

@@ -28,7 +28,7 @@ def test_residual_is_the_papers_formula() -> None:
     lidb, (down, up) = layer(), cores(1, 3)
     delta = lidb.up_basis @ up[0] @ down[0] @ lidb.down_basis
     x = torch.randn(5, 7, M)
-    lidb.wear(down, up)
+    lidb.residual = lidb.factors(down, up)
     torch.testing.assert_close(lidb(x), lidb.base(x) + x @ delta.T, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lidb.delta(), delta, atol=1e-6, rtol=1e-5)
     assert (lidb(x) - lidb.base(x)).abs().max() > 0.1
@@ -37,19 +37,19 @@ def test_residual_is_the_papers_formula() -> None:
 def test_each_sample_wears_its_own() -> None:
     lidb, (down, up) = layer(), cores(4, 2)
     x = torch.randn(4, 7, M)
-    lidb.wear(down, up)
+    lidb.residual = lidb.factors(down, up)
     together = lidb(x)
     for i in range(4):
-        lidb.wear(down[i : i + 1], up[i : i + 1])
+        lidb.residual = lidb.factors(down[i : i + 1], up[i : i + 1])
         torch.testing.assert_close(together[i : i + 1], lidb(x[i : i + 1]), atol=1e-5, rtol=1e-5)
-    lidb.wear(down.roll(1, 0), up.roll(1, 0))
+    lidb.residual = lidb.factors(down.roll(1, 0), up.roll(1, 0))
     assert (together - lidb(x)).abs().max() > 0.1
 
 
 def test_guidance_stacks_the_batch() -> None:
     lidb, (down, up) = layer(), cores(3, 2)
     x = torch.randn(3, 7, M)
-    lidb.wear(down, up)
+    lidb.residual = lidb.factors(down, up)
     torch.testing.assert_close(lidb(torch.cat([x, x])), torch.cat([lidb(x)] * 2))
 
 
@@ -58,12 +58,12 @@ def test_theta_0_is_the_base_but_not_dead() -> None:
     theta = first_theta(1, A, B)
     up = theta.up[:, 0].clone().requires_grad_(True)
     down = theta.down[:, 0].clone().requires_grad_(True)
-    lidb.wear(down, up)
+    lidb.residual = lidb.factors(down, up)
     assert torch.equal(lidb(x), lidb.base(x))
     lidb(x).pow(2).sum().backward()
     assert up.grad is not None and up.grad.abs().max() > 1e-3
     dead = torch.zeros_like(up).requires_grad_(True)
-    lidb.wear(torch.zeros_like(down), dead)
+    lidb.residual = lidb.factors(torch.zeros_like(down), dead)
     lidb(x).pow(2).sum().backward()
     assert dead.grad is not None and dead.grad.abs().max() == 0  # the control: both zero is dead
 
@@ -71,7 +71,7 @@ def test_theta_0_is_the_base_but_not_dead() -> None:
 def test_fused_is_a_plain_layer_with_the_same_output() -> None:
     lidb, (down, up) = layer(), cores(1, 2)
     before = lidb.base.weight.clone()
-    lidb.wear(down, up)
+    lidb.residual = lidb.factors(down, up)
     x = torch.randn(3, M)[:, None]
     fused = lidb.fused()
     assert type(fused) is nn.Linear
@@ -84,7 +84,7 @@ def test_gradients_reach_the_cores_only() -> None:
     lidb, (down, up) = layer(), cores(2, 1)
     lidb.requires_grad_(False)
     down.requires_grad_(True), up.requires_grad_(True)
-    lidb.wear(down, up)
+    lidb.residual = lidb.factors(down, up)
     lidb(torch.randn(2, 3, M)).sum().backward()
     assert down.grad is not None and up.grad is not None
     assert all(p.grad is None for p in lidb.parameters())
@@ -103,10 +103,10 @@ def test_pack_is_exact_and_flat() -> None:
 def test_strength_scales_the_residual() -> None:
     lidb, (down, up) = layer(), cores(1, 2)
     theta = Theta(down[:, None], up[:, None])
-    lidb.wear(down, up)
+    lidb.residual = lidb.factors(down, up)
     full = lidb.delta()
     half = theta.scaled(0.5)
-    lidb.wear(half.down[:, 0], half.up[:, 0])
+    lidb.residual = lidb.factors(half.down[:, 0], half.up[:, 0])
     torch.testing.assert_close(lidb.delta(), full / 2)
 
 
@@ -116,10 +116,10 @@ def test_relaxed_equals_its_source_and_can_learn() -> None:
     relaxed = relax(theta, 4)
     assert relaxed.rank == 4
     lidb = layer()
-    lidb.wear(down, up)
+    lidb.residual = lidb.factors(down, up)
     before = lidb.delta()
     free = relaxed.up[:, 0].clone().requires_grad_(True)
-    lidb.wear(relaxed.down[:, 0], free)
+    lidb.residual = lidb.factors(relaxed.down[:, 0], free)
     assert (lidb.delta() - before).abs().max() < 1e-6
     lidb(torch.randn(1, 3, M)).pow(2).sum().backward()
     assert free.grad is not None and (free.grad.abs().amax((0, 1)) > 1e-4).all()

@@ -15,7 +15,7 @@ from registry.tiny.recipe.autoencoder import CHANNELS, decode, encode
 from registry.tiny.recipe.pictures import STYLES, Pictures, read_pictures, sheet
 from registry.tiny.recipe.styles import CAPTIONS
 from registry.tiny.recipe.vocabulary import LENGTH, write_tokenizer
-from registry.training import Plan, Step, fit
+from registry.training import Plan, Step, fit, short_attention
 
 IDENTIFIER = "sks"
 WIDTH = 128  # of the text encoder
@@ -92,7 +92,10 @@ def train_base(build: Path, plan: Plan, compiled: bool) -> Iterator[Step]:
         noise = torch.randn(clean.shape, generator=generator)
         t = torch.randint(len(signal), (BATCH,), generator=generator)
         a, s = signal[t].sqrt().view(-1, 1, 1, 1), (1 - signal[t]).sqrt().view(-1, 1, 1, 1)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            short_attention("cpu", clean[0, 0].numel()),
+        ):
             states = text_encoder(ids).last_hidden_state
             velocity = forward(a * clean + s * noise, t, states).sample
         return F.mse_loss(velocity.float(), a * noise - s * clean)

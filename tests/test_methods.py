@@ -1,0 +1,127 @@
+"""The methods beside LiDB: each starts as the base, learns, and leaves the base as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hdbcli.base import PORTRAIT, Base
+from hdbcli.config import RefineConfig
+from hdbcli.errors import HdbError
+from hdbcli.lidb import first_theta
+from hdbcli.methods import class_latents, dreambooth_trial, inversion_trial, lora_trial
+from hdbcli.photo import crop_face
+from hdbcli.refine import Trial, lidb_trial, portrait_loss, train
+from hdbcli.sample import generate
+from hdbcli.tokens import Tokens, own_tokens
+from registry.errors import RegistryError
+from registry.spec import SampleSettings
+
+HELD_OUT = Path(__file__).parent / "data/heldout"
+CONFIG = RefineConfig(steps=6, batch=4, optimizer="adamw")
+LR = {"lidb": 5e-3, "lora": 3e-3, "inversion": 0.1, "dreambooth": 3e-4}
+
+
+def quiet(stage: str, done: int, total: int) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def latents(tiny: Base) -> list[Tensor]:
+    """Encode one photo of each of two held-out people."""
+    template = np.array(tiny.spec.template)
+    photos = (HELD_OUT / f"{seed}/photo-0.jpg" for seed in (900000, 900003))
+    crops = [crop_face(photo, template, tiny.spec.resolution).image for photo in photos]
+    return [tiny.backbone.encode_images(tiny.images([crop])) for crop in crops]
+
+
+@contextmanager
+def trial_of(method: str, base: Base, people: int) -> Iterator[Trial]:
+    if method == "dreambooth":
+        with dreambooth_trial(base, class_latents(base, 2, quiet)) as trial:
+            yield trial
+    elif method == "lidb":
+        start = first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
+        yield lidb_trial(base, start[[0] * people])
+    else:
+        yield {
+            "lora": lambda: lora_trial(base, people, 2),
+            "inversion": lambda: inversion_trial(base, people),
+        }[method]()
+
+
+def run(base: Base, trial: Trial, latents: list[Tensor], method: str) -> Tensor:
+    optimizer = torch.optim.AdamW(trial.parameters.values())
+    for _ in train(base, trial, latents, replace(CONFIG, lr=LR[method]), optimizer):
+        pass
+    return portrait_loss(base, trial.worn(), latents)
+
+
+@pytest.mark.parametrize("method", list(LR))
+def test_each_method_starts_as_the_base_and_learns(
+    method: str, tiny: Base, latents: list[Tensor]
+) -> None:
+    one = latents[:1]
+    before = portrait_loss(tiny, None, one)
+    weights = {k: v.clone() for k, v in tiny.backbone.components["unet"].state_dict().items()}
+    with trial_of(method, tiny, 1) as trial:
+        torch.testing.assert_close(portrait_loss(tiny, trial.worn(), one), before)
+        assert trial.numbers == sum(p.numel() for p in trial.parameters.values())
+        after = run(tiny, trial, one, method)
+        assert after < before - 1e-3
+        optimizer = torch.optim.AdamW(trial.parameters.values())
+        with pytest.raises(HdbError, match="trial of 1 people, photos of 2"):
+            next(train(tiny, trial, latents, CONFIG, optimizer))
+    assert torch.equal(portrait_loss(tiny, None, one), before)
+    for name, tensor in tiny.backbone.components["unet"].state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    assert not any(p.requires_grad for p in tiny.backbone.components["unet"].parameters())
+
+
+@pytest.mark.parametrize("method", ["lora", "inversion"])
+def test_people_side_by_side_learn_as_if_alone(
+    method: str, tiny: Base, latents: list[Tensor]
+) -> None:
+    with trial_of(method, tiny, 2) as both:
+        together = run(tiny, both, latents, method)
+    for i in range(2):
+        with trial_of(method, tiny, 1) as one:
+            alone = run(tiny, one, latents[i : i + 1], method)
+        assert alone.item() == pytest.approx(together[i].item(), rel=0.01)
+    assert abs(float(together[0] - together[1])) > 0.02 * float(together[0])  # they differ
+
+
+def test_relaxation_outside_the_basis_starts_where_the_prediction_is(
+    tiny: Base, latents: list[Tensor]
+) -> None:
+    theta = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b)
+    theta.up.normal_(generator=torch.Generator().manual_seed(0), std=0.3)
+    trial = lora_trial(tiny, 1, 2, beneath=theta)
+    predicted = portrait_loss(tiny, theta, latents[:1])
+    torch.testing.assert_close(portrait_loss(tiny, trial.worn(), latents[:1]), predicted)
+    assert abs(float(predicted - portrait_loss(tiny, None, latents[:1]))) > 1e-3
+
+
+def test_each_sample_reads_its_own_word(tiny: Base) -> None:
+    tokens = own_tokens(tiny.backbone, tiny.spec.identifier, 2)
+    settings = SampleSettings(steps=2)
+
+    def draw(worn: Tokens | None, seeds: list[int], prompt: str = PORTRAIT) -> np.ndarray:
+        return np.stack([p.image for p in generate(tiny, worn, prompt, seeds, settings, quiet)])
+
+    assert (draw(tokens, [3, 3]) == draw(None, [3, 3])).all()  # its own meaning changes nothing
+    noise = torch.randn(tokens.vectors[0].shape, generator=torch.Generator().manual_seed(0))
+    changed = Tokens(tokens.word, (tokens.vectors[0] + noise,))
+    both = draw(changed, [3, 3]).astype(int)
+    assert abs(both[0] - both[1]).max() > 1
+    for i in range(2):
+        assert abs(draw(changed[[i]], [3])[0].astype(int) - both[i]).max() <= 1
+    assert (draw(changed, [3, 3], "a face") == draw(None, [3, 3], "a face")).all()  # no [V]
+    with pytest.raises(RegistryError, match="tokens of this model"):
+        tiny.backbone.token_embeddings("face face")
