@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
-from registry.tiny.recipe.assets import MATERIALS, MESHES, Assets, fetch_assets
+from registry.tiny.recipe.__main__ import main
+from registry.tiny.recipe.assets import MATERIALS, MESHES, Assets, fetch_assets, read_image
 from registry.tiny.recipe.people import HELD_OUT_SEED, render_people
 from registry.tiny.recipe.person import sample_person
 from registry.tiny.recipe.pictures import read_pictures
@@ -67,3 +70,36 @@ def test_rendered_faces_are_found_and_told_apart(assets: Assets, tmp_path: Path)
     assert all(found)
     assert retrieval(faces[0::2], faces[1::2]).top1 == 1.0
     assert retrieval(faces[0::2], faces[1::2].roll(1, 0)).top1 == 0.0
+
+
+def step(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.egl
+def test_every_step_from_renders_to_weights(
+    assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    build, weights = tmp_path / "build", tmp_path / "weights"
+    assert step("--build", build, "base", "--steps", "1") == 1
+    assert "no rendered pictures" in capsys.readouterr().err
+    list(render_people(assets, build / "people", range(4), 64))
+    list(render_people(assets, build / "heldout", range(HELD_OUT_SEED, HELD_OUT_SEED + 2), 64))
+    assert step("--build", build, "autoencoder", "--steps", "2") == 0
+    assert step("--build", build, "base", "--steps", "2") == 0
+    assert step("--build", build, "base", "--steps", "3") == 0  # goes on after the second step
+    steps = re.findall(r"step (\d)/(\d)", capsys.readouterr().out)
+    assert steps == [("2", "2"), ("2", "2"), ("3", "3")]
+    assert step("--build", build, "publish", "--weights", weights) == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(weights)
+    assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
+    assert {p.name for p in (build / "sheets").iterdir()} == {"autoencoder.png", "base.png"}
+    drawn, photo = tmp_path / "drawn", tmp_path / "data/alice.png"
+    for path in (drawn / "alice-0.png", drawn / "alice-1.png", photo):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((build / "people/000000/portrait-0.png").read_bytes())
+    out = tmp_path / "sheet.png"
+    assert step("contact", photo, "--drawn", drawn, "--out", out) == 0
+    assert read_image(out, cv2.IMREAD_COLOR).shape == (2 * 64, 2 * 3 * 64, 3)

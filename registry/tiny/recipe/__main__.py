@@ -96,7 +96,7 @@ def _progress(done: int, total: int, unit: str, seconds: float) -> str:
     return f"{done}/{total} {unit}, {seconds:.0f} s, {left / 60:.1f} min left"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="registry.tiny.recipe", description=__doc__)
     parser.add_argument("--build", type=Path, default=Path("build/tiny"), help="work folder")
     steps = parser.add_subparsers(dest="step", required=True)
@@ -132,7 +132,7 @@ def main() -> int:
     step = steps.add_parser("publish", help="copy what was trained to the folder that ships")
     step.set_defaults(run=publish)
     step.add_argument("--weights", type=Path, default=Path("registry/tiny/weights"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         for line in options.run(options):
             print(line, flush=True)
