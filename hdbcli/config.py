@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 DEFAULT_BASE = "tiny"
 DEVICES = ("cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw8bit", "adamw")
 PRECISIONS = ("auto", "fp32")
+METHODS = (  # of `hdb compare`: HyperDreamBooth, its ablations, and the methods beside it
+    "hyperdreambooth",
+    "no-hypernetwork",
+    "hypernetwork-only",
+    "one-pass",
+    "no-relaxation",
+    "free-relaxation",
+    "lora",
+    "dreambooth",
+    "dreambooth-400",
+    "dreambooth-40",
+    "inversion",
+)
+MAIN_METHODS = "hyperdreambooth,lora,dreambooth,inversion"
 
 # Whoever wants to draw progress is told (stage, done, in all).
 Tell = Callable[[str, int, int], None]
@@ -20,7 +35,7 @@ class RefineConfig:
 
     steps: int = 40
     rank: int = 4
-    lr: float = 5e-3
+    lr: float = 2e-3
     batch: int = 8
     seed: int = 0
     optimizer: str = "adamw8bit"
@@ -48,12 +63,15 @@ class BankConfig:
 class PretrainConfig:
     """How to train a hypernetwork; its shape is HyperConfig's."""
 
-    steps: int = 1200
-    lr: float = 5e-4
-    batch: int = 48
+    steps: int = 3400
+    lr: float = 4e-4
+    batch: int = 32
     beta: float = 0.1  # weight of the distance from the bank, where there is one
-    prior: float = 0.15  # share of the samples that teach theta to leave the empty prompt alone
+    prior: float = 0.1  # share of the samples that teach theta to leave the empty prompt alone
     seed: int = 0
     optimizer: str = "adamw8bit"
     precision: str = "auto"
     save_seconds: float = 120.0  # between checkpoints
+    look: int = 200  # steps between looks at people held out
+    held_out: int = 64  # people, but no more than a tenth of all
+    checkpoint: Path | None = None  # a run that was cut off goes on from it

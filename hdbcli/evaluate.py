@@ -11,19 +11,18 @@ from torch import Tensor
 
 from hdbcli.base import PORTRAIT, Base
 from hdbcli.config import RefineConfig, Tell
-from hdbcli.device import autocast
 from hdbcli.errors import HdbError
 from hdbcli.faces import Retrieval, embed, retrieval
 from hdbcli.hypernet import HyperNetwork
 from hdbcli.lidb import Theta
 from hdbcli.people import People
 from hdbcli.pretrain import encode_crops
-from hdbcli.refine import refine
+from hdbcli.refine import portrait_loss, refine
 from hdbcli.relax import relax
 from hdbcli.sample import generate
 from registry.spec import SampleSettings
 
-PAIRS = 32  # (timestep, noise) pairs a person
+PAIRS = 32  # (timestep, noise) pairs
 GUIDANCE = 2.5
 AT_ONCE = 25  # people refined side by side
 
@@ -90,21 +89,17 @@ def evaluate(
     )
 
 
-@torch.no_grad()
-def person_losses(base: Base, theta: Theta | None, latents: Tensor, tell: Tell) -> Tensor:
-    """Return each person's mean loss (P,) over the same 32 (timestep, noise) pairs."""
-    prompt = base.prompt(PORTRAIT)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn((PAIRS, *latents.shape[1:]), generator=generator).to(latents)
-    times = (torch.arange(PAIRS, device=latents.device) + 0.5) / PAIRS
-    losses = []
-    for i in range(len(latents)):
-        worn = None if theta is None else theta[i : i + 1]
-        with base.injected.wearing(worn), autocast(base.device):
-            clean = latents[i].expand(PAIRS, -1, -1, -1)
-            losses.append(base.backbone.loss(clean, [prompt] * PAIRS, noise, times).mean())
-        tell("loss", i + 1, len(latents))
-    return torch.stack(losses).cpu()
+def person_losses(
+    base: Base, theta: Theta | None, latents: Tensor, tell: Tell, pairs: int = PAIRS
+) -> Tensor:
+    """Return the loss (P,) of everybody's one photo (P, c, h, w), over the same pairs."""
+    parts = []
+    for i in range(0, len(latents), AT_ONCE):
+        part = slice(i, i + AT_ONCE)
+        worn = None if theta is None else theta[part]
+        parts.append(portrait_loss(base, worn, list(latents[part, None]), pairs))
+        tell("loss", min(i + AT_ONCE, len(latents)), len(latents))
+    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from hdbcli.lidb import Theta, first_theta
 
+# Adam moves each weight of a head by the learning rate, and theta by `width` times that: without
+# this brake theta runs off before the faces have a say in it, and everybody gets the same.
+HEAD_SCALE = 4.0
+
 
 @dataclass(frozen=True)
 class HyperConfig:
@@ -60,7 +64,7 @@ class HyperNetwork(nn.Module):
         self.decoder = _transformer(c, c.decoder_layers)
         self.weight_norm = nn.LayerNorm(c.width)
         # A head for each target, small: the first prediction is close to theta_0 but not dead.
-        self.heads = nn.Parameter(torch.randn(c.targets, c.width, numbers) * 1e-3)
+        self.heads = nn.Parameter(torch.randn(c.targets, c.width, numbers) * 0.05)
         start = first_theta(c.targets, c.a, c.b, c.rank)
         self.register_buffer("start", _tokens(start), persistent=False)  # (1, L, R(a+b))
 
@@ -77,7 +81,7 @@ class HyperNetwork(nn.Module):
             both = self.decoder(torch.cat([face, weights], dim=1))
             refined = self.weight_norm(both[:, face.shape[1] :])
             delta = torch.einsum("blw,lwp->blp", refined, self.heads.to(refined.dtype))
-            tokens = tokens + delta.float()
+            tokens = tokens + HEAD_SCALE / self.config.width * delta.float()
         return _theta(tokens, self.config)
 
     def forward(self, faces: Tensor) -> Theta:
@@ -85,13 +89,13 @@ class HyperNetwork(nn.Module):
         return self.decode(self.encode_face(faces))
 
     @torch.no_grad()
-    def predict(self, photos: Tensor) -> Theta:
+    def predict(self, photos: Tensor, iterations: int | None = None) -> Theta:
         """Predict one theta from N photos of one person: their face tokens are averaged, not their
         thetas.
 
         A core is defined up to (c up, down / c), so averaged factors would mean nothing.
         """
-        return self.decode(self.encode_face(photos).mean(0, keepdim=True))
+        return self.decode(self.encode_face(photos).mean(0, keepdim=True), iterations)
 
 
 def _transformer(config: HyperConfig, layers: int) -> nn.TransformerEncoder:

@@ -24,11 +24,17 @@ class People:
     members: tuple[tuple[int, ...], ...]
     skipped: tuple[str, ...]
 
-    def split(self, last: int) -> tuple[People, People]:
-        """Divide into all but the `last` people, and those."""
+    def first(self, count: int | None) -> People:
+        """Return the first so many people, or all."""
+        return People(self.crops, self.names[:count], self.members[:count], self.skipped)
+
+    def hold_out(self, wanted: int) -> tuple[People, People | None]:
+        """Divide into those to train on and the last `wanted`, at most a tenth: None if that is
+        fewer than two."""
+        last = min(wanted, len(self.names) // 10)
+        if last < 2:  # one alone has no other's theta to compare with
+            return self, None
         keep = len(self.names) - last
-        if keep < 1 or last < 1:
-            raise HdbError(f"cannot hold out {last} of {len(self.names)} people; add people")
         first = People(self.crops, self.names[:keep], self.members[:keep], self.skipped)
         return first, People(self.crops, self.names[keep:], self.members[keep:], self.skipped)
 
@@ -39,9 +45,12 @@ def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell:
 
     `aligned` says that the pictures already are crops of the base's size and framing.
     """
-    if not folder.is_dir():
-        raise HdbError(f"{folder} is not a folder; give a folder of photos, or a folder per person")
-    persons = _persons(folder, pattern)
+    if folder.is_file():
+        persons = {folder.stem: [folder]}
+    elif folder.is_dir():
+        persons = _persons(folder, pattern)
+    else:
+        raise HdbError(f"{folder} does not exist; give a folder of photos, or a folder per person")
     if not persons:
         raise HdbError(f"no photo in {folder} matches {pattern!r} ({', '.join(SUFFIXES)})")
     total = sum(len(files) for files in persons.values())

@@ -11,8 +11,8 @@ preservation, DreamBooth §3.3).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,9 @@ from hdbcli.people import People
 from registry.training import Plan, Step, fit, short_attention
 
 AVERAGE = 0.998
+
+# Whoever wants to look at the model now and then is told (step, training loss since, model).
+Watch = Callable[[int, float, HyperNetwork], object]
 
 
 def new_hypernetwork(base: Base, seed: int, rank: int = 1) -> HyperNetwork:
@@ -55,18 +58,18 @@ def pretrain(
     model: HyperNetwork,
     people: People,
     config: PretrainConfig,
-    checkpoint: Path | None,
     tell: Tell,
     bank: Mapping[str, Theta] | None = None,
     workers: Workers = ALONE,
+    watch: Watch | None = None,
 ) -> Iterator[Step]:
-    """Train `model` in place; at the end it holds the moving average of its weights."""
-    device = base.device
-    known = None if bank is None else _known(bank, people, device)
-    model.to(device).train()
+    """Train `model` in place; at the end it holds the moving average of its weights, and whenever
+    `watch` looks."""
+    known = None if bank is None else _known(bank, people, base.device)
+    model.to(base.device).train()
     latents = encode_crops(base, people.crops, tell)
     images = torch.from_numpy(people.crops).permute(0, 3, 1, 2)
-    portrait = base.prompt(PORTRAIT)
+    material = _Material(people, images, latents, known)
     parameters = dict(model.named_parameters())
     averages = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer, _, _ = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
@@ -80,35 +83,102 @@ def pretrain(
     )
 
     def loss(generator: torch.Generator) -> Tensor:
-        # Every process draws the batch of all and takes its part: N processes are one with N times
-        # the batch.
-        whole = draw_batch(people, config.batch * workers.count, latents.shape[2:], generator)
-        batch = Batch(*(each[workers.rank :: workers.count] for each in whole))
-        prior = batch.chance < config.prior
-        drawn = torch.where(prior, batch.anybody, batch.drawn)
-        prompts = ["" if free else portrait for free in prior]
-        mirrored = (batch.mirror < 0.5).view(-1, 1, 1, 1)
-        clean = torch.where(mirrored, latents[1, drawn], latents[0, drawn]).float().to(device)
-        faces = images[batch.read].float().to(device) / 127.5 - 1
-        faces = torch.where(mirrored.to(device), faces.flip(-1), faces)
-        with autocast(device, config.precision), short_attention(device, clean[0, 0].numel()):
-            theta = model(faces)
-            base.injected.wear(theta)
-            noise, t = batch.noise.to(device), batch.t.to(device)
-            value = base.backbone.loss(clean, prompts, noise, t).mean()
-        if known is not None:
-            value = value + config.beta * weight_loss(theta, known[batch.person.to(device)]).mean()
-        return value
+        return _loss(base, model, material, config, workers, generator)
 
     with base.injected.wearing(None):
-        first = workers.rank == 0
-        yield from fit(
-            parameters, loss, optimizer, plan, averages, checkpoint, workers.share, first
+        yield from _watched(
+            fit(
+                parameters,
+                loss,
+                optimizer,
+                plan,
+                averages,
+                config.checkpoint,
+                workers.share,
+                writes=workers.rank == 0,
+            ),
+            lambda: _averaged(parameters, averages),
+            model,
+            config.look,
+            watch,
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(averages[name])
     model.eval()
+
+
+class _Material(NamedTuple):
+    """What training reads: N crops as images (N, 3, S, S) uint8 and as latents, mirrored too."""
+
+    people: People
+    images: Tensor
+    latents: Tensor  # (2, N, c, h, w)
+    known: Theta | None  # the bank, person by person
+
+
+def _loss(
+    base: Base,
+    model: HyperNetwork,
+    material: _Material,
+    config: PretrainConfig,
+    workers: Workers,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the loss of one batch, drawn from the generator."""
+    people, images, latents, known = material
+    device, portrait = base.device, base.prompt(PORTRAIT)
+    # Every process draws the batch of all and takes its part: N processes are one with N times the
+    # batch.
+    whole = draw_batch(people, config.batch * workers.count, latents.shape[2:], generator)
+    batch = Batch(*(each[workers.rank :: workers.count] for each in whole))
+    prior = batch.chance < config.prior
+    drawn = torch.where(prior, batch.anybody, batch.drawn)
+    prompts = ["" if free else portrait for free in prior]
+    mirrored = (batch.mirror < 0.5).view(-1, 1, 1, 1)
+    clean = torch.where(mirrored, latents[1, drawn], latents[0, drawn]).float().to(device)
+    faces = images[batch.read].float().to(device) / 127.5 - 1
+    faces = torch.where(mirrored.to(device), faces.flip(-1), faces)
+    with autocast(device, config.precision), short_attention(device, clean[0, 0].numel()):
+        theta = model(faces)
+        base.injected.wear(theta)
+        noise, t = batch.noise.to(device), batch.t.to(device)
+        value = base.backbone.loss(clean, prompts, noise, t).mean()
+    if known is not None:
+        value = value + config.beta * weight_loss(theta, known[batch.person.to(device)]).mean()
+    return value
+
+
+def _watched(
+    steps: Iterator[Step],
+    averaged: Callable[[], AbstractContextManager[None]],
+    model: HyperNetwork,
+    every: int,
+    watch: Watch | None,
+) -> Iterator[Step]:
+    """Let `watch` look at the average of the weights now and then, and at the end."""
+    losses = []
+    for step in steps:
+        losses.append(step.loss)
+        if watch and (step.number % every == 0 or step.number == step.steps):
+            with averaged():
+                watch(step.number, sum(losses) / len(losses), model.eval())
+            model.train()
+            losses.clear()
+        yield step
+
+
+@contextmanager
+def _averaged(parameters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put the averages in the place of the parameters inside the block."""
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = averages[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
 
 
 class Batch(NamedTuple):

@@ -22,6 +22,7 @@ from registry.training import Plan, Step, fit, short_attention
 
 PAIRS = 64  # (timestep, noise) pairs that the loss is reported on, the same before and after
 PAIRS_SEED = 0
+POSITIONS = 16_384  # of latents, measured at once: 256 samples of 8 x 8, 4 of 64 x 64
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def refine(
 ) -> Refined:
     """Train theta of P identities, person p on the latents (N_p, c, h, w) of their crops."""
     trial = lidb_trial(base, theta)
+    _check(trial, latents)
     optimizer, label, note = make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
     start = portrait_loss(base, theta, latents)
     for step in train(base, trial, latents, config, optimizer):
@@ -66,7 +68,7 @@ def refine(
 
 def lidb_trial(base: Base, theta: Theta) -> Trial:
     """Train the cores, as one flat parameter."""
-    flat = pack(theta).clone().requires_grad_(True)
+    flat = pack(theta).detach().clone().requires_grad_(True)
     targets, spec = len(base.injected.layers), base.spec
 
     def worn() -> Theta:
@@ -83,8 +85,7 @@ def train(
     optimizer: torch.optim.Optimizer,
 ) -> Iterator[Step]:
     """Run the iterations on "a [V] face", yielding after each."""
-    if len(latents) != trial.people:
-        raise HdbError(f"a trial of {trial.people} people, photos of {len(latents)}")
+    _check(trial, latents)
 
     def loss(generator: torch.Generator) -> Tensor:
         noise = torch.randn((config.batch, *latents[0].shape[1:]), generator=generator)
@@ -104,16 +105,25 @@ def train(
 
 
 @torch.no_grad()
-def portrait_loss(base: Base, worn: Worn | None, latents: Sequence[Tensor]) -> Tensor:
-    """Return each person's diffusion loss (P,) of "a [V] face", the mean over 64 fixed pairs."""
+def portrait_loss(
+    base: Base, worn: Worn | None, latents: Sequence[Tensor], pairs: int = PAIRS
+) -> Tensor:
+    """Return each person's diffusion loss (P,) of "a [V] face", the mean over fixed pairs."""
     generator = torch.Generator().manual_seed(PAIRS_SEED)
-    noise = torch.randn((PAIRS, *latents[0].shape[1:]), generator=generator)
-    t = ((torch.arange(PAIRS) + 0.5) / PAIRS)[torch.randperm(PAIRS, generator=generator)]
+    noise = torch.randn((pairs, *latents[0].shape[1:]), generator=generator)
+    t = ((torch.arange(pairs) + 0.5) / pairs)[torch.randperm(pairs, generator=generator)]
+    size = max(1, POSITIONS // (len(latents) * noise[0, 0].numel()))
     with base.wearing(worn), autocast(base.device):
         parts = [
-            _losses(base, latents, noise[i : i + 16], t[i : i + 16]) for i in range(0, PAIRS, 16)
+            _losses(base, latents, noise[i : i + size], t[i : i + size])
+            for i in range(0, pairs, size)
         ]
     return torch.cat(parts).mean(0).cpu()
+
+
+def _check(trial: Trial, latents: Sequence[Tensor]) -> None:
+    if len(latents) != trial.people:
+        raise HdbError(f"a trial of {trial.people} people, photos of {len(latents)}")
 
 
 def _losses(base: Base, latents: Sequence[Tensor], noise: Tensor, t: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from hdbcli.base import Base, load_predictor, theta_for
@@ -23,6 +24,7 @@ from hdbcli.people import People, read_people
 from hdbcli.pretrain import draw_batch, new_hypernetwork
 from hdbcli.refine import portrait_loss, refine
 from hdbcli.relax import relax
+from hdbcli.watch import read_looks
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
 
@@ -93,6 +95,33 @@ def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1 and "two people" in result.stderr
 
 
+def test_a_run_is_watched_on_people_held_out(tmp_path: Path) -> None:
+    for folder in sorted(HELD_OUT.iterdir())[:20]:
+        shutil.copytree(folder, tmp_path / "people" / folder.name)
+    out = tmp_path / "h.safetensors"
+    words = ["train", "hypernetwork", tmp_path / "people", "--out", out, "--batch", 4]
+    words += ["--look", 2, "--save-seconds", 0]
+    for steps, looks in ((3, [2, 3]), (5, [2, 3, 4, 5])):  # the second goes on from the first
+        result = CliRunner().invoke(app, [str(w) for w in [*words, "--steps", steps]])
+        assert result.exit_code == 0, result.stderr
+        assert [look.step for look in read_looks(tmp_path / "h-run.jsonl")] == looks
+        assert Image.open(tmp_path / "h-run.png").size[0] == 800
+    look = read_looks(tmp_path / "h-run.jsonl")[-1]
+    assert look.own != look.another and 0.1 < look.base < 1
+    with open(tmp_path / "h-run.jsonl", "a") as log:
+        log.write('{"step": 6, "tra')  # cut off
+    assert len(read_looks(tmp_path / "h-run.jsonl")) == 4
+
+
+def test_people_held_out_are_few_and_not_trained_on() -> None:
+    names = tuple(str(i) for i in range(30))
+    people = People(np.zeros((30, 8, 8, 3), np.uint8), names, tuple((i,) for i in range(30)), ())
+    rest, held = people.hold_out(64)
+    assert held is not None and held.names == ("27", "28", "29") and rest.names == names[:27]
+    assert people.hold_out(2)[0].members[-1] == (27,)
+    assert people.hold_out(0) == (people, None) == people.hold_out(1)
+
+
 def test_shipped_hypernetwork_knows_people(tiny: Base, people: Path) -> None:
     """Held-out people: own theta beats the base, and another's theta is worse."""
     read = read_people(people, tiny.spec, "*", False, quiet)
@@ -118,6 +147,8 @@ def test_refinement_lowers_the_loss_and_leaves_the_base(tiny: Base, people: Path
     assert result.loss_end < result.loss_start and result.theta.rank == 2
     assert result.optimizer == "adamw8bit"
     assert portrait_loss(tiny, None, latents) == before
+    more = refine(tiny, result.theta, latents, RefineConfig(steps=8, rank=2), quiet)
+    assert more.loss_end < result.loss_end  # what was refined can be refined on
     plain = refine(tiny, theta, latents, RefineConfig(steps=8, rank=2, optimizer="adamw"), quiet)
     assert plain.optimizer == "adamw"
     assert plain.loss_end.item() == pytest.approx(result.loss_end.item(), rel=0.05)

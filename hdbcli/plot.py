@@ -1,0 +1,57 @@
+"""Draw curves, with pictures below them, as one PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A line of a chart; `low` and `high` bound a band around it."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What a chart is of."""
+
+    title: str
+    x: str
+    y: str
+    log_x: bool = False
+
+
+def save_chart(
+    axes: Axes, curves: Sequence[Curve], rows: Sequence[Sequence[np.ndarray]], path: Path
+) -> None:
+    """Write the chart, and below it each row of uint8 pictures (H, W, 3), as a PNG whatever the
+    path's suffix."""
+    from matplotlib.figure import Figure
+
+    below = len(rows)
+    sheet = Figure(figsize=(8, 4.5 + 1.3 * below), dpi=100, layout="constrained")
+    parts: Any = sheet.subplots(1 + below, 1, squeeze=False, height_ratios=[4.5] + [1.3] * below)
+    chart = parts[0, 0]
+    for curve in curves:
+        (line,) = chart.plot(curve.x, curve.y, label=curve.label, marker="." * (len(curve.x) < 40))
+        if curve.low is not None and curve.high is not None:
+            chart.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.15)
+    chart.set(title=axes.title, xlabel=axes.x, ylabel=axes.y)
+    if axes.log_x:
+        chart.set_xscale("log")
+    chart.grid(alpha=0.3)
+    chart.legend()
+    for part, row in zip(parts[1:, 0], rows, strict=True):
+        part.imshow(np.hstack(list(row)))
+        part.axis("off")
+    sheet.savefig(path, format="png")
