@@ -27,16 +27,17 @@ run: $(STAMP)
 # README's sheet: the first six held-out people and the astronaut, seed 0, every caption of the project
 # page; nothing is picked. Rows are photos, columns captions.
 HELD   := $(wildcard tests/data/heldout/90000[0-5]/photo-0.jpg)
+PEOPLE := 900000,900001,900002,900003,900004,900005,astronaut
 sheet: export HDB_HOME := $(CURDIR)/build/sheet/home
 sheet: $(STAMP)
-	@mkdir -p build/sheet docs && rm -f build/sheet/*.png
-	@set -e; for photo in $(HELD) $(PHOTO); do \
-	  case $$photo in */heldout/*) name=$$(basename $$(dirname $$photo));; *) name=astronaut;; esac; \
-	  $(BIN)/hdb new $$photo $$name --force --yes; k=0; \
-	  for prompt in "An Instagram selfie of a [V] face" "A Pixar character of a [V] face" \
-	    "A [V] face with bark skin" "A [V] face as a rock star" "A professional shot of a [V] face"; do \
-	    $(BIN)/hdb gen $$name "$$prompt" -n 1 --seed 0 -o build/sheet/$$name-$$k.png; k=$$((k + 1)); \
-	  done; done
+	@mkdir -p docs && rm -rf build/sheet
+	@set -e; for photo in $(HELD); do \
+	  $(BIN)/hdb new $$photo $$(basename $$(dirname $$photo)) --yes; done
+	$(BIN)/hdb new $(PHOTO) --yes
+	@set -e; k=0; for prompt in "An Instagram selfie of a [V] face" \
+	  "A Pixar character of a [V] face" "A [V] face with bark skin" \
+	  "A [V] face as a rock star" "A professional shot of a [V] face"; do \
+	  $(BIN)/hdb gen $(PEOPLE) "$$prompt" -n 1 --seed 0 -o build/sheet/$$k; k=$$((k + 1)); done
 	$(BIN)/python -m registry.tiny.recipe contact $(HELD) $(PHOTO) --drawn build/sheet --out docs/sheet.png
 
 # Lint, types, tests: the one check, and what CI runs. The tests come last, so their summary does too.

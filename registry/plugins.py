@@ -1,6 +1,7 @@
-"""Find base models through one door, the entry-point group `hdb.models`, for built-ins too.
+"""Find base models and metrics through one door, an entry-point group each, for built-ins too.
 
-An entry point's value is a function that takes `register`, itself a function of one `BaseSpec`:
+An entry point's value is a function that takes `register`, itself a function of one `BaseSpec` (or
+`MetricSpec`, in the group `hdb.metrics`):
 
     [project.entry-points."hdb.models"]
     mine = "my_package:register"
@@ -15,84 +16,102 @@ import difflib
 import os
 import re
 from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
 
 from registry.errors import RegistryError
+from registry.metric import MetricSpec
 from registry.spec import BaseSpec
 
-GROUP = "hdb.models"
+Spec = TypeVar("Spec", BaseSpec, MetricSpec)
+
+GROUPS = {BaseSpec: ("hdb.models", "base model"), MetricSpec: ("hdb.metrics", "metric")}
 DISTRIBUTION = "hyperdreambooth"  # entry points of this distribution are built in
 
 
-class Registry:
-    """The base models that were found, and what was wrong with those that were not."""
+class Registry(Generic[Spec]):
+    """What was found of one kind, base models or metrics, and what was wrong with the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Spec]) -> None:
+        self.kind: type[Spec] = kind
+        self.group, self.noun = GROUPS[kind]
         self.problems: list[str] = []
-        self._specs: dict[str, BaseSpec] = {}  # by name without case
+        self._specs: dict[str, Spec] = {}  # by name without case
         self._sources: dict[str, str] = {}
 
-    def register(self, spec: BaseSpec, source: str) -> None:
-        """Add a base model; a name taken already stays with the first and becomes a problem."""
-        if not isinstance(spec, BaseSpec):
-            raise RegistryError(f"{source} registered {type(spec).__name__}, not a BaseSpec")
+    def register(self, spec: Spec, source: str) -> None:
+        """Add a spec; a name taken already stays with the first and becomes a problem."""
+        if not isinstance(spec, self.kind):
+            raise RegistryError(
+                f"{source} registered {type(spec).__name__}, not a {self.kind.__name__}"
+            )
         key = spec.name.casefold()
         if key in self._specs:
             self.problems.append(
-                f"base model {spec.name!r} of {source} is left out: {self._sources[key]} "
+                f"{self.noun} {spec.name!r} of {source} is left out: {self._sources[key]} "
                 "registered that name first; rename one or narrow HDB_PLUGINS"
             )
             return
         self._specs[key] = spec
         self._sources[key] = source
 
-    def get(self, name: str) -> BaseSpec:
-        """Return the base model of that name, in any case; raise RegistryError if unknown."""
+    def get(self, name: str) -> Spec:
+        """Return the spec of that name, in any case; raise RegistryError if unknown."""
         found = self._specs.get(name.casefold())
         if found is None:
             raise RegistryError(self._unknown(name))
         return found
 
     def source(self, name: str) -> str:
-        """Return who registered a base model: entry point, distribution and version."""
+        """Return who registered a spec: entry point, distribution and version."""
         return self._sources[self.get(name).name.casefold()]
 
     def names(self) -> list[str]:
         """Return the names, sorted."""
         return [spec.name for spec in self.specs()]
 
-    def specs(self) -> list[BaseSpec]:
+    def specs(self) -> list[Spec]:
         """Return the specs, sorted by name."""
         return [self._specs[key] for key in sorted(self._specs)]
 
     def _unknown(self, name: str) -> str:
         """Say which names there are, the likely one, and that some plug-ins are missing."""
         if not self._specs:
-            text = f"unknown base model {name!r}: none is installed; install hyperdreambooth"
+            text = f"unknown {self.noun} {name!r}: none is installed; install hyperdreambooth"
         else:
             close = difflib.get_close_matches(name.casefold(), self._specs, n=1)
             likely = f"; did you mean {self._specs[close[0]].name!r}?" if close else ""
-            text = f"unknown base model {name!r}{likely} (choose from {', '.join(self.names())})"
+            text = f"unknown {self.noun} {name!r}{likely} (choose from {', '.join(self.names())})"
         if self.problems:
             text += f"; {len(self.problems)} could not be loaded, see hdb base list"
         return text
 
 
-def load_registry() -> Registry:
+def load_registry() -> Registry[BaseSpec]:
     """Discover every base model; what fails becomes one line in `problems`."""
-    registry = Registry()
+    return _discover(Registry(BaseSpec))
+
+
+def load_metrics() -> Registry[MetricSpec]:
+    """Discover every metric, in the same way."""
+    return _discover(Registry(MetricSpec))
+
+
+def _discover(registry: Registry[Spec]) -> Registry[Spec]:
     wanted = _wanted()
     found = sorted(
-        entry_points(group=GROUP), key=lambda e: (not _built_in(e), e.name, _source(e))
+        entry_points(group=registry.group), key=lambda e: (not _built_in(e), e.name, _source(e))
     )  # built-ins first: no third party can take their names
     for entry in found:
         if _built_in(entry) or wanted is None or entry.name in wanted:
             _load(registry, entry)
     for name in sorted((wanted or set()) - {entry.name for entry in found}):
-        registry.problems.append(f"HDB_PLUGINS asks for {name!r}: no such entry point of {GROUP}")
+        registry.problems.append(
+            f"HDB_PLUGINS asks for {name!r}: no such entry point of {registry.group}"
+        )
     return registry
 
 
-def _load(registry: Registry, entry: EntryPoint) -> None:
+def _load(registry: Registry[Spec], entry: EntryPoint) -> None:
     """Import a plug-in and let it register."""
     source = _source(entry)
     try:

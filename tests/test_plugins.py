@@ -105,7 +105,7 @@ def test_unknown_name_tells_choices_and_the_likely_one(install: Install) -> None
         found.get("zzz")
     assert "did you mean" not in str(caught.value) and "stable-diffusion" in str(caught.value)
     with pytest.raises(RegistryError, match="none is installed"):
-        Registry().get("first")
+        Registry(BaseSpec).get("first")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from registry.tiny.clip import load_clip
 from registry.tiny.recipe.__main__ import main
 from registry.tiny.recipe.assets import MATERIALS, MESHES, Assets, fetch_assets, read_image
 from registry.tiny.recipe.people import HELD_OUT_SEED, render_people
@@ -92,13 +93,15 @@ def test_every_step_from_renders_to_weights(
     assert step("--build", build, "base", "--steps", "3") == 0  # goes on after the second step
     steps = re.findall(r"step (\d)/(\d)", capsys.readouterr().out)
     assert steps == [("2", "2"), ("2", "2"), ("3", "3")]
+    assert step("--build", build, "clip", "--steps", "2") == 0
     assert step("--build", build, "publish", "--weights", weights) == 0
+    assert "pixar" in load_clip(weights / "clip.safetensors").words
     pipeline = StableDiffusionPipeline.from_pretrained(weights)
     assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
     assert {p.name for p in (build / "sheets").iterdir()} == {"autoencoder.png", "base.png"}
     drawn, photo = tmp_path / "drawn", tmp_path / "data/alice.png"
-    for path in (drawn / "alice-0.png", drawn / "alice-1.png", photo):
-        path.parent.mkdir(exist_ok=True)
+    for path in (drawn / "0/alice-7.png", drawn / "1/alice-7.png", photo):
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes((build / "people/000000/portrait-0.png").read_bytes())
     out = tmp_path / "sheet.png"
     assert step("contact", photo, "--drawn", drawn, "--out", out) == 0

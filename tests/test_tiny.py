@@ -47,7 +47,7 @@ def test_loads_as_a_stock_pipeline_and_draws() -> None:
 
 def test_weights_are_small_and_half_precision() -> None:
     files = list(WEIGHTS.rglob("*.safetensors"))
-    assert len(files) == 4
+    assert len(files) == 5
     assets = Path(__file__).parents[1] / "hdbcli/assets"
     everything = [f for folder in (WEIGHTS, assets) for f in folder.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in everything) <= 40_000_000

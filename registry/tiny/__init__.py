@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from registry.metric import Metric, MetricSpec
 from registry.spec import BaseSpec
 
 if TYPE_CHECKING:
@@ -49,3 +50,14 @@ def register(add: Callable[[BaseSpec], None]) -> None:
             load=load,
         )
     )
+
+
+def register_metrics(add: Callable[[MetricSpec], None]) -> None:
+    """Offer the in-domain CLIP, which knows the captions of `tiny` alone."""
+
+    def load() -> Metric:
+        from registry.tiny.clip import load_clip
+
+        return load_clip()
+
+    add(MetricSpec("in-domain-clip", "cosine of picture and caption", "text", ("tiny",), load))

@@ -59,6 +59,14 @@ def base(options: argparse.Namespace) -> Iterator[str]:
     return _report(train_base(options.build, plan, options.compile))
 
 
+def clip(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.clip import train_clip
+    from registry.training import Plan
+
+    plan = Plan(options.steps, options.lr, warmup=50, average=0.99, seed=options.seed)
+    return _report(train_clip(options.build, plan))
+
+
 def contact(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.pictures import photo_rows, sheet
 
@@ -124,6 +132,11 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--lr", type=float, default=1e-3)
     step.add_argument("--seed", type=int, default=0)
     step.add_argument("--compile", action="store_true", help="a third faster; needs a C++ compiler")
+    step = steps.add_parser("clip", help="train the in-domain CLIP that measures style")
+    step.set_defaults(run=clip)
+    step.add_argument("--steps", type=int, default=800)
+    step.add_argument("--lr", type=float, default=2e-3)
+    step.add_argument("--seed", type=int, default=0)
     step = steps.add_parser("contact", help="put photos and what hdb drew of them on one sheet")
     step.set_defaults(run=contact)
     step.add_argument("photos", type=Path, nargs="+")

@@ -15,8 +15,8 @@ LIMIT = 40_000_000  # bytes of everything under weights/
 
 
 def publish(build: Path, weights: Path) -> int:
-    """Copy `build/pipeline` and `build/hypernetwork.safetensors` to `weights`; return the bytes
-    there."""
+    """Copy the pipeline, and hypernetwork and in-domain CLIP where they are, to `weights`; return
+    the bytes there."""
     source = build / "pipeline"
     if not (source / "model_index.json").exists():
         raise RegistryError(f"no pipeline in {source}; run the base step first")
@@ -28,9 +28,9 @@ def publish(build: Path, weights: Path) -> int:
         tensors = {_canonical(file, k): v for k, v in load_file(file).items()}
         half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
         save_file(half, file, metadata={"format": "pt"})
-    hypernetwork = build / "hypernetwork.safetensors"
-    if hypernetwork.exists():
-        shutil.copy2(hypernetwork, beside)
+    for file in (build / "hypernetwork.safetensors", build / "clip.safetensors"):
+        if file.exists():
+            shutil.copy2(file, beside)
     size = sum(file.stat().st_size for file in beside.rglob("*") if file.is_file())
     if size > LIMIT:
         raise RegistryError(

@@ -1,0 +1,53 @@
+"""Train the in-domain CLIP of `tiny` on the captioned renders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from registry.tiny.clip import SIZE, InDomainClip
+from registry.tiny.recipe.pictures import read_pictures, to_unit
+from registry.tiny.recipe.styles import CAPTIONS
+from registry.training import Plan, Step, fit
+
+BATCH = 128
+TEXTS = [caption.replace("[V] ", "") for caption in CAPTIONS.values()]
+
+
+def train_clip(build: Path, plan: Plan) -> Iterator[Step]:
+    """Train by cross-entropy over the captions: CLIP's loss where a batch repeats its captions."""
+    pictures = read_pictures(build / "people")
+    torch.manual_seed(plan.seed)
+    model = InDomainClip(sorted({word for text in TEXTS for word in text.lower().split()}))
+
+    def loss(generator: torch.Generator) -> Tensor:
+        pick = torch.randint(len(pictures.pixels), (BATCH,), generator=generator)
+        images = _worsened(to_unit(pictures.pixels[pick]), generator)
+        return F.cross_entropy(model(images, TEXTS), pictures.styles[pick])
+
+    parameters = dict(model.named_parameters())
+    averages = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=plan.lr, weight_decay=0.05)
+    yield from fit(
+        parameters, loss, optimizer, plan, averages, build / "clip-checkpoint.safetensors"
+    )
+    half = {name: value.half() for name, value in averages.items()}
+    metadata = {"format": "pt", "words": json.dumps(model.words)}
+    save_file(half, build / "clip.safetensors", metadata=metadata)
+
+
+def _worsened(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror, blur and roughen at random: what is judged later is drawn, not rendered."""
+    if torch.rand((), generator=generator) < 0.5:
+        images = images.flip(-1)
+    size = int(torch.randint(SIZE * 3 // 8, SIZE + 1, (), generator=generator))
+    small = F.interpolate(images, (size, size), mode="area")
+    images = F.interpolate(small, (SIZE, SIZE), mode="bilinear")
+    grain = 0.1 * torch.rand((), generator=generator)
+    return images + grain * torch.randn(images.shape, generator=generator)
