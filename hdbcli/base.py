@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hdbcli.device import choose_device
 from hdbcli.errors import HdbError
 from hdbcli.hyperfile import load_hypernetwork
 from hdbcli.hypernet import HyperNetwork
@@ -19,6 +21,8 @@ from hdbcli.identity import Identity, check_fits
 from hdbcli.inject import Injected, inject
 from hdbcli.lidb import Factors, Theta
 from hdbcli.tokens import Tokens
+from registry.plugins import load_registry
+from registry.settings import customised
 from registry.spec import Backbone, BaseSpec
 
 Worn: TypeAlias = Theta | Factors | Tokens
@@ -61,6 +65,22 @@ def load_base(spec: BaseSpec, device: str, dtype: str = "float32") -> Base:
     backbone = spec.load(device, dtype)
     injected = inject(backbone.components, spec.targets, spec.a, spec.b, spec.basis_seed)
     return Base(spec, backbone, injected, device)
+
+
+def open_base(name: str, device: str | None = None, hypernetwork: Path | None = None) -> Base:
+    """Find a base model by name, with what the user set for it, and load it on a device."""
+    spec = customised(load_registry().get(name))
+    if hypernetwork:
+        spec = replace(spec, hypernetwork=hypernetwork)
+    return load_base(spec, choose_device(device))
+
+
+def open_pair(
+    name: str, device: str | None = None, hypernetwork: Path | None = None
+) -> tuple[Base, HyperNetwork]:
+    """Load a base model and its hypernetwork."""
+    base = open_base(name, device, hypernetwork)
+    return base, load_predictor(base)[0]
 
 
 def load_predictor(base: Base) -> tuple[HyperNetwork, str]:

@@ -16,6 +16,8 @@ import typer
 from hdbcli import __version__, render
 from hdbcli.config import (
     DEFAULT_BASE,
+    MAIN_METHODS,
+    METHODS,
     OPTIMIZERS,
     PRECISIONS,
     BankConfig,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from hdbcli.create import Created
     from hdbcli.lidb import Theta
     from registry.plugins import Registry
+    from registry.spec import BaseSpec
 
 
 class Boundary(typer.core.TyperGroup):
@@ -273,6 +276,89 @@ def rm(
         render.say(f"deleted {path.stem}")
 
 
+@app.command()
+def score(
+    identity: Identity,
+    photo: More = None,
+    base: Annotated[str | None, typer.Option(help="Another base than its own.")] = None,
+    face: FaceNumber = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Say how alike, how stylish and how well-behaved an identity is; likeness needs --photo."""
+    from hdbcli import score as measure
+    from hdbcli.contest import text_metrics
+    from hdbcli.create import crop_photos
+    from registry.plugins import load_metrics
+
+    loaded, worn = _wear([store.resolve(identity)], base, device)
+    with render.progress() as tell:
+        crops = crop_photos(photo or [], loaded.spec, face, tell)
+        metrics, missing = text_metrics(load_metrics(), loaded.spec.family)
+        result = measure.score(loaded, worn, crops, metrics, tell)
+    for line in missing:
+        render.note(f"left out: {line}")
+    if as_json:
+        render.document(asdict(result))
+    else:
+        render.say("\n".join(measure.words(result)))
+
+
+@app.command()
+def compare(
+    photos: Annotated[Path, typer.Argument(help="A photo, a folder of them, or one per person.")],
+    methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}.")] = MAIN_METHODS,
+    base: BaseName = DEFAULT_BASE,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Most steps of any method, for a first look.")
+    ] = None,
+    people: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many people.")
+    ] = None,
+    tune: Annotated[
+        Path | None, typer.Option(help="Other people, to choose each learning rate on.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the results.")] = Path(
+        "compare"
+    ),
+    pattern: Pattern = "*",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Let methods learn the same people: seconds, memory, bytes, likeness, style, drift.
+
+    What is done is kept in the folder of the results: interrupted, the same command goes on.
+    """
+    from functools import partial
+
+    from hdbcli import contest
+    from hdbcli.base import open_pair
+    from hdbcli.contenders import choose
+    from hdbcli.people import read_people
+    from registry.plugins import load_metrics
+
+    chosen = choose(methods.split(","), steps)
+    load = partial(open_pair, base, device)
+    loaded, model = load()
+    with render.progress() as tell:
+        test = read_people(photos, loaded.spec, pattern, False, tell).first(people)
+        render.show_skipped(test.skipped)
+        if tune:
+            others = read_people(tune, loaded.spec, pattern, False, tell)
+            chosen = contest.tuned(loaded, model, others, chosen, out, tell)
+        metrics, missing = contest.text_metrics(load_metrics(), loaded.spec.family)
+        for line in missing:
+            render.note(f"left out: {line}")
+        result, records = contest.run(loaded, model, test, chosen, metrics, out, load, tell)
+    paths = contest.save(result, records, out)
+    if as_json:
+        render.document(contest.document(result))
+    else:
+        render.show_contest(result)
+    for path in paths:
+        render.note(str(path))
+
+
 @base_app.command("list")
 def base_list(as_json: Json = False) -> None:
     """List the base models, and the plug-ins that could not be loaded."""
@@ -292,9 +378,30 @@ def base_show(
     name: Annotated[str, typer.Argument(help="Name of a base model.")], as_json: Json = False
 ) -> None:
     """Show what a base model offers."""
-    registry = _registry()
-    values = render.base_facts(registry.get(name), registry.source(name))
+    values = render.base_facts(_spec(name), _registry().source(name))
     (render.document if as_json else render.facts)(values)
+
+
+@base_app.command("set-hypernetwork")
+def base_set_hypernetwork(
+    name: Annotated[str, typer.Argument(help="Name of a base model.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="File made by hdb train hypernetwork.")
+    ] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Go back to the base's own.")] = False,
+) -> None:
+    """Let a base model predict with another hypernetwork, after checking that it fits."""
+    from registry.settings import set_hypernetwork
+
+    if reset == (file is not None):
+        raise HdbError("give either the file of a hypernetwork or --reset")
+    spec = _registry().get(name)
+    if file:
+        from hdbcli.base import load_predictor
+
+        load_predictor(_load(name, "cpu", file))
+    set_hypernetwork(spec.name, file)
+    render.say(f"{spec.name} predicts with {file or 'its own hypernetwork'}")
 
 
 Data = Annotated[Path, typer.Argument(help="Folder of photos, or a folder of them per person.")]
@@ -337,6 +444,15 @@ def train_bank(
     render.say(str(out))
 
 
+Prior = Annotated[float, typer.Option(min=0, max=1, help="Share of samples with an empty prompt.")]
+Precision = Annotated[str, typer.Option(help=f"{' or '.join(PRECISIONS)}.")]
+SaveSeconds = Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")]
+Look = Annotated[int, typer.Option(min=1, help="Steps between looks at people held out.")]
+HeldOut = Annotated[
+    int, typer.Option(min=0, help="People to hold out, at most a tenth of all; 0: no looks.")
+]
+
+
 @train_app.command("hypernetwork")
 def train_hypernetwork(
     data: Data,
@@ -347,17 +463,13 @@ def train_hypernetwork(
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = PretrainConfig.lr,
     bank: Annotated[Path | None, typer.Option(help="Bank made by hdb train bank.")] = None,
     beta: Annotated[float, typer.Option(help="Weight of the bank.")] = PretrainConfig.beta,
-    prior: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of samples with an empty prompt.")
-    ] = PretrainConfig.prior,
+    prior: Prior = PretrainConfig.prior,
     seed: Seed = PretrainConfig.seed,
     optimizer: Optimizer = PretrainConfig.optimizer,
-    precision: Annotated[
-        str, typer.Option(help=f"{' or '.join(PRECISIONS)}.")
-    ] = PretrainConfig.precision,
-    save_seconds: Annotated[
-        float, typer.Option(min=0, help="Seconds between checkpoints.")
-    ] = PretrainConfig.save_seconds,
+    precision: Precision = PretrainConfig.precision,
+    save_seconds: SaveSeconds = PretrainConfig.save_seconds,
+    look: Look = PretrainConfig.look,
+    held_out: HeldOut = PretrainConfig.held_out,
     pattern: Pattern = "*",
     aligned: Aligned = False,
     device: Device = None,
@@ -372,24 +484,29 @@ def train_hypernetwork(
     from hdbcli.device import join_workers
     from hdbcli.hyperfile import save_hypernetwork
     from hdbcli.people import read_people
+    from hdbcli.watch import Watch
 
     loaded = _load(base, device)
-    config = PretrainConfig(steps, lr, batch, beta, prior, seed, optimizer, precision, save_seconds)
+    checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
+    shared = (steps, lr, batch, beta, prior, seed, optimizer, precision, save_seconds, look)
+    config = PretrainConfig(*shared, held_out, checkpoint)
     known = read_bank(bank, loaded) if bank else None
     workers = join_workers()
-    checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
     model = pretrain.new_hypernetwork(loaded, seed)
     with render.progress() as tell:
         people = read_people(data, loaded.spec, pattern, aligned, tell)
         render.show_skipped(people.skipped)
-        steps_done = pretrain.pretrain(
-            loaded, model, people, config, checkpoint, tell, known, workers
-        )
+        people, held = people.hold_out(held_out)
+        watch = Watch(loaded, held, out, tell) if held and not workers.rank else None
+        look_at = watch.look if watch else None
+        steps_done = pretrain.pretrain(loaded, model, people, config, tell, known, workers, look_at)
         if workers.rank:
             deque(steps_done, maxlen=0)
             return
         render.follow(steps_done, tell)
     save_hypernetwork(model, out)
+    if watch:
+        render.note(f"curves and portraits of people held out: {watch.picture}")
     render.say(str(out))
 
 
@@ -449,15 +566,18 @@ def _registry() -> Registry:
     return load_registry()
 
 
+def _spec(base: str) -> BaseSpec:
+    """Return the spec of a base model, with what the user set for it."""
+    from registry.settings import customised
+
+    return customised(_registry().get(base))
+
+
 def _load(base: str, device: str | None, hypernetwork: Path | None = None) -> Base:
     """Load a base model on a device."""
-    from hdbcli.base import load_base
-    from hdbcli.device import choose_device
+    from hdbcli.base import open_base  # imports torch
 
-    spec = _registry().get(base)
-    if hypernetwork:
-        spec = replace(spec, hypernetwork=hypernetwork)
-    return load_base(spec, choose_device(device))
+    return open_base(base, device, hypernetwork)
 
 
 def _wear(paths: list[Path], base: str | None, device: str | None) -> tuple[Base, Theta]:
@@ -489,7 +609,7 @@ def _make(
     """Crop before loading, since a bad photo should be told at once; then create or refine."""
     from hdbcli import create
 
-    spec = _registry().get(base)
+    spec = _spec(base)
     start = time.perf_counter()
     with render.progress() as tell:
         crops = create.crop_photos(photos, spec, face, tell)

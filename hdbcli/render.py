@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hdbcli.config import Tell
 
 if TYPE_CHECKING:
+    from hdbcli.contest import Contest
     from hdbcli.create import Created
     from hdbcli.evaluate import Evaluation, Interval
     from registry.spec import BaseSpec
@@ -207,3 +208,33 @@ def show_evaluation(result: Evaluation) -> None:
     cells = [(name, f"{r.top1:.0%}", f"{r.top5:.0%}", f"{r.auc:.3f}") for name, r in rows]
     cells.append(("chance", f"{chance:.0%}", f"{5 * chance:.0%}", "0.500"))
     table(("retrieval among true photos", "first", "in five", "AUC"), cells)
+
+
+def show_contest(result: Contest) -> None:
+    """Print one line a method, seconds and memory of one person, likeness between its bounds."""
+    first = result.standings[0]
+    say(f"{result.people} people; likeness of portraits to a photo that no method saw")
+    rows = []
+    for line in result.standings:
+        reached = line.seconds_to_first
+        likeness = line.likeness
+        rows.append(
+            (
+                line.name,
+                line.steps,
+                f"{line.seconds:.1f}",
+                f"{line.seconds / first.seconds:.1f} x" if first.seconds else "-",
+                "never" if reached is None else f"{reached:.1f}",
+                f"{line.memory / 1e6:,.0f}",
+                f"{2 * line.numbers:,}",
+                f"{likeness.mean:.3f} ({likeness.low:.3f} to {likeness.high:.3f})",
+                "-" if line.portraits is None else f"{line.portraits.top1:.0%}",
+                ", ".join(f"{share:.0%}" for share in line.named.values()) or "-",
+                f"{line.found:.0%}",
+                f"{line.drift:.1f}",
+            )
+        )
+    heads = ("method", "steps", "seconds", "ratio", "to first's likeness", "MB", "bytes fp16")
+    table((*heads, "likeness (95 %)", "found first", "style named", "faces", "drift"), rows)
+    bounds = (("base", result.floor), ("autoencoder", result.autoencoder), ("photo", result.photo))
+    say("likeness of " + ", ".join(f"{name} {bound.mean:.3f}" for name, bound in bounds))

@@ -18,6 +18,8 @@ from typer.testing import CliRunner, Result
 
 from hdbcli.cli import app
 from registry import store
+from registry.plugins import load_registry
+from registry.settings import customised, settings_path
 
 QUICK = ["--steps", "2"]
 
@@ -210,6 +212,26 @@ def test_list_show_rm(alice: Path) -> None:
     ok("rm", "alice", "--yes")
     assert not alice.exists() and json.loads(ok("list", "--json").stdout) == []
     refused("rm", "alice", "-y", says="unknown identity")
+
+
+def test_set_hypernetwork(hdb_home: Path, tmp_path: Path) -> None:
+    own = load_registry().get("tiny").hypernetwork
+    assert own is not None
+    other = tmp_path / "h.safetensors"
+    shutil.copy(own, other)
+    (tmp_path / "bad.safetensors").write_bytes(b"half")
+    set_to = ("base", "set-hypernetwork", "tiny")
+    refused(*set_to, tmp_path / "bad.safetensors", says="not a hypernetwork")
+    refused(*set_to, says="either the file")
+    ok(*set_to, other)
+    assert customised(load_registry().get("tiny")).hypernetwork == other
+    assert json.loads(ok("base", "show", "tiny", "--json").stdout)["hypernetwork"] is True
+    other.unlink()  # the setting is followed, so this is now seen
+    assert json.loads(ok("base", "show", "tiny", "--json").stdout)["hypernetwork"] is False
+    settings_path("tiny").write_text("[]")
+    refused("base", "show", "tiny", says="delete it")
+    ok(*set_to, "--reset")
+    assert customised(load_registry().get("tiny")).hypernetwork == own
 
 
 def test_base_commands_and_version() -> None:

@@ -1,0 +1,76 @@
+"""Time one method for one person in a process of its own: start-up, preparation, a step, peak
+memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hdbcli.config import RefineConfig
+from hdbcli.contenders import Contender
+
+WARM_UP, TIMED = 3, 12  # steps
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What one person costs: seconds, and the peak of resident memory in bytes."""
+
+    startup: float  # loading libraries, base and hypernetwork
+    prepare: float  # predicting, or drawing pictures of the class
+    step: float  # the median
+    memory: int
+
+    def seconds(self, steps: float) -> float:
+        """Return the seconds of so many steps with what precedes them, start-up apart."""
+        return self.prepare + steps * self.step
+
+
+def time_alone(
+    contender: Contender, load: Callable[[], tuple], crop: np.ndarray, batch: int
+) -> Alone:
+    """Run a few steps in a fresh process; `load` is picklable and returns (base, hypernetwork)."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_time, contender, load, crop, batch, time.time()).result()
+
+
+def _time(
+    contender: Contender,
+    load: Callable[[], tuple],
+    crop: np.ndarray,
+    batch: int,
+    asked: float,
+) -> Alone:
+    from hdbcli.contenders import entered
+    from hdbcli.device import make_optimizer
+    from hdbcli.refine import train
+
+    base, model = load()
+    startup = time.time() - asked
+    config = replace(RefineConfig(batch=batch), steps=WARM_UP + TIMED, lr=max(contender.lr, 1e-12))
+    crops = [base.images([crop])]
+    latents = [base.backbone.encode_images(crops[0])]
+    began = time.perf_counter()
+    with entered(contender, base, model, crops, lambda *_: None) as trial:
+        prepared = time.perf_counter()
+        seconds = []
+        if contender.steps:
+            optimizer, _, _ = make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
+            last = time.perf_counter()
+            for _ in train(base, trial, latents, config, optimizer):
+                now = time.perf_counter()
+                seconds.append(now - last)
+                last = now
+    step = statistics.median(seconds[WARM_UP:]) if seconds else 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB elsewhere
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return Alone(startup, prepared - began, step, memory)

@@ -1,0 +1,220 @@
+"""Let every method learn the same people and keep what it drew, as embeddings: the run of
+`hdb compare`.
+
+People learn side by side where a method allows it, which changes nothing for any of them (a test
+says so); seconds and memory are those of one person in a process of their own (`alone`). A run that
+was cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hdbcli.base import PLACEHOLDER, PORTRAIT, Base, Worn
+from hdbcli.config import RefineConfig, Tell
+from hdbcli.contenders import Contender, entered
+from hdbcli.device import make_optimizer
+from hdbcli.errors import HdbError
+from hdbcli.faces import embed
+from hdbcli.hypernet import HyperNetwork
+from hdbcli.people import People
+from hdbcli.refine import Trial, train
+from hdbcli.sample import Picture, generate
+from registry.metric import Metric
+from registry.spec import SampleSettings
+from registry.store import write_beside
+
+CAPTIONS = (  # of HyperDreamBooth's project page
+    "An Instagram selfie of a [V] face",
+    "A Pixar character of a [V] face",
+    "A [V] face with bark skin",
+    "A [V] face as a rock star",
+    "A professional shot of a [V] face",
+)
+PROMPTS = (PORTRAIT, *CAPTIONS)
+SHOWN = 6  # people whose pictures are kept
+MARKS = 8  # points of a curve, each half the steps of the next
+
+
+@dataclass(frozen=True, eq=False)
+class Arena:
+    """What all contenders share: base, hypernetwork, people, metrics, and what nobody changed."""
+
+    base: Base
+    model: HyperNetwork
+    given: tuple[np.ndarray, ...]  # each person's crop (S, S, 3) that methods learn from
+    truth: Tensor  # (P, 128) embeddings of another photo of them, or of the same if there is one
+    texts: dict[str, Metric]
+    plain: np.ndarray  # (2 P, S, S, 3): prompts without [V], by the base
+    batch: int
+    tell: Tell
+
+
+def new_arena(
+    base: Base, model: HyperNetwork, people: People, texts: dict[str, Metric], tell: Tell
+) -> Arena:
+    """Take each person's first photo to learn from and the last to be measured on."""
+    given = tuple(people.crops[photos[0]] for photos in people.members)
+    truth, _ = embed([people.crops[photos[-1]] for photos in people.members])
+    plain = _plain(base, None, range(len(given)), tell)
+    return Arena(base, model, given, truth, texts, plain, RefineConfig.batch, tell)
+
+
+def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
+    """Let one method learn everybody, groups of people at a time; a group done is not done
+    again."""
+    groups = []
+    for start in range(0, len(arena.given), contender.at_once):
+        persons = range(start, min(start + contender.at_once, len(arena.given)))
+        stem = f"{contender.name}-{contender.steps}-{contender.lr:g}-{start:04d}"
+        groups.append(_group(arena, contender, persons, folder / f"{stem}.safetensors"))
+    return _joined(groups)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one method drew of P people at M marks: S captions, D texts a picture is scored against.
+
+    Embeddings are of faces; `drift` is the mean change of a pixel, 0 to 255, in pictures whose
+    prompt has no [V].
+    """
+
+    marks: Tensor  # (M,) steps
+    portraits: Tensor  # (M, P, 128)
+    prompted: Tensor  # (1 + S, P, 128), at the end
+    found: Tensor  # (1 + S, P) whether the detector found a face
+    drift: Tensor  # (P,)
+    numbers: Tensor  # (1,) trained for one person
+    texts: dict[str, Tensor]  # metric -> (1 + S, P, 1 + S)
+    pictures: Tensor  # (1 + S, at most 6, S, S, 3) uint8
+
+
+def marks_of(steps: int) -> list[int]:
+    """Return the steps at which a method is looked at: 0, the end, and halves of halves of it."""
+    return sorted({0} | {max(1, round(steps / 2**k)) for k in range(MARKS)} if steps else {0})
+
+
+def _group(arena: Arena, contender: Contender, persons: range, file: Path) -> Record:
+    if file.exists():
+        return _read(file)
+    base = arena.base
+    crops = [base.images([arena.given[p]]) for p in persons]
+    latents = [base.backbone.encode_images(each) for each in crops]
+    config = replace(
+        RefineConfig(batch=arena.batch), steps=contender.steps, lr=max(contender.lr, 1e-12)
+    )
+    with entered(contender, base, arena.model, crops, arena.tell) as trial:
+        marks, portraits = marks_of(contender.steps), []
+        for step in _steps(base, trial, latents, config):
+            arena.tell(contender.name, step, max(1, contender.steps))
+            if step in marks:
+                portraits.append(_draw(arena, trial.worn(), PORTRAIT, persons)[1])
+        record = _final(arena, trial.worn(), persons, marks, torch.stack(portraits), trial.numbers)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v for k, v in vars(record).items() if isinstance(v, Tensor)}
+    tensors |= {f"text.{name}": scores for name, scores in record.texts.items()}
+    with write_beside(file) as beside:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, beside)
+    return record
+
+
+def _steps(
+    base: Base, trial: Trial, latents: Sequence[Tensor], config: RefineConfig
+) -> Iterator[int]:
+    yield 0
+    if config.steps:
+        optimizer, _, _ = make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
+        for step in train(base, trial, latents, config, optimizer):
+            yield step.number
+
+
+@torch.no_grad()
+def _draw(
+    arena: Arena, worn: Worn | None, prompt: str, persons: range
+) -> tuple[list[Picture], Tensor, Tensor]:
+    """Draw everybody once; return pictures, embeddings (P, 128) and whether a face was found."""
+    drawn = generate(arena.base, worn, prompt, list(persons), SampleSettings(), arena.tell)
+    faces, found = embed([picture.image for picture in drawn])
+    return drawn, faces, torch.tensor(found)
+
+
+def _final(
+    arena: Arena,
+    worn: Worn | None,
+    persons: range,
+    marks: Sequence[int],
+    portraits: Tensor,
+    numbers: int,
+) -> Record:
+    drawn = [_draw(arena, worn, prompt, persons) for prompt in PROMPTS]
+    texts = [prompt.replace(f"{PLACEHOLDER} ", "") for prompt in PROMPTS]
+    scores = {
+        name: torch.tensor([metric.score([p.image for p in row], texts) for row, _, _ in drawn])
+        for name, metric in arena.texts.items()
+    }
+    ours = _plain(arena.base, worn, persons, arena.tell)
+    pick = [2 * p + k for p in persons for k in range(2)]
+    change = np.abs(ours.astype(np.float32) - arena.plain[pick].astype(np.float32))
+    kept = [p for p in persons if p < SHOWN]
+    pictures = [[row[p - persons.start].image for p in kept] for row, _, _ in drawn]
+    side = arena.base.spec.resolution
+    return Record(
+        marks=torch.tensor(marks),
+        portraits=portraits,
+        prompted=torch.stack([faces for _, faces, _ in drawn]),
+        found=torch.stack([found for _, _, found in drawn]),
+        drift=torch.from_numpy(change.reshape(len(persons), -1).mean(1)),
+        numbers=torch.tensor([numbers]),
+        texts=scores,
+        pictures=torch.from_numpy(
+            np.array(pictures, np.uint8).reshape(len(PROMPTS), -1, side, side, 3)
+        ),
+    )
+
+
+def _plain(base: Base, worn: Worn | None, persons: range, tell: Tell) -> np.ndarray:
+    """Draw two prompts without [V] for everybody: other people, whom an identity must leave
+    alone."""
+    prompts = [p.replace(f"{PLACEHOLDER} ", "") for p in (PORTRAIT, CAPTIONS[1])]
+    rows = [
+        [p.image for p in generate(base, worn, prompt, list(persons), SampleSettings(), tell)]
+        for prompt in prompts
+    ]
+    return np.stack([image for pair in zip(*rows, strict=True) for image in pair])
+
+
+def _read(file: Path) -> Record:
+    try:
+        tensors = load_file(file)
+        texts = {k.removeprefix("text."): v for k, v in tensors.items() if k.startswith("text.")}
+        rest = {k: v for k, v in tensors.items() if not k.startswith("text.")}
+        return Record(**rest, texts=texts)
+    except (OSError, SafetensorError, TypeError) as error:
+        raise HdbError(f"{file} is no record of hdb compare ({error}); delete it") from error
+
+
+def _joined(groups: Sequence[Record]) -> Record:
+    """Put groups of people side by side."""
+    first = groups[0]
+
+    def along(field: str, axis: int) -> Tensor:
+        return torch.cat([getattr(group, field) for group in groups], axis)
+
+    return Record(
+        marks=first.marks,
+        portraits=along("portraits", 1),
+        prompted=along("prompted", 1),
+        found=along("found", 1),
+        drift=along("drift", 0),
+        numbers=first.numbers,
+        texts={k: torch.cat([group.texts[k] for group in groups], 1) for k in first.texts},
+        pictures=along("pictures", 1),
+    )

@@ -1,0 +1,104 @@
+"""Who competes in `hdb compare`: HyperDreamBooth, its ablations, and the methods beside it, as
+data.
+
+HyperDreamBooth table 1 and table 2. One loop trains them all with one batch size; they differ in
+what is trained, from where, how long and how fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hdbcli.base import Base
+from hdbcli.config import RefineConfig, Tell
+from hdbcli.errors import HdbError
+from hdbcli.hypernet import HyperNetwork
+from hdbcli.lidb import Theta, first_theta
+from hdbcli.methods import class_latents, dreambooth_trial, inversion_trial, lora_trial
+from hdbcli.refine import Trial, lidb_trial
+from hdbcli.relax import relax
+
+CLASS_PICTURES = 32  # DreamBooth's prior: pictures of the class that the base draws
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method: what it trains, and its defaults."""
+
+    name: str
+    summary: str
+    trains: str  # lidb, lora, inversion or dreambooth
+    steps: int
+    lr: float
+    rank: int = RefineConfig.rank
+    predicted: bool = False  # starts from the hypernetwork, or rests on it
+    iterations: int | None = None  # of the hypernetwork's decoder; None is all of them
+
+    @property
+    def at_once(self) -> int:
+        """How many people can learn side by side; DreamBooth changes the base, so one."""
+        return 1 if self.trains == "dreambooth" else 25
+
+
+_DEFAULT = RefineConfig()
+_HDB = ("lidb", _DEFAULT.steps, _DEFAULT.lr, _DEFAULT.rank)
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("hyperdreambooth", "predict, relax, 40 iterations", *_HDB, predicted=True),
+        Contender("no-hypernetwork", "relax theta_0, 40 iterations", *_HDB),
+        Contender("hypernetwork-only", "predict", "lidb", 0, 0.0, 1, predicted=True),
+        Contender("one-pass", "predict with k = 1", *_HDB, predicted=True, iterations=1),
+        Contender("no-relaxation", "predict, 40 iterations at rank 1", *_HDB[:3], 1, True),
+        Contender("free-relaxation", "relax outside the basis", "lora", *_HDB[1:], predicted=True),
+        Contender("lora", "LoRA DreamBooth", "lora", 1200, 1e-3),
+        Contender("dreambooth", "all weights, prior preservation", "dreambooth", 1200, 5e-5),
+        Contender("dreambooth-400", "the same, aggressive", "dreambooth", 400, 1e-4),
+        Contender("dreambooth-40", "the same, very aggressive", "dreambooth", 40, 3e-4),
+        Contender("inversion", "Textual Inversion", "inversion", 5000, 5e-3),
+    )
+}
+
+
+def choose(names: Sequence[str], most: int | None = None) -> list[Contender]:
+    """Return the contenders of these names, with at most so many steps; HdbError for unknown
+    names."""
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown:
+        raise HdbError(f"unknown method {unknown[0]!r}; choose from {', '.join(CONTENDERS)}")
+    chosen = [CONTENDERS[name] for name in dict.fromkeys(names)]
+    return [c if most is None else replace(c, steps=min(c.steps, most)) for c in chosen]
+
+
+@contextmanager
+def entered(
+    contender: Contender, base: Base, model: HyperNetwork, crops: Sequence[Tensor], tell: Tell
+) -> Iterator[Trial]:
+    """Make the trial of P people from their crops (N_p, 3, S, S); the base is itself afterwards."""
+    if contender.trains == "dreambooth":
+        with dreambooth_trial(base, class_latents(base, CLASS_PICTURES, tell)) as trial:
+            yield trial
+    elif contender.trains == "inversion":
+        yield inversion_trial(base, len(crops))
+    elif contender.trains == "lora":
+        beneath = _start(contender, base, model, crops) if contender.predicted else None
+        yield lora_trial(base, len(crops), contender.rank, beneath)
+    else:
+        yield lidb_trial(base, relax(_start(contender, base, model, crops), contender.rank))
+
+
+@torch.no_grad()
+def _start(contender: Contender, base: Base, model: HyperNetwork, crops: Sequence[Tensor]) -> Theta:
+    """Predict everybody's theta, or take theta_0."""
+    if not contender.predicted:
+        first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
+        expanded = (core.expand(len(crops), -1, -1, -1) for core in (first.down, first.up))
+        return Theta(*(core.to(base.device) for core in expanded))
+    thetas = [model.predict(each, contender.iterations) for each in crops]
+    return Theta(torch.cat([t.down for t in thetas]), torch.cat([t.up for t in thetas]))

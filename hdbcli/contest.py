@@ -1,0 +1,155 @@
+"""Run a comparison from people to its table, curves, sheet and document."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from hdbcli.alone import time_alone
+from hdbcli.base import Base
+from hdbcli.compare import PROMPTS, Arena, Record, compete, new_arena
+from hdbcli.config import Tell
+from hdbcli.contenders import Contender
+from hdbcli.evaluate import Interval
+from hdbcli.faces import embed
+from hdbcli.hypernet import HyperNetwork
+from hdbcli.people import People
+from hdbcli.plot import Axes, Curve, save_chart
+from hdbcli.sample import Picture, contact_sheet, save_picture
+from hdbcli.standings import Standing, bootstrap, likeness_of, stand
+from registry.errors import RegistryError
+from registry.metric import Metric, MetricSpec
+from registry.plugins import Registry
+from registry.store import write_beside
+
+RATES = (1 / 3, 1.0, 3.0)  # times a method's learning rate, to choose from
+AXES = Axes("one person, start-up apart", "seconds", "likeness of portraits", log_x=True)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The lines of all methods, and between what likeness must lie."""
+
+    people: int
+    standings: tuple[Standing, ...]
+    floor: Interval  # portraits by the base, which knows nobody
+    autoencoder: Interval  # the photo that methods learned from, encoded and decoded
+    photo: Interval  # that photo itself: another true picture of the person
+
+
+def run(
+    base: Base,
+    model: HyperNetwork,
+    people: People,
+    contenders: Sequence[Contender],
+    metrics: dict[str, Metric],
+    out: Path,
+    load: Callable[[], tuple[Base, HyperNetwork]],
+    tell: Tell,
+) -> tuple[Contest, dict[str, Record]]:
+    """Let everybody compete; the first contender is the one that others are held against."""
+    arena = new_arena(base, model, people, metrics, tell)
+    records: dict[str, Record] = {}
+    standings: list[Standing] = []
+    for contender in contenders:
+        alone = time_alone(contender, load, arena.given[0], arena.batch)
+        record = records[contender.name] = compete(arena, contender, out / "records")
+        best = likeness_of(next(iter(records.values())).portraits[-1], arena.truth)
+        first = standings[0] if standings else None
+        standings.append(stand(contender.name, record, alone, arena.truth, first, best))
+    return Contest(len(arena.given), tuple(standings), *_bounds(arena)), records
+
+
+def tuned(
+    base: Base,
+    model: HyperNetwork,
+    people: People,
+    contenders: Sequence[Contender],
+    out: Path,
+    tell: Tell,
+) -> list[Contender]:
+    """Choose each method's learning rate by likeness on people who are not in the test."""
+    arena = new_arena(base, model, people, {}, tell)
+    chosen = []
+    for contender in contenders:
+        rates = [contender.lr * rate for rate in RATES] if contender.steps else [contender.lr]
+        tries = [replace(contender, lr=rate) for rate in rates]
+
+        def mean(attempt: Contender) -> float:
+            record = compete(arena, attempt, out / "tuning")
+            return float(likeness_of(record.portraits[-1], arena.truth).mean())
+
+        chosen.append(max(tries, key=mean))
+    return chosen
+
+
+def text_metrics(
+    registry: Registry[MetricSpec], family: str
+) -> tuple[dict[str, Metric], list[str]]:
+    """Load every measure of pictures against prompts that can judge this family; and say which
+    could not be had."""
+    loaded, missing = {}, []
+    for spec in registry.specs():
+        if spec.against == "text" and spec.judges(family):
+            try:
+                loaded[spec.name] = spec.load()
+            except RegistryError as error:
+                missing.append(f"{spec.name}: {error}")
+    return loaded, missing
+
+
+def _bounds(arena: Arena) -> tuple[Interval, Interval, Interval]:
+    side = arena.plain.shape[1:]
+    floor = embed(list(arena.plain.reshape(-1, 2, *side)[:, 0]))[0]
+    back = []
+    for crop in arena.given:
+        latents = arena.base.backbone.encode_images(arena.base.images([crop]))
+        back.append(arena.base.backbone.decode_latents(latents)[0])
+    through, given = embed(back)[0], embed(arena.given)[0]
+    rows = (likeness_of(row, arena.truth) for row in (floor, through, given))
+    low, middle, high = (bootstrap(row) for row in rows)
+    return low, middle, high
+
+
+def document(contest: Contest) -> dict[str, Any]:
+    """Return what `hdb compare --json` prints."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **asdict(contest),
+    }
+
+
+def save(contest: Contest, records: dict[str, Record], out: Path) -> tuple[Path, Path, Path]:
+    """Write `compare.json`, `curves.png` and `sheet.png` to a folder."""
+    paths = out / "compare.json", out / "curves.png", out / "sheet.png"
+    with write_beside(paths[0]) as beside:
+        beside.write_text(json.dumps(document(contest), indent=2), encoding="utf-8")
+    curves = [_curve(s) for s in contest.standings if len(s.curve) > 1]
+    x = [second for s in contest.standings for second, _ in s.curve]
+    for label, bound in (("photo (ceiling)", contest.photo), ("base (floor)", contest.floor)):
+        curves.append(Curve(label, [max(0.01, min(x)), max(x)], [bound.mean] * 2))
+    with write_beside(paths[1]) as beside:
+        save_chart(AXES, curves, [], beside)
+    rows = [record.pictures[:, 0] for record in records.values()]  # methods x prompts
+    pictures = [Picture(image.numpy(), 0) for row in rows for image in row]
+    names = ", ".join(records)
+    save_picture(contact_sheet(pictures, len(PROMPTS)), paths[2], f"rows: {names}")
+    return paths
+
+
+def _curve(standing: Standing) -> Curve:
+    points = [(s, i) for s, i in standing.curve if s > 0]
+    return Curve(
+        standing.name,
+        [s for s, _ in points],
+        [i.mean for _, i in points],
+        [i.low for _, i in points],
+        [i.high for _, i in points],
+    )

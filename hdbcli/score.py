@@ -1,0 +1,148 @@
+"""Score one identity: likeness between its floor and its ceiling, style fidelity, drift, and what
+they mean.
+
+HyperDreamBooth §4.2 scores subject and prompt fidelity; drift, the change of pictures that the
+person is not in, is what DreamBooth's prior preservation is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hdbcli.base import PLACEHOLDER, PORTRAIT, Base, Worn
+from hdbcli.compare import CAPTIONS, PROMPTS
+from hdbcli.config import Tell
+from hdbcli.faces import SAME_PERSON, embed
+from hdbcli.photo import Crop
+from hdbcli.sample import generate
+from registry.metric import Metric
+from registry.spec import SampleSettings
+
+SEEDS = (1, 2, 3, 4)
+SLIGHT, STRONG = 6.0, 20.0  # mean change of a pixel, 0 to 255
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Likeness of portraits, 0 to 1, between the base's own and what a photo could reach."""
+
+    portraits: float
+    floor: float
+    ceiling: float
+
+    @property
+    def way(self) -> float:
+        """Return how far from floor to ceiling the portraits are, 1 at the ceiling."""
+        return (self.portraits - self.floor) / max(1e-6, self.ceiling - self.floor)
+
+
+@dataclass(frozen=True)
+class Style:
+    """A text metric on the project page's captions: with the identity on, and of the base alone."""
+
+    score: float
+    base_score: float
+    named: float  # share of pictures whose own caption scores highest of all
+    base_named: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """What was measured; `likeness` is None without a photo."""
+
+    likeness: Likeness | None
+    styles: dict[str, Style]
+    faces: float  # share of pictures in which the detector found a face
+    drift: float
+
+
+def score(
+    base: Base, worn: Worn, crops: Sequence[Crop], texts: dict[str, Metric], tell: Tell
+) -> Score:
+    """Draw the portrait and each caption with four seeds, with the identity on and without."""
+    mine, plain = ([_draw(base, w, p, tell) for p in PROMPTS] for w in (worn, None))
+    styles = {}
+    for name, metric in texts.items():
+        (own, own_named), (without, base_named) = (_judged(metric, rows) for rows in (mine, plain))
+        styles[name] = Style(own, without, own_named, base_named)
+    found = [each for row in mine for each in embed(row)[1]]
+    likeness = _likeness(base, mine[0], plain[0], crops) if crops else None
+    return Score(likeness, styles, sum(found) / len(found), _drift(base, worn, tell))
+
+
+def words(result: Score) -> list[str]:
+    """Say it to a person who knows none of the measures."""
+    lines = []
+    if result.likeness is not None:
+        like, way = result.likeness, round(100 * result.likeness.way)
+        same = "takes them for" if like.portraits > SAME_PERSON else "does not take them for"
+        lines.append(
+            f"likeness {like.portraits:.2f}: a face recogniser {same} the person in the photo; "
+            f"{way} % of the way from a stranger ({like.floor:.2f}) to a photo ({like.ceiling:.2f})"
+        )
+    for name, style in result.styles.items():
+        lines.append(
+            f"style ({name}): {style.named:.0%} of the pictures show the style that was asked for, "
+            f"{style.base_named:.0%} of the base's own"
+        )
+    lines.append(f"faces: the detector finds one in {result.faces:.0%} of the pictures")
+    how = "hardly change" if result.drift < SLIGHT else "change"
+    how = "are not themselves any more" if result.drift > STRONG else how
+    lines.append(f"drift {result.drift:.1f} of 255: pictures of other people {how}")
+    return lines
+
+
+def _draw(base: Base, worn: Worn | None, prompt: str, tell: Tell) -> list[np.ndarray]:
+    drawn = generate(base, worn, prompt, SEEDS, SampleSettings(), tell)
+    return [picture.image for picture in drawn]
+
+
+def _judged(metric: Metric, rows: Sequence[Sequence[np.ndarray]]) -> tuple[float, float]:
+    """Return the mean score of pictures against their own prompt, and how often it is the
+    highest."""
+    texts = [_without(prompt) for prompt in PROMPTS]
+    table = torch.tensor([metric.score(row, texts) for row in rows])  # (prompts, seeds, texts)
+    own = torch.arange(len(rows))[:, None]
+    named = (table.argmax(2) == own).float().mean()
+    return float(table.diagonal(dim1=0, dim2=2).mean()), float(named)
+
+
+def _likeness(
+    base: Base,
+    portraits: Sequence[np.ndarray],
+    strangers: Sequence[np.ndarray],
+    crops: Sequence[Crop],
+) -> Likeness:
+    """Compare with every photo; the ceiling is the photos with each other, or one through the
+    autoencoder."""
+    photos = [crop.image for crop in crops]
+    reference = embed(photos)[0]
+    if len(photos) > 1:
+        off = ~torch.eye(len(photos), dtype=torch.bool)
+        ceiling = 1 - float(torch.cdist(reference, reference)[off].mean())
+    else:
+        back = base.backbone.decode_latents(base.backbone.encode_images(base.images(photos)))
+        ceiling = 1 - float(torch.cdist(embed(list(back))[0], reference).mean())
+    mine, theirs = (
+        max(0.0, 1 - float(torch.cdist(embed(pictures)[0], reference).mean()))
+        for pictures in (portraits, strangers)
+    )
+    return Likeness(mine, theirs, ceiling)
+
+
+def _drift(base: Base, worn: Worn, tell: Tell) -> float:
+    changes = []
+    for prompt in (PORTRAIT, CAPTIONS[1]):
+        with_it, without = (
+            np.array(_draw(base, w, _without(prompt), tell), np.float32) for w in (worn, None)
+        )
+        changes.append(np.abs(with_it - without).mean())
+    return float(np.mean(changes))
+
+
+def _without(prompt: str) -> str:
+    return prompt.replace(f"{PLACEHOLDER} ", "")

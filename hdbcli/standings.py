@@ -1,0 +1,109 @@
+"""Judge the records of a comparison: likeness with intervals, seconds to the same likeness, styles,
+drift.
+
+All of it is a pure function of records, so that a table can be made again without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hdbcli.alone import Alone
+from hdbcli.compare import Record
+from hdbcli.evaluate import Interval
+from hdbcli.faces import Retrieval, retrieval
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One method's line. Seconds are one person's, start-up apart; likeness is 0 to 1."""
+
+    name: str
+    steps: int
+    seconds: float
+    startup: float
+    memory: int
+    numbers: int
+    likeness: Interval
+    less_than_first: Interval | None  # paired: the first method's likeness minus this one's
+    seconds_to_first: float | None  # until the first method's final likeness; None: never
+    portraits: Retrieval | None
+    styled: tuple[Retrieval, ...]  # a caption each
+    found: float  # share of pictures in which the detector found a face
+    texts: Mapping[str, float]  # metric -> score of each picture against its own prompt
+    named: Mapping[str, float]  # metric -> share whose own prompt scores highest
+    drift: float
+    curve: tuple[tuple[float, Interval], ...]  # (seconds, likeness)
+
+
+def likeness_of(embeddings: Tensor, truth: Tensor) -> Tensor:
+    """Return 1 - distance of each picture (P, 128) to its person's photo, at least 0: (P,)."""
+    return (1 - (embeddings - truth).norm(dim=1)).clamp(min=0)
+
+
+def stand(
+    name: str, record: Record, alone: Alone, truth: Tensor, first: Standing | None, best: Tensor
+) -> Standing:
+    """Judge one method; `first` and `best` (P,) are the line and final likeness it is held
+    against."""
+    steps = int(record.marks[-1])
+    at_marks = [likeness_of(row, truth) for row in record.portraits]
+    final = at_marks[-1]
+    means = [float(row.mean()) for row in at_marks]
+    seconds = [alone.seconds(float(mark)) for mark in record.marks]
+    own = {
+        metric: scores.diagonal(dim1=0, dim2=2)  # (P, 1 + S): picture of caption i, text i
+        for metric, scores in record.texts.items()
+    }
+    named = {
+        metric: float((scores.argmax(2) == torch.arange(len(scores))[:, None]).float().mean())
+        for metric, scores in record.texts.items()
+    }
+    several = len(truth) > 1
+    return Standing(
+        name=name,
+        steps=steps,
+        seconds=seconds[-1],
+        startup=alone.startup,
+        memory=alone.memory,
+        numbers=int(record.numbers),
+        likeness=bootstrap(final),
+        less_than_first=None if first is None else bootstrap(best - final),
+        seconds_to_first=reached(seconds, means, float(best.mean())),
+        portraits=retrieval(record.portraits[-1], truth) if several else None,
+        styled=tuple(retrieval(row, truth) for row in record.prompted[1:]) if several else (),
+        found=float(record.found.float().mean()),
+        texts={metric: float(score.mean()) for metric, score in own.items()},
+        named=named,
+        drift=float(record.drift.mean()),
+        curve=tuple(
+            (second, bootstrap(row)) for second, row in zip(seconds, at_marks, strict=True)
+        ),
+    )
+
+
+def reached(seconds: Sequence[float], likeness: Sequence[float], goal: float) -> float | None:
+    """Return when a curve first reaches `goal`, straight between its points; None if it never
+    does."""
+    for i, (second, value) in enumerate(zip(seconds, likeness, strict=True)):
+        if value >= goal:
+            if i == 0:
+                return second
+            share = (goal - likeness[i - 1]) / (value - likeness[i - 1])
+            return seconds[i - 1] + share * (second - seconds[i - 1])
+    return None
+
+
+def bootstrap(values: Tensor) -> Interval:
+    """Return the mean of one number a person (P,) and its 95 % interval over resampled people."""
+    generator = torch.Generator().manual_seed(0)
+    pick = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    means = values.double()[pick].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return Interval(float(values.double().mean()), float(low), float(high))

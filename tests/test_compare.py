@@ -1,0 +1,129 @@
+"""The comparison: what is judged from records is right, and the whole run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from hdbcli.alone import Alone
+from hdbcli.base import Base
+from hdbcli.cli import app
+from hdbcli.compare import PROMPTS, Record, marks_of
+from hdbcli.config import MAIN_METHODS, METHODS
+from hdbcli.contenders import CONTENDERS, choose
+from hdbcli.errors import HdbError
+from hdbcli.standings import bootstrap, likeness_of, reached, stand
+
+HELD_OUT = Path(__file__).parent / "data/heldout"
+ALONE = Alone(startup=5.0, prepare=1.0, step=0.5, memory=10**9)
+
+
+def record(truth: torch.Tensor, away: tuple[float, ...]) -> Record:
+    """Draw portraits that lie `away` from the truth at each mark."""
+    people, shown = len(truth), len(PROMPTS)
+    off = torch.zeros(128)
+    off[0] = 1
+    portraits = torch.stack([truth + distance * off for distance in away])
+    scores = torch.eye(shown)[:, None].repeat(1, people, 1)
+    return Record(
+        marks=torch.tensor([0, 10, 40][: len(away)]),
+        portraits=portraits,
+        prompted=portraits[-1].expand(shown, -1, -1).clone(),
+        found=torch.ones(shown, people, dtype=torch.bool),
+        drift=torch.full((people,), 2.0),
+        numbers=torch.tensor([7]),
+        texts={"t": scores},
+        pictures=torch.zeros(shown, people, 8, 8, 3, dtype=torch.uint8),
+    )
+
+
+def test_a_standing_is_what_the_record_says() -> None:
+    truth = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
+    best = record(truth, (0.8, 0.5, 0.25))
+    final = likeness_of(best.portraits[-1], truth)
+    first = stand("a", best, ALONE, truth, None, final)
+    assert first.likeness.mean == pytest.approx(0.75, abs=1e-5)
+    assert first.less_than_first is None and first.seconds == 1 + 40 * 0.5
+    assert first.seconds_to_first == pytest.approx(first.seconds, abs=1e-3)
+    assert first.portraits is not None and first.portraits.top1 == 1.0
+    assert first.named == {"t": 1.0} and first.texts == {"t": 1.0} and first.drift == 2.0
+    assert [round(interval.mean, 4) for _, interval in first.curve] == [0.2, 0.5, 0.75]
+    worse = replace(best, portraits=best.portraits[[0, 1, 1]], texts={"t": best.texts["t"].flip(2)})
+    second = stand("b", worse, ALONE, truth, first, final)
+    assert second.seconds_to_first is None and second.named == {"t": 0.0}
+    paired = second.less_than_first
+    assert paired is not None and paired.low > 0.2 and paired.mean == pytest.approx(0.25, abs=1e-5)
+
+
+def test_reached_goes_straight_between_points() -> None:
+    assert reached([1, 3, 5], [0.0, 0.4, 0.6], 0.2) == 2
+    assert reached([1, 3, 5], [0.3, 0.4, 0.6], 0.2) == 1
+    assert reached([1, 3, 5], [0.0, 0.4, 0.6], 0.61) is None
+
+
+def test_bootstrap_covers_the_mean_and_knows_noise_from_none() -> None:
+    generator = torch.Generator().manual_seed(1)
+    inside = 0
+    for _ in range(200):
+        interval = bootstrap(torch.randn(50, generator=generator) + 3)
+        inside += interval.low < 3 < interval.high
+    assert 0.87 < inside / 200 < 0.99
+    flat = bootstrap(torch.full((50,), 3.0))
+    assert flat.low == flat.high == 3
+
+
+def test_marks_halve_down_from_the_end() -> None:
+    assert marks_of(40) == [0, 1, 2, 5, 10, 20, 40]
+    assert marks_of(0) == [0] and marks_of(5000)[-3:] == [1250, 2500, 5000]
+
+
+def test_methods_are_those_of_the_help() -> None:
+    assert tuple(CONTENDERS) == METHODS and set(MAIN_METHODS.split(",")) <= set(METHODS)
+    assert [c.steps for c in choose(["lora", "hyperdreambooth", "lora"], 50)] == [50, 40]
+    with pytest.raises(HdbError, match="unknown method 'dreambot'"):
+        choose(["lora", "dreambot"])
+
+
+def run(*words: object) -> dict:
+    result = CliRunner().invoke(app, ["compare", *map(str, words), "--json"])
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
+    for folder in sorted(HELD_OUT.iterdir())[:3]:
+        shutil.copytree(folder, tmp_path / "people" / folder.name)
+    shutil.copytree(HELD_OUT / "900050", tmp_path / "others/900050")
+    words = [tmp_path / "people", "--people", 2, "--steps", 2, "-o", tmp_path / "out"]
+    document = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora")
+    assert document["people"] == 2
+    only, lora = document["standings"]
+    assert only["steps"] == 0 and lora["steps"] == 2 and lora["numbers"] > only["numbers"] > 0
+    assert lora["seconds"] > only["seconds"] > 0 and min(only["memory"], lora["memory"]) > 1e8
+    assert only["less_than_first"] is None and lora["less_than_first"] is not None
+    assert 0 < document["floor"]["mean"] < document["photo"]["mean"] < 1
+    assert Image.open(tmp_path / "out/sheet.png").size == (6 * 64, 2 * 64)
+    assert Image.open(tmp_path / "out/curves.png").size[0] == 800
+    assert json.loads((tmp_path / "out/compare.json").read_text()) == document
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out/records").iterdir()}
+    assert len(kept) == 2 and len(list((tmp_path / "out/tuning").iterdir())) == 4  # 1 and 3 rates
+    again = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora")
+    assert [file.stat().st_mtime_ns for file in kept] == list(kept.values())  # nothing done twice
+    assert again["standings"][1]["likeness"] == lora["likeness"]
+
+
+def test_compare_says_what_is_wrong(tmp_path: Path) -> None:
+    for words, says in (
+        (["--methods", "magic"], "unknown method 'magic'"),
+        ([], "does not exist"),
+    ):
+        result = CliRunner().invoke(app, ["compare", str(tmp_path / "nobody"), *words])
+        assert result.exit_code == 1 and says in result.stderr
+    assert not list(tmp_path.iterdir())
