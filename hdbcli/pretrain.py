@@ -26,6 +26,7 @@ from hdbcli.errors import HdbError
 from hdbcli.hypernet import HyperConfig, HyperNetwork
 from hdbcli.lidb import Theta, inner
 from hdbcli.people import People
+from hdbcli.refine import draw_times
 from registry.training import Plan, Step, fit, short_attention
 
 AVERAGE = 0.998
@@ -214,7 +215,7 @@ def draw_batch(
         torch.rand(count, generator=generator),
         torch.rand(count, generator=generator),
         torch.randn((count, *shape), generator=generator),
-        torch.rand(count, generator=generator),
+        draw_times(count, generator),
     )
 
 

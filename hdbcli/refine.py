@@ -89,19 +89,29 @@ def train(
 
     def loss(generator: torch.Generator) -> Tensor:
         noise = torch.randn((config.batch, *latents[0].shape[1:]), generator=generator)
-        # One time in each of `batch` equal parts of the schedule: less noise in the gradient.
-        part = torch.arange(config.batch) + torch.rand(config.batch, generator=generator)
+        t = draw_times(config.batch, generator)
         tokens = noise[0, 0].numel()
         with (
             base.wearing(trial.worn()),
             autocast(base.device),
             short_attention(base.device, tokens),
         ):
-            value = _losses(base, latents, noise, part / config.batch).mean(0).sum()
+            value = _losses(base, latents, noise, t).mean(0).sum()
         return value if trial.prior is None else value + trial.prior(generator)
 
     plan = Plan(config.steps, config.lr, warmup=3, decay=0.5, clip=None, seed=config.seed)
     yield from fit(trial.parameters, loss, optimizer, plan)
+
+
+def draw_times(count: int, generator: torch.Generator) -> Tensor:
+    """Draw a time (count,) in each of `count` equal parts of 0..1, bent towards the noise.
+
+    Who somebody is matters where noise hides it: on `tiny` 97 % of what an identity takes off the
+    loss lies at t > 0.6, nothing at t < 0.4. The density is 3 t^2; equal parts make the gradient
+    less noisy.
+    """
+    part = torch.arange(count) + torch.rand(count, generator=generator)
+    return (part / count) ** (1 / 3)
 
 
 @torch.no_grad()
