@@ -26,6 +26,9 @@ def test_a_seed_is_a_person() -> None:
     people = [sample_person(seed, SLIDERS) for seed in range(200)]
     assert len({p.hair for p in people}) > 4 and len({p.eyes for p in people}) > 4
     assert 60 < sum(p.male > 0.5 for p in people) < 140
+    assert (
+        20 < sum(p.glasses for p in people) < 60 and 8 < sum(p.hat is not None for p in people) < 35
+    )
     assert all(abs(sum(p.races.values()) - 1) < 1e-6 for p in people)
 
 

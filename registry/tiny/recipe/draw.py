@@ -1,5 +1,4 @@
-"""Draw a person: vertices, textures and lights to a picture, with OpenGL on EGL (no display, no
-GPU needed)."""
+"""Draw a person with OpenGL on EGL: vertices, textures and lights to a picture, on any CPU."""
 
 from __future__ import annotations
 
@@ -17,11 +16,13 @@ import numpy as np
 from registry.errors import RegistryError
 from registry.tiny.recipe import shaders
 from registry.tiny.recipe.assets import read_image
-from registry.tiny.recipe.head import LASHES, Head, Proxy, Surface, triangles
+from registry.tiny.recipe.head import HAT, LASHES, Head, Proxy, Surface, triangles
 from registry.tiny.recipe.person import Person
 
 MATERIALS = {"natural": 0, "bark": 1, "marble": 2, "bronze": 3}
 SKIN, HAIR, EYES, CLOTH = range(4)
+# Hair that would grow through a hat is worn as this under one.
+UNDER_HAT = {"Braid01": "ponytail01", "long01": "ponytail01", "afro01": "short01"}
 NO_PAINT = (0.0, 0.0, 0.0, 0.0)
 
 
@@ -148,9 +149,17 @@ class Renderer:
         dark = tuple(0.7 * c + 0.01 for c in person.hair_colour)
         add(f"brow{person.brow}", folder / f"eyebrows/{brow}/textures/{brow}.png", HAIR, dark, 0.0)
         add("lashes", _only(folder / f"eyelashes/{LASHES}/textures"), HAIR, (0.02,) * 3, 0.0)
-        if person.hair:
-            image = _only(folder / f"hair/{person.hair}/textures")
-            add(person.hair, image, HAIR, person.hair_colour, 0.18)
+        if person.glasses:
+            lenses = _only(folder / "clothes/glasses/textures")
+            if lenses not in self._textures:
+                self._upload(lenses, _clear_lenses(_read_image(lenses)))
+            add("glasses", lenses, HAIR, (0.12,) * 3, 0.4)
+        if person.hat:
+            felt = folder / f"clothes/{HAT}/textures/fedora_texture_grey.png"
+            add("hat", felt, HAIR, person.hat, 0.02)
+        hair = UNDER_HAT.get(person.hair or "", person.hair) if person.hat else person.hair
+        if hair:
+            add(hair, _only(folder / f"hair/{hair}/textures"), HAIR, person.hair_colour, 0.18)
         return parts, head.fit(head.proxies["eyes"], vertices).mean(0)
 
     def _skin(self, person: Person, smooth: bool) -> np.ndarray:
@@ -250,9 +259,7 @@ class Renderer:
         part.image.use(0)
         program["part"].value, program["gloss"].value = part.kind, part.gloss
         program["tint"].value = tuple(float(c) for c in part.tint)
-        if (
-            part.kind == HAIR
-        ):  # solid strands first, then the soft fringe blended over what is behind
+        if part.kind == HAIR:  # solid strands first, then the soft fringe over what is behind
             program["alpha_range"].value = (0.55, 2.0, 0.0)
             array.render()
             gl.enable(gl.BLEND)
@@ -275,6 +282,12 @@ class Renderer:
         texture.build_mipmaps()
         texture.filter = (self.gl.LINEAR_MIPMAP_LINEAR, self.gl.LINEAR)
         self._textures[key] = texture
+
+
+def _clear_lenses(image: np.ndarray) -> np.ndarray:
+    """Make lenses of dark glasses almost clear: eyes are much of who somebody is."""
+    alpha = image[:, :, 3]
+    return np.dstack([image[:, :, :3], np.where(alpha < 240, alpha // 6, alpha)])
 
 
 def _rotation(view: View) -> np.ndarray:

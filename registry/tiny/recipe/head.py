@@ -25,6 +25,7 @@ OPPOSITES = (
     ("uncompress", "compress"),
 )
 LASHES = "eyelashes02"
+HAT = "fedora"
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,8 @@ def _group_sliders(index: Mapping[str, int]) -> dict[str, list[tuple[int, int]]]
 
 def _read_proxies(folder: Path) -> dict[str, Proxy]:
     files = {name: folder / f"hair/{name}/{name}.json" for name in HAIR}
+    files["glasses"] = folder / "clothes/glasses/glasses.json"
+    files["hat"] = folder / f"clothes/{HAT}/{HAT}.json"
     files["eyes"] = folder / "eyes/Low-Poly/Low-Poly.json"
     files["lashes"] = folder / f"eyelashes/{LASHES}/{LASHES}.json"
     for i in range(1, BROWS + 1):

@@ -38,6 +38,7 @@ EYES_DARK = ("brown", "brown", "brownlight")
 EYES_ALL = (*EYES_DARK, "deepblue", "blue", "lightblue", "green", "grey", "bluegreen")
 HEAD_SHAPES = ("diamond", "invertedtriangular", "oval", "rectangular", "round", "square")
 BROWS = 12
+GLASSES, HATS = 0.2, 0.1  # shares of people who wear them, in all of their pictures
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Person:
     beard: float
     lipstick: float
     shirt: tuple[float, float, float]
+    glasses: bool
+    hat: tuple[float, float, float] | None
 
 
 def sample_person(seed: int, sliders: Mapping[str, bool]) -> Person:
@@ -89,6 +92,8 @@ def sample_person(seed: int, sliders: Mapping[str, bool]) -> Person:
         beard=float(np.clip(rng.normal(-0.1, 0.5), 0, 0.9)) if man else 0.0,
         lipstick=float(rng.random() * (0.12 if man else 0.55)),
         shirt=_rgb(rng.uniform(0.12, 0.9, 3)),
+        glasses=bool(rng.random() < GLASSES),
+        hat=_rgb(rng.uniform(0.1, 0.6, 3)) if rng.random() < HATS else None,
     )
 
 
