@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hdbcli.config import PLACEHOLDER
 from hdbcli.device import choose_device
 from hdbcli.errors import HdbError
 from hdbcli.hyperfile import load_hypernetwork
@@ -26,9 +27,6 @@ from registry.settings import customised
 from registry.spec import Backbone, BaseSpec
 
 Worn: TypeAlias = Theta | Factors | Tokens
-
-PLACEHOLDER = "[V]"
-PORTRAIT = "a [V] face"  # the one prompt of training: HyperDreamBooth §3.3
 
 
 @dataclass(frozen=True, eq=False)

@@ -318,6 +318,9 @@ def compare(
     tune: Annotated[
         Path | None, typer.Option(help="Other people, to choose each learning rate on.")
     ] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="True pictures in the styles: PERSON/pixar-0.png, ...")
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the results.")] = Path(
         "compare"
     ),
@@ -333,6 +336,7 @@ def compare(
 
     from hdbcli import contest
     from hdbcli.base import open_pair
+    from hdbcli.compare import new_arena
     from hdbcli.contenders import choose
     from hdbcli.people import read_people
     from registry.plugins import load_metrics
@@ -349,7 +353,9 @@ def compare(
         metrics, missing = contest.text_metrics(load_metrics(), loaded.spec.family)
         for line in missing:
             render.note(f"left out: {line}")
-        result, records = contest.run(loaded, model, test, chosen, metrics, out, load, tell)
+        arena = new_arena(loaded, model, test, metrics, tell)
+        styles = contest.true_styles(truth, test, arena) if truth else []
+        result, records = contest.run(arena, chosen, styles, out, load)
     paths = contest.save(result, records, out)
     if as_json:
         render.document(contest.document(result))

@@ -8,6 +8,7 @@ was cut off goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hdbcli.base import PLACEHOLDER, PORTRAIT, Base, Worn
-from hdbcli.config import RefineConfig, Tell
+from hdbcli.base import Base, Worn
+from hdbcli.config import CAPTIONS, PLACEHOLDER, PORTRAIT, PROMPTS, RefineConfig, Tell
 from hdbcli.contenders import Contender, entered
 from hdbcli.device import make_optimizer
 from hdbcli.errors import HdbError
@@ -32,14 +33,6 @@ from registry.metric import Metric
 from registry.spec import SampleSettings
 from registry.store import write_beside
 
-CAPTIONS = (  # of HyperDreamBooth's project page
-    "An Instagram selfie of a [V] face",
-    "A Pixar character of a [V] face",
-    "A [V] face with bark skin",
-    "A [V] face as a rock star",
-    "A professional shot of a [V] face",
-)
-PROMPTS = (PORTRAIT, *CAPTIONS)
 SHOWN = 6  # people whose pictures are kept
 MARKS = 8  # points of a curve, each half the steps of the next
 
@@ -55,6 +48,7 @@ class Arena:
     texts: dict[str, Metric]
     plain: np.ndarray  # (2 P, S, S, 3): prompts without [V], by the base
     batch: int
+    key: str  # of all the above: records of another arena are not mistaken for this one's
     tell: Tell
 
 
@@ -65,7 +59,14 @@ def new_arena(
     given = tuple(people.crops[photos[0]] for photos in people.members)
     truth, _ = embed([people.crops[photos[-1]] for photos in people.members])
     plain = _plain(base, None, range(len(given)), tell)
-    return Arena(base, model, given, truth, texts, plain, RefineConfig.batch, tell)
+    key = hashlib.sha256(base.injected.weights_digest().encode())
+    for tensor in (*model.state_dict().values(), truth):
+        key.update(tensor.cpu().float().numpy().tobytes())
+    for crop in given:
+        key.update(crop.tobytes())
+    key.update(repr((RefineConfig.batch, sorted(texts), SampleSettings())).encode())
+    digest = key.hexdigest()[:12]
+    return Arena(base, model, given, truth, texts, plain, RefineConfig.batch, digest, tell)
 
 
 def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
@@ -74,7 +75,8 @@ def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
     groups = []
     for start in range(0, len(arena.given), contender.at_once):
         persons = range(start, min(start + contender.at_once, len(arena.given)))
-        stem = f"{contender.name}-{contender.steps}-{contender.lr:g}-{start:04d}"
+        settings = f"{contender.name}-{contender.steps}-{contender.lr:g}"
+        stem = f"{settings}-{arena.key}-{start:04d}"
         groups.append(_group(arena, contender, persons, folder / f"{stem}.safetensors"))
     return _joined(groups)
 

@@ -10,6 +10,17 @@ DEFAULT_BASE = "tiny"
 DEVICES = ("cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw8bit", "adamw")
 PRECISIONS = ("auto", "fp32")
+PLACEHOLDER = "[V]"
+PORTRAIT = "a [V] face"  # the one prompt of training: HyperDreamBooth §3.3
+CAPTIONS = (  # of HyperDreamBooth's project page
+    "An Instagram selfie of a [V] face",
+    "A Pixar character of a [V] face",
+    "A [V] face with bark skin",
+    "A [V] face as a rock star",
+    "A professional shot of a [V] face",
+)
+PROMPTS = (PORTRAIT, *CAPTIONS)
+
 METHODS = (  # of `hdb compare`: HyperDreamBooth, its ablations, and the methods beside it
     "hyperdreambooth",
     "no-hypernetwork",

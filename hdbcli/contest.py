@@ -13,13 +13,15 @@ from typing import Any
 
 from hdbcli.alone import time_alone
 from hdbcli.base import Base
-from hdbcli.compare import PROMPTS, Arena, Record, compete, new_arena
-from hdbcli.config import Tell
+from hdbcli.compare import Arena, Record, compete, new_arena
+from hdbcli.config import PROMPTS, Tell
 from hdbcli.contenders import Contender
+from hdbcli.errors import HdbError
 from hdbcli.evaluate import Interval
-from hdbcli.faces import embed
+from hdbcli.faces import Retrieval, embed, retrieval
 from hdbcli.hypernet import HyperNetwork
 from hdbcli.people import People
+from hdbcli.photo import read_photo
 from hdbcli.plot import Axes, Curve, save_chart
 from hdbcli.sample import Picture, contact_sheet, save_picture
 from hdbcli.standings import Standing, bootstrap, likeness_of, stand
@@ -33,6 +35,15 @@ AXES = Axes("one person, start-up apart", "seconds", "likeness of portraits", lo
 
 
 @dataclass(frozen=True)
+class TrueStyle:
+    """What true pictures of the people in a style reach: the ceiling of everything drawn."""
+
+    prompt: str
+    portraits: Retrieval
+    found: float
+
+
+@dataclass(frozen=True)
 class Contest:
     """The lines of all methods, and between what likeness must lie."""
 
@@ -41,20 +52,17 @@ class Contest:
     floor: Interval  # portraits by the base, which knows nobody
     autoencoder: Interval  # the photo that methods learned from, encoded and decoded
     photo: Interval  # that photo itself: another true picture of the person
+    styles: tuple[TrueStyle, ...]  # where true pictures in the styles were given
 
 
 def run(
-    base: Base,
-    model: HyperNetwork,
-    people: People,
+    arena: Arena,
     contenders: Sequence[Contender],
-    metrics: dict[str, Metric],
+    styles: Sequence[TrueStyle],
     out: Path,
     load: Callable[[], tuple[Base, HyperNetwork]],
-    tell: Tell,
 ) -> tuple[Contest, dict[str, Record]]:
     """Let everybody compete; the first contender is the one that others are held against."""
-    arena = new_arena(base, model, people, metrics, tell)
     records: dict[str, Record] = {}
     standings: list[Standing] = []
     for contender in contenders:
@@ -63,7 +71,8 @@ def run(
         best = likeness_of(next(iter(records.values())).portraits[-1], arena.truth)
         first = standings[0] if standings else None
         standings.append(stand(contender.name, record, alone, arena.truth, first, best))
-    return Contest(len(arena.given), tuple(standings), *_bounds(arena)), records
+    bounds = _bounds(arena)
+    return Contest(len(arena.given), tuple(standings), *bounds, tuple(styles)), records
 
 
 def tuned(
@@ -87,6 +96,30 @@ def tuned(
 
         chosen.append(max(tries, key=mean))
     return chosen
+
+
+def true_styles(folder: Path, people: People, arena: Arena) -> list[TrueStyle]:
+    """Judge true pictures as drawn ones are judged: `folder/PERSON/STYLE-*.png`, where STYLE is a
+    word of the prompt, spaces left out, such as rockstar.
+
+    Raise HdbError if somebody has none in a style that others have.
+    """
+    styles: list[TrueStyle] = []
+    for prompt in PROMPTS[1:] if len(people.names) > 1 else ():  # one alone is nobody's neighbour
+        words = prompt.lower().replace(" ", "")
+        rows = [
+            [f for f in sorted((folder / name).glob("*-*.png")) if f.stem.split("-")[0] in words]
+            for name in people.names
+        ]
+        if not any(rows):
+            continue
+        if not all(rows):
+            missing = people.names[[bool(row) for row in rows].index(False)]
+            raise HdbError(f"{folder / missing} has no true picture of {prompt!r}; others have")
+        faces, found = embed([read_photo(row[0]) for row in rows])
+        share = sum(found) / len(found)
+        styles.append(TrueStyle(prompt, retrieval(faces, arena.truth), share))
+    return styles
 
 
 def text_metrics(

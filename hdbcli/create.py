@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hdbcli.base import PORTRAIT, Base, load_predictor, theta_for
-from hdbcli.config import RefineConfig, Tell
+from hdbcli.base import Base, load_predictor, theta_for
+from hdbcli.config import PORTRAIT, RefineConfig, Tell
 from hdbcli.faces import embed
 from hdbcli.identity import Identity
 from hdbcli.lidb import Theta

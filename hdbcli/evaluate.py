@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdbcli.base import PORTRAIT, Base
-from hdbcli.config import RefineConfig, Tell
+from hdbcli.base import Base
+from hdbcli.config import PORTRAIT, RefineConfig, Tell
 from hdbcli.errors import HdbError
 from hdbcli.faces import Retrieval, embed, retrieval
 from hdbcli.hypernet import HyperNetwork

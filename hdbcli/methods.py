@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hdbcli.base import PLACEHOLDER, PORTRAIT, Base
-from hdbcli.config import Tell
+from hdbcli.base import Base
+from hdbcli.config import PLACEHOLDER, PORTRAIT, Tell
 from hdbcli.device import autocast
 from hdbcli.lidb import Factors, Theta
 from hdbcli.refine import Trial

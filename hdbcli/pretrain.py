@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdbcli.base import PORTRAIT, Base
-from hdbcli.config import PretrainConfig, Tell
+from hdbcli.base import Base
+from hdbcli.config import PORTRAIT, PretrainConfig, Tell
 from hdbcli.device import ALONE, Workers, autocast, make_optimizer
 from hdbcli.errors import HdbError
 from hdbcli.hypernet import HyperConfig, HyperNetwork

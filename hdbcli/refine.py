@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hdbcli.base import PORTRAIT, Base, Worn
-from hdbcli.config import RefineConfig, Tell
+from hdbcli.base import Base, Worn
+from hdbcli.config import PORTRAIT, RefineConfig, Tell
 from hdbcli.device import autocast, make_optimizer
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta, pack, unpack

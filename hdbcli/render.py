@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hdbcli.config import Tell
+from hdbcli.config import CAPTIONS, Tell
 
 if TYPE_CHECKING:
     from hdbcli.contest import Contest
@@ -238,3 +238,11 @@ def show_contest(result: Contest) -> None:
     table((*heads, "likeness (95 %)", "found first", "style named", "faces", "drift"), rows)
     bounds = (("base", result.floor), ("autoencoder", result.autoencoder), ("photo", result.photo))
     say("likeness of " + ", ".join(f"{name} {bound.mean:.3f}" for name, bound in bounds))
+    if result.people > 1:
+        ceilings = {style.prompt: f"{style.portraits.auc:.3f}" for style in result.styles}
+        names = [line.name for line in result.standings]
+        aucs = [
+            (p, *(f"{line.styled[i].auc:.3f}" for line in result.standings), ceilings.get(p, "-"))
+            for i, p in enumerate(CAPTIONS)
+        ]
+        table(("AUC of faces in a style", *names, "true pictures"), aucs)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hdbcli.base import PLACEHOLDER, PORTRAIT, Base, Worn
-from hdbcli.compare import CAPTIONS, PROMPTS
-from hdbcli.config import Tell
+from hdbcli.base import Base, Worn
+from hdbcli.config import CAPTIONS, PLACEHOLDER, PORTRAIT, PROMPTS, Tell
 from hdbcli.faces import SAME_PERSON, embed
 from hdbcli.photo import Crop
 from hdbcli.sample import generate

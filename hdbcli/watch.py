@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from hdbcli.base import PORTRAIT, Base
-from hdbcli.config import Tell
+from hdbcli.base import Base
+from hdbcli.config import PORTRAIT, Tell
 from hdbcli.evaluate import person_losses
 from hdbcli.hypernet import HyperNetwork
 from hdbcli.people import People

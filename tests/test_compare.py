@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from hdbcli.alone import Alone
 from hdbcli.base import Base
 from hdbcli.cli import app
-from hdbcli.compare import PROMPTS, Record, marks_of
-from hdbcli.config import MAIN_METHODS, METHODS
+from hdbcli.compare import Record, marks_of
+from hdbcli.config import CAPTIONS, MAIN_METHODS, METHODS, PROMPTS
 from hdbcli.contenders import CONTENDERS, choose
 from hdbcli.errors import HdbError
 from hdbcli.standings import bootstrap, likeness_of, reached, stand
@@ -101,13 +101,21 @@ def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
     for folder in sorted(HELD_OUT.iterdir())[:3]:
         shutil.copytree(folder, tmp_path / "people" / folder.name)
     shutil.copytree(HELD_OUT / "900050", tmp_path / "others/900050")
+    for person in (tmp_path / "people").iterdir():  # any picture will do for a true one
+        for style in ("pixar", "rockstar"):
+            true = tmp_path / "truth" / person.name / f"{style}-0.png"
+            true.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(person / "photo-1.jpg").save(true)
     words = [tmp_path / "people", "--people", 2, "--steps", 2, "-o", tmp_path / "out"]
+    words += ["--truth", tmp_path / "truth"]
     document = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora")
     assert document["people"] == 2
     only, lora = document["standings"]
     assert only["steps"] == 0 and lora["steps"] == 2 and lora["numbers"] > only["numbers"] > 0
     assert lora["seconds"] > only["seconds"] > 0 and min(only["memory"], lora["memory"]) > 1e8
     assert only["less_than_first"] is None and lora["less_than_first"] is not None
+    assert [s["prompt"] for s in document["styles"]] == [CAPTIONS[1], CAPTIONS[3]]
+    assert document["styles"][0]["portraits"]["top1"] == 1.0 == document["styles"][0]["found"]
     assert 0 < document["floor"]["mean"] < document["photo"]["mean"] < 1
     assert Image.open(tmp_path / "out/sheet.png").size == (6 * 64, 2 * 64)
     assert Image.open(tmp_path / "out/curves.png").size[0] == 800
@@ -117,6 +125,11 @@ def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
     again = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora")
     assert [file.stat().st_mtime_ns for file in kept] == list(kept.values())  # nothing done twice
     assert again["standings"][1]["likeness"] == lora["likeness"]
+    fewer = run(*words[:1], "--people", 1, *words[3:], "--methods", "hypernetwork-only")
+    assert fewer["people"] == 1  # another arena: its records are its own
+    (tmp_path / "truth/900001/pixar-0.png").unlink()
+    result = CliRunner().invoke(app, ["compare", *map(str, words), "--methods", "lora"])
+    assert result.exit_code == 1 and "900001 has no true picture of" in result.stderr
 
 
 def test_compare_says_what_is_wrong(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdbcli.base import PORTRAIT, Base
-from hdbcli.config import RefineConfig
+from hdbcli.base import Base
+from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.errors import HdbError
 from hdbcli.lidb import first_theta
 from hdbcli.methods import class_latents, dreambooth_trial, inversion_trial, lora_trial
