@@ -83,6 +83,7 @@ More = Annotated[
 FaceNumber = Annotated[
     int | None, typer.Option("--face", help="Which face, from the left, where there are several.")
 ]
+NewName = Annotated[str, typer.Argument(help="The new name.")]
 Steps = Annotated[int, typer.Option(min=1, help="Iterations of refinement.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the refinement's noise.")]
 Optimizer = Annotated[str, typer.Option(help=f"{' or '.join(OPTIMIZERS)}.")]
@@ -274,6 +275,124 @@ def rm(
     for path in paths:
         store.remove(path.stem)
         render.say(f"deleted {path.stem}")
+
+
+@app.command()
+def inspect(
+    identity: Identity,
+    out: Annotated[Path | None, typer.Option("-o", help="Draw it as a .png file too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Look inside an identity: energy by target, component and kind; whether its basis verifies."""
+    from hdbcli import inspection, sample
+    from hdbcli.base import theta_for
+    from hdbcli.identity import load
+
+    path = store.resolve(identity)
+    loaded = load(path)
+    if out:
+        sample.check_writable(out)
+    names, verified, problem = None, None, None
+    try:
+        base = _load(loaded.base, "cpu")
+        _, problem = theta_for(base, loaded)
+        names, verified = list(base.injected.layers), True
+    except (HdbError, RegistryError) as error:
+        problem, verified = str(error), False
+    result = inspection.inspect(loaded, names, verified, problem)
+    if out:
+        with store.write_beside(out) as beside:
+            inspection.draw(result, beside)
+        render.note(str(out))
+    if as_json:
+        shares = {field: result.share(field) for field in ("component", "kind")}
+        render.document({**store.summary(path), **asdict(result), "shares": shares})
+    else:
+        render.show_inspection(store.summary(path), result)
+
+
+As = Annotated[str | None, typer.Option("--as", help="Name of the new one; default: replace.")]
+Dtype = Annotated[str, typer.Option(help="fp16, fp32 or int8.")]
+
+
+@app.command()
+def relax(
+    identity: Identity,
+    rank: Annotated[int, typer.Option(min=1, help="The new, higher rank.")],
+    new_name: As = None,
+    force: Force = False,
+) -> None:
+    """Give an identity more ranks; it draws what it did, and hdb refine can train them."""
+    from hdbcli import derive
+    from hdbcli.identity import load, save
+
+    source, path = _source_and_target(identity, new_name, force)
+    made = derive.relaxed(load(source), rank)
+    render.say(f"{path}  rank {rank}, {save(made, path):,} bytes")
+
+
+@app.command()
+def shrink(
+    identity: Identity,
+    rank: Annotated[int, typer.Option(min=1, help="The new, lower rank.")],
+    new_name: As = None,
+    dtype: Dtype = "fp16",
+    force: Force = False,
+    yes: Yes = False,
+) -> None:
+    """Give an identity fewer ranks, the closest there are, saying what that costs."""
+    from hdbcli import derive
+    from hdbcli.identity import load, save
+
+    source, path = _source_and_target(identity, new_name, force)
+    made, lost = derive.shrunk(load(source), rank)
+    render.note(f"rank {rank} keeps {1 - lost:.2%} of the identity's energy, {lost:.2%} is lost")
+    if path == source and not yes:
+        if not sys.stdin.isatty():
+            raise HdbError("shrink replaces what it shrinks; pass --as NEW to keep it, or --yes")
+        typer.confirm(f"Replace {path.stem}?", abort=True)
+    render.say(f"{path}  rank {rank}, {save(made, path, dtype):,} bytes")
+
+
+@app.command()
+def compose(
+    parts: Annotated[list[str], typer.Argument(help="NAME=WEIGHT, such as alice=0.6 bob=0.4.")],
+    new_name: Annotated[str, typer.Option("--as", help="Name of the new identity.")],
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Highest rank; default: whatever is exact.")
+    ] = None,
+    dtype: Dtype = "fp16",
+    force: Force = False,
+) -> None:
+    """Add identities of one base up, exactly: what each changes, times its weight.
+
+    A weight may be negative: "--" before the parts keeps alice=-0.5 from being an option.
+    """
+    from hdbcli import derive
+    from hdbcli.identity import load, save
+
+    weights = derive.read_weights(parts)
+    path = _new_path(new_name, force)
+    loaded = {name: (load(store.resolve(name)), weight) for name, weight in weights.items()}
+    made = derive.composed(loaded, rank)
+    render.say(f"{path}  rank {made.rank}, {save(made, path, dtype):,} bytes")
+
+
+@app.command()
+def cp(name: Identity, new_name: NewName, force: Force = False) -> None:
+    """Copy an identity under another name."""
+    from hdbcli.identity import load
+
+    source = store.resolve(name)
+    load(source)  # what is damaged is not copied
+    render.say(str(store.copy(source, _new_path(new_name, force))))
+
+
+@app.command()
+def mv(name: Identity, new_name: NewName, force: Force = False) -> None:
+    """Give an identity another name."""
+    source = store.resolve(store.check_name(name))
+    render.say(str(store.rename(source, _new_path(new_name, force))))
 
 
 @app.command()
@@ -557,6 +676,12 @@ def _new_path(name: str, force: bool) -> Path:
         raise HdbError(f"{path.stem} exists already; give another name, or --force to replace it")
     check_writable(path)
     return path
+
+
+def _source_and_target(identity: str, new_name: str | None, force: bool) -> tuple[Path, Path]:
+    """Return the file of an identity and where what is made of it goes: itself without a name."""
+    source = store.resolve(identity)
+    return source, source if new_name is None else _new_path(new_name, force)
 
 
 def _ask_consent(yes: bool) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hdbcli.contest import Contest
     from hdbcli.create import Created
     from hdbcli.evaluate import Evaluation, Interval
+    from hdbcli.inspection import Inspection
     from registry.spec import BaseSpec
     from registry.store import Entry
     from registry.training import Step
@@ -246,3 +247,19 @@ def show_contest(result: Contest) -> None:
             for i, p in enumerate(CAPTIONS)
         ]
         table(("AUC of faces in a style", *names, "true pictures"), aucs)
+
+
+def show_inspection(summary: Mapping[str, Any], result: Inspection) -> None:
+    """Print what the file says, where the energy lies, and the strongest targets."""
+    basis = "verifies" if result.verified else "not verified"
+    facts({**summary, "energy": f"{result.energy:.4g}", "this base": result.problem or basis})
+    for field in ("component", "kind"):
+        shares = sorted(result.share(field).items(), key=lambda item: -item[1])
+        table((field, "energy"), [(name, f"{share:.1%}") for name, share in shares])
+    whole = max(result.energy, 1e-30)
+    strongest = sorted(result.targets, key=lambda target: -target.energy)[:10]
+    rows = [
+        (t.name, f"{t.energy / whole:.1%}", ", ".join(f"{s:.3f}" for s in t.singular))
+        for t in strongest
+    ]
+    table(("strongest targets", "energy", "singular values"), rows)

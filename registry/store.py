@@ -152,6 +152,22 @@ def describe(path: Path) -> Entry:
     return Entry(path.stem, path, header.bytes, read_facts(path, header))
 
 
+def copy(source: Path, target: Path) -> Path:
+    """Copy an identity's bytes; `target` appears whole or not at all."""
+    with write_beside(target) as beside:
+        beside.write_bytes(source.read_bytes())
+    return target
+
+
+def rename(source: Path, target: Path) -> Path:
+    """Give an identity's file another name."""
+    try:
+        source.replace(target)
+    except OSError as error:
+        raise RegistryError(f"cannot rename {source}: {error.strerror or error}") from error
+    return target
+
+
 def summary(path: Path) -> dict[str, Any]:
     """Return `describe` as a flat table for JSON."""
     return describe(path).as_dict()

@@ -1,0 +1,174 @@
+"""Identities made from identities, from the command line: exact, told, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+from hdbcli.base import Base
+from hdbcli.basis import Fingerprint
+from hdbcli.cli import app
+from hdbcli.create import describe
+from hdbcli.derive import read_weights
+from hdbcli.errors import HdbError
+from hdbcli.identity import Identity, load, save
+from hdbcli.lidb import Theta, first_theta
+from registry import store
+
+Keep = Callable[..., Path]
+
+
+@pytest.fixture
+def keep(hdb_home: Path) -> Keep:
+    """Return a function that stores a random identity under a name."""
+
+    def put(name: str, seed: int = 0, rank: int = 2, basis: str = "d" * 64) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        identity = Identity(
+            down=torch.randn(3, rank, 8, generator=generator),
+            up=torch.randn(3, 6, rank, generator=generator),
+            base="tiny",
+            family="tiny",
+            base_digest="b" * 64,
+            targets_digest="c" * 64,
+            basis=Fingerprint("shake", 7, basis, (0.25, -0.5)),
+            identifier="sks",
+            steps=40,
+            optimizer="adamw8bit",
+            hypernetwork="e" * 64,
+            created="2026-11-22T12:00:00Z",
+            likeness=0.5,
+        )
+        path = store.path_of(name)
+        save(identity, path)
+        return path
+
+    return put
+
+
+def core(path: Path) -> Tensor:
+    identity = load(path)
+    return identity.up @ identity.down
+
+
+def hdb(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def says(result: Result, *texts: str) -> None:
+    assert result.exit_code == 1 and not result.stdout, result.output
+    assert all(text in result.stderr for text in texts), result.stderr
+
+
+def test_relax_keeps_what_it_draws(keep: Keep) -> None:
+    alice = keep("alice")
+    before, bytes_before = core(alice), alice.read_bytes()
+    assert hdb("relax", "alice", "--rank", 4, "--as", "wide").exit_code == 0
+    wide = load(store.path_of("wide"))
+    assert wide.rank == 4 and (core(store.path_of("wide")) - before).abs().max() < 1e-6
+    assert wide.down[:, 2:].abs().sum() > 0  # the added ranks can learn
+    assert wide.lineage[-1] == "relaxed from rank 2 to 4" and wide.likeness is None
+    assert alice.read_bytes() == bytes_before
+    says(hdb("relax", "alice", "--rank", 9), "from rank 2 to 9", "2 to 6")
+    says(hdb("relax", "alice", "--rank", 4, "--as", "Wide"), "wide exists already")
+    assert hdb("relax", "alice", "--rank", 3).exit_code == 0
+    assert load(alice).rank == 3  # without --as it replaces
+
+
+def test_shrink_says_what_it_costs_before_it_writes(keep: Keep) -> None:
+    alice = keep("alice", rank=3)
+    before = core(alice)
+    says(hdb("shrink", "alice", "--rank", 1), "is lost", "--as NEW")  # told, and not replaced
+    assert load(alice).rank == 3
+    result = hdb("shrink", "alice", "--rank", 1, "--as", "small", "--dtype", "int8")
+    assert result.exit_code == 0
+    small = core(store.path_of("small"))
+    off = float((small - before).square().sum() / before.square().sum())
+    lost = float(result.stderr.split("energy, ")[1].split("%")[0]) / 100
+    assert off == pytest.approx(lost, abs=0.01) and 0.1 < off < 0.9
+    assert store.path_of("small").stat().st_size < alice.stat().st_size
+    says(hdb("shrink", "alice", "--rank", 5, "--as", "x"), "from rank 3 to 5")
+    says(hdb("shrink", "alice", "--rank", 1, "--as", "x", "--dtype", "int4"), "unknown dtype")
+
+
+def test_compose_is_the_sum(keep: Keep) -> None:
+    alice, bob = keep("alice", 0), keep("bob", 1)
+    assert hdb("compose", "alice=0.6", "bob=-0.4", "--as", "carol").exit_code == 0
+    carol = load(store.path_of("carol"))
+    expected = 0.6 * core(alice) - 0.4 * core(bob)
+    assert (core(store.path_of("carol")) - expected).abs().max() < 4e-3  # fp16 keeps 11 bits
+    assert carol.rank == 4 and carol.lineage == ("composed of 0.6 alice + -0.4 bob",)
+    words = ("compose", "alice", "bob", "carol", "--as", "all", "--dtype", "fp32")
+    assert hdb(*words).exit_code == 0
+    exact = core(alice) + core(bob) + core(store.path_of("carol"))
+    assert load(store.path_of("all")).rank == 6  # b, though the ranks are eight
+    assert (core(store.path_of("all")) - exact).abs().max() < 1e-5
+    says(hdb(*words), "all exists already")
+
+
+def test_compose_refuses_what_shares_no_basis(keep: Keep) -> None:
+    keep("alice"), keep("stranger", basis="f" * 64)
+    says(hdb("compose", "alice", "stranger", "--as", "x"), "basis is dddd", "and ffff")
+    says(hdb("compose", "alice", "alise", "--as", "x"), "alise", "alice")
+    assert store.names() == ["alice", "stranger"]
+
+
+def test_weights_are_numbers_and_each_name_comes_once() -> None:
+    assert read_weights(["a=0.5", "b=-2", "c"]) == {"a": 0.5, "b": -2.0, "c": 1.0}
+    for part in ("a=x", "a=nan", "a=inf"):
+        with pytest.raises(HdbError, match="has no weight"):
+            read_weights([part])
+    with pytest.raises(HdbError, match="a comes twice"):
+        read_weights(["a=1", "a=2"])
+
+
+def test_copy_and_rename(keep: Keep) -> None:
+    alice = keep("alice")
+    content = alice.read_bytes()
+    assert hdb("cp", "alice", "bob").exit_code == 0
+    assert store.path_of("bob").read_bytes() == content == alice.read_bytes()
+    says(hdb("cp", "alice", "bob"), "bob exists already")
+    says(hdb("cp", "alice", "../bob"), "..")
+    assert hdb("mv", "bob", "carol").exit_code == 0
+    assert not store.path_of("bob").exists() and store.path_of("carol").read_bytes() == content
+    says(hdb("mv", "nobody", "x"), "nobody")
+    says(hdb("mv", "alice", "carol"), "carol exists already")
+    assert hdb("mv", "alice", "carol", "--force").exit_code == 0 and not alice.exists()
+    alice.write_bytes(content[:-4])
+    says(hdb("cp", "alice", "dave"), "alice")  # what is damaged is not copied
+    assert not store.path_of("dave").exists()
+
+
+def test_inspect_adds_up(keep: Keep, tmp_path: Path) -> None:
+    alice = keep("alice")
+    result = hdb("inspect", "alice", "--json", "-o", tmp_path / "a.png")
+    assert result.exit_code == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert values["energy"] == pytest.approx(float(core(alice).square().sum()), rel=1e-4)
+    assert values["verified"] is False and "targets" in values["problem"]  # no identity of tiny's
+    assert sum(t["numbers"] for t in values["targets"]) == load(alice).numbers
+    assert all(t["singular"] == sorted(t["singular"], reverse=True) for t in values["targets"])
+    assert Image.open(tmp_path / "a.png").size[0] == 1200
+    assert "strongest targets" in hdb("inspect", "alice").stdout
+    says(hdb("inspect", "nobody"), "nobody")
+
+
+def test_inspect_names_the_targets_of_a_real_identity(tiny: Base, hdb_home: Path) -> None:
+    theta = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b)
+    theta = Theta(theta.down, theta.up + 0.01)
+    save(describe(tiny, theta, ""), store.path_of("alice"))
+    values = json.loads(hdb("inspect", "alice", "--json").stdout)
+    assert values["verified"] is True and values["problem"] is None
+    assert [t["name"] for t in values["targets"]] == list(tiny.injected.layers)
+    shares = values["shares"]
+    assert set(shares["component"]) == {"unet", "text_encoder"}
+    assert set(shares["kind"]) == {"self-attention", "cross-attention", "feed-forward"}
+    assert all(sum(part.values()) == pytest.approx(1) for part in shares.values())
