@@ -1,0 +1,143 @@
+"""Commands that look inside identities and make others of them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hdbcli import render
+from hdbcli.cli_options import (
+    As,
+    Dtype,
+    Force,
+    Identity,
+    Json,
+    NewName,
+    Yes,
+    new_path,
+    open_on,
+)
+from hdbcli.errors import HdbError
+from registry import store
+from registry.errors import RegistryError
+
+if TYPE_CHECKING:
+    pass
+
+
+def inspect(
+    identity: Identity,
+    out: Annotated[Path | None, typer.Option("-o", help="Draw it as a .png file too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Look inside an identity: energy by target, component and kind; whether its basis verifies."""
+    from hdbcli import inspection, sample
+    from hdbcli.base import theta_for
+    from hdbcli.identity import load
+
+    path = store.resolve(identity)
+    loaded = load(path)
+    if out:
+        sample.check_writable(out)
+    names, verified, problem = None, None, None
+    try:
+        base = open_on(loaded.base, "cpu")
+        _, problem = theta_for(base, loaded)
+        names, verified = list(base.injected.layers), True
+    except (HdbError, RegistryError) as error:
+        problem, verified = str(error), False
+    result = inspection.inspect(loaded, names, verified, problem)
+    if out:
+        with store.write_beside(out) as beside:
+            inspection.draw(result, beside)
+        render.note(str(out))
+    if as_json:
+        shares = {field: result.share(field) for field in ("component", "kind")}
+        render.document({**store.summary(path), **asdict(result), "shares": shares})
+    else:
+        render.show_inspection(store.summary(path), result)
+
+
+def relax(
+    identity: Identity,
+    rank: Annotated[int, typer.Option(min=1, help="The new, higher rank.")],
+    new_name: As = None,
+    force: Force = False,
+) -> None:
+    """Give an identity more ranks; it draws what it did, and hdb refine can train them."""
+    from hdbcli import derive
+    from hdbcli.identity import load, save
+
+    source, path = _source_and_target(identity, new_name, force)
+    made = derive.relaxed(load(source), rank)
+    render.say(f"{path}  rank {rank}, {save(made, path):,} bytes")
+
+
+def shrink(
+    identity: Identity,
+    rank: Annotated[int, typer.Option(min=1, help="The new, lower rank.")],
+    new_name: As = None,
+    dtype: Dtype = "fp16",
+    force: Force = False,
+    yes: Yes = False,
+) -> None:
+    """Give an identity fewer ranks, the closest there are, saying what that costs."""
+    from hdbcli import derive
+    from hdbcli.identity import load, save
+
+    source, path = _source_and_target(identity, new_name, force)
+    made, lost = derive.shrunk(load(source), rank)
+    render.note(f"rank {rank} keeps {1 - lost:.2%} of the identity's energy, {lost:.2%} is lost")
+    if path == source and not yes:
+        if not sys.stdin.isatty():
+            raise HdbError("shrink replaces what it shrinks; pass --as NEW to keep it, or --yes")
+        typer.confirm(f"Replace {path.stem}?", abort=True)
+    render.say(f"{path}  rank {rank}, {save(made, path, dtype):,} bytes")
+
+
+def compose(
+    parts: Annotated[list[str], typer.Argument(help="NAME=WEIGHT, such as alice=0.6 bob=0.4.")],
+    new_name: Annotated[str, typer.Option("--as", help="Name of the new identity.")],
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Highest rank; default: whatever is exact.")
+    ] = None,
+    dtype: Dtype = "fp16",
+    force: Force = False,
+) -> None:
+    """Add identities of one base up, exactly: what each changes, times its weight.
+
+    A weight may be negative: "--" before the parts keeps alice=-0.5 from being an option.
+    """
+    from hdbcli import derive
+    from hdbcli.identity import load, save
+
+    weights = derive.read_weights(parts)
+    path = new_path(new_name, force)
+    loaded = {name: (load(store.resolve(name)), weight) for name, weight in weights.items()}
+    made = derive.composed(loaded, rank)
+    render.say(f"{path}  rank {made.rank}, {save(made, path, dtype):,} bytes")
+
+
+def cp(name: Identity, new_name: NewName, force: Force = False) -> None:
+    """Copy an identity under another name."""
+    from hdbcli.identity import load
+
+    source = store.resolve(name)
+    load(source)  # what is damaged is not copied
+    render.say(str(store.copy(source, new_path(new_name, force))))
+
+
+def mv(name: Identity, new_name: NewName, force: Force = False) -> None:
+    """Give an identity another name."""
+    source = store.resolve(store.check_name(name))
+    render.say(str(store.rename(source, new_path(new_name, force))))
+
+
+def _source_and_target(identity: str, new_name: str | None, force: bool) -> tuple[Path, Path]:
+    """Return the file of an identity and where what is made of it goes: itself without a name."""
+    source = store.resolve(identity)
+    return source, source if new_name is None else new_path(new_name, force)

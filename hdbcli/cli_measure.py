@@ -1,0 +1,117 @@
+"""Commands that measure: one identity, or every method on the same people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hdbcli import render
+from hdbcli.cli_options import (
+    BaseName,
+    Device,
+    FaceNumber,
+    Identity,
+    Json,
+    More,
+    Pattern,
+    wear,
+)
+from hdbcli.config import (
+    DEFAULT_BASE,
+    MAIN_METHODS,
+    METHODS,
+)
+from registry import store
+
+if TYPE_CHECKING:
+    pass
+
+
+def score(
+    identity: Identity,
+    photo: More = None,
+    base: Annotated[str | None, typer.Option(help="Another base than its own.")] = None,
+    face: FaceNumber = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Say how alike, how stylish and how well-behaved an identity is; likeness needs --photo."""
+    from hdbcli import score as measure
+    from hdbcli.contest import text_metrics
+    from hdbcli.create import crop_photos
+    from registry.plugins import load_metrics
+
+    loaded, worn = wear([store.resolve(identity)], base, device)
+    with render.progress() as tell:
+        crops = crop_photos(photo or [], loaded.spec, face, tell)
+        metrics, missing = text_metrics(load_metrics(), loaded.spec.family)
+        result = measure.score(loaded, worn, crops, metrics, tell)
+    for line in missing:
+        render.note(f"left out: {line}")
+    if as_json:
+        render.document(asdict(result))
+    else:
+        render.say("\n".join(measure.words(result)))
+
+
+def compare(
+    photos: Annotated[Path, typer.Argument(help="A photo, a folder of them, or one per person.")],
+    methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}.")] = MAIN_METHODS,
+    base: BaseName = DEFAULT_BASE,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Most steps of any method, for a first look.")
+    ] = None,
+    people: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many people.")
+    ] = None,
+    tune: Annotated[
+        Path | None, typer.Option(help="Other people, to choose each learning rate on.")
+    ] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="True pictures in the styles: PERSON/pixar-0.png, ...")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the results.")] = Path(
+        "compare"
+    ),
+    pattern: Pattern = "*",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Let methods learn the same people: seconds, memory, bytes, likeness, style, drift.
+
+    What is done is kept in the folder of the results: interrupted, the same command goes on.
+    """
+    from functools import partial
+
+    from hdbcli import contest
+    from hdbcli.base import open_pair
+    from hdbcli.compare import new_arena
+    from hdbcli.contenders import choose
+    from hdbcli.people import read_people
+    from registry.plugins import load_metrics
+
+    chosen = choose(methods.split(","), steps)
+    load = partial(open_pair, base, device)
+    loaded, model = load()
+    with render.progress() as tell:
+        test = read_people(photos, loaded.spec, pattern, False, tell).first(people)
+        render.show_skipped(test.skipped)
+        if tune:
+            others = read_people(tune, loaded.spec, pattern, False, tell)
+            chosen = contest.tuned(loaded, model, others, chosen, out, tell)
+        metrics, missing = contest.text_metrics(load_metrics(), loaded.spec.family)
+        for line in missing:
+            render.note(f"left out: {line}")
+        arena = new_arena(loaded, model, test, metrics, tell)
+        styles = contest.true_styles(truth, test, arena) if truth else []
+        result, records = contest.run(arena, chosen, styles, out, load)
+    paths = contest.save(result, records, out)
+    if as_json:
+        render.document(contest.document(result))
+    else:
+        render.show_contest(result)
+    for path in paths:
+        render.note(str(path))

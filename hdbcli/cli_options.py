@@ -1,0 +1,124 @@
+"""What all command modules share: option types, the boundary of errors, and ways to a base and its
+identities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hdbcli import render
+from hdbcli.config import (
+    OPTIMIZERS,
+)
+from hdbcli.errors import HdbError
+from registry import store
+from registry.errors import RegistryError
+
+if TYPE_CHECKING:
+    from hdbcli.base import Base
+    from hdbcli.lidb import Theta
+    from registry.plugins import Registry
+    from registry.spec import BaseSpec
+
+
+class Boundary(typer.core.TyperGroup):
+    """The one place where errors become a line on stderr and an exit code; bugs keep their
+    traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (HdbError, RegistryError) as error:
+            render.note(f"error: {error}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            render.note("interrupted; nothing was written")
+            raise typer.Exit(130) from None
+
+
+def new_app(about: str, **more: Any) -> typer.Typer:
+    return typer.Typer(
+        help=about,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        **more,
+    )
+
+
+Photo = Annotated[Path, typer.Argument(help="JPEG, PNG or WebP photo of the face.")]
+Identity = Annotated[str, typer.Argument(help="Name of an identity, or an identity file.")]
+BaseName = Annotated[str, typer.Option("--base", help="Base model; see: hdb base list.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or mps; default: the fastest there is.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what has this name already.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")]
+More = Annotated[
+    list[Path] | None, typer.Option("--photo", help="Another photo of the person; repeatable.")
+]
+FaceNumber = Annotated[
+    int | None, typer.Option("--face", help="Which face, from the left, where there are several.")
+]
+NewName = Annotated[str, typer.Argument(help="The new name.")]
+Steps = Annotated[int, typer.Option(min=1, help="Iterations of refinement.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the refinement's noise.")]
+Optimizer = Annotated[str, typer.Option(help=f"{' or '.join(OPTIMIZERS)}.")]
+As = Annotated[str | None, typer.Option("--as", help="Name of the new one; default: replace.")]
+Dtype = Annotated[str, typer.Option(help="fp16, fp32 or int8.")]
+Data = Annotated[Path, typer.Argument(help="Folder of photos, or a folder of them per person.")]
+Pattern = Annotated[str, typer.Option(help="Which files to take, such as 'portrait-*'.")]
+Aligned = Annotated[bool, typer.Option("--aligned", help="Pictures are the base's crops already.")]
+
+
+def new_path(name: str, force: bool) -> Path:
+    """Return where a new identity goes; before any work, refuse a taken name or an unwritable
+    place."""
+    from hdbcli.sample import check_writable
+
+    path = store.path_of(name)
+    if path.exists() and not force:
+        raise HdbError(f"{path.stem} exists already; give another name, or --force to replace it")
+    check_writable(path)
+    return path
+
+
+def bases() -> Registry:
+    from registry.plugins import load_registry  # its importlib.metadata is slow, and `list` is not
+
+    return load_registry()
+
+
+def spec_of(base: str) -> BaseSpec:
+    """Return the spec of a base model, with what the user set for it."""
+    from registry.settings import customised
+
+    return customised(bases().get(base))
+
+
+def open_on(base: str, device: str | None, hypernetwork: Path | None = None) -> Base:
+    """Load a base model on a device."""
+    from hdbcli.base import open_base  # imports torch
+
+    return open_base(base, device, hypernetwork)
+
+
+def wear(paths: list[Path], base: str | None, device: str | None) -> tuple[Base, Theta]:
+    """Load identities and the base to wear them on; say so where it is not the one they were made
+    on."""
+    from hdbcli.base import theta_for
+    from hdbcli.identity import load
+    from hdbcli.relax import stack
+
+    identities = [load(path) for path in paths]
+    loaded = open_on(base or identities[0].base, device)
+    thetas = []
+    for path, identity in zip(paths, identities, strict=True):
+        theta, warning = theta_for(loaded, identity)
+        if warning:
+            render.note(f"warning: {path.stem}: {warning}")
+        thetas.append(theta)
+    return loaded, stack(thetas)

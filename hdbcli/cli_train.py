@@ -1,0 +1,169 @@
+"""Commands that train and measure the hypernetwork of a base model."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hdbcli import render
+from hdbcli.cli_options import (
+    Aligned,
+    BaseName,
+    Data,
+    Device,
+    Json,
+    Optimizer,
+    Pattern,
+    Seed,
+    new_app,
+    open_on,
+)
+from hdbcli.config import (
+    DEFAULT_BASE,
+    PRECISIONS,
+    BankConfig,
+    PretrainConfig,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+train_app = new_app("Train and measure the hypernetwork of a base model.")
+
+
+@train_app.command("bank")
+def train_bank(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the bank.")],
+    base: BaseName = DEFAULT_BASE,
+    steps: Annotated[int, typer.Option(min=1, help="Iterations each.")] = BankConfig.steps,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = BankConfig.lr,
+    at_once: Annotated[int, typer.Option(min=1, help="People side by side.")] = BankConfig.at_once,
+    seed: Seed = BankConfig.seed,
+    optimizer: Optimizer = BankConfig.optimizer,
+    pattern: Pattern = "*",
+    aligned: Aligned = False,
+    device: Device = None,
+) -> None:
+    """Optimise the LiDB of everybody in a folder; interrupted, the same command goes on."""
+    from hdbcli.bank import build_bank
+    from hdbcli.people import read_people
+
+    loaded = open_on(base, device)
+    config = BankConfig(steps, lr=lr, at_once=at_once, seed=seed, optimizer=optimizer)
+    start, made = time.perf_counter(), 0
+    with render.progress() as tell:
+        people = read_people(data, loaded.spec, pattern, aligned, tell)
+        render.show_skipped(people.skipped)
+        for shard in build_bank(loaded, people, out, config, tell):
+            made += shard.people
+            rate = made / (time.perf_counter() - start)
+            render.note(
+                f"{shard.total}/{len(people.names)} people, loss {shard.loss_start:.4f} to "
+                f"{shard.loss_end:.4f}, {rate:.2f} people a second, "
+                f"{(len(people.names) - shard.total) / rate / 60:.1f} min left"
+            )
+    render.say(str(out))
+
+
+Prior = Annotated[float, typer.Option(min=0, max=1, help="Share of samples with an empty prompt.")]
+Precision = Annotated[str, typer.Option(help=f"{' or '.join(PRECISIONS)}.")]
+SaveSeconds = Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")]
+Look = Annotated[int, typer.Option(min=1, help="Steps between looks at people held out.")]
+HeldOut = Annotated[
+    int, typer.Option(min=0, help="People to hold out, at most a tenth of all; 0: no looks.")
+]
+
+
+@train_app.command("hypernetwork")
+def train_hypernetwork(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="File of the hypernetwork.")],
+    base: BaseName = DEFAULT_BASE,
+    steps: Annotated[int, typer.Option(min=1, help="Steps.")] = PretrainConfig.steps,
+    batch: Annotated[int, typer.Option(min=1, help="People a step.")] = PretrainConfig.batch,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = PretrainConfig.lr,
+    bank: Annotated[Path | None, typer.Option(help="Bank made by hdb train bank.")] = None,
+    beta: Annotated[float, typer.Option(help="Weight of the bank.")] = PretrainConfig.beta,
+    prior: Prior = PretrainConfig.prior,
+    seed: Seed = PretrainConfig.seed,
+    optimizer: Optimizer = PretrainConfig.optimizer,
+    precision: Precision = PretrainConfig.precision,
+    save_seconds: SaveSeconds = PretrainConfig.save_seconds,
+    look: Look = PretrainConfig.look,
+    held_out: HeldOut = PretrainConfig.held_out,
+    pattern: Pattern = "*",
+    aligned: Aligned = False,
+    device: Device = None,
+) -> None:
+    """Train the hypernetwork of a base model; interrupted, the same command goes on.
+
+    On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
+    processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
+    """
+    from hdbcli import pretrain
+    from hdbcli.bank import read_bank
+    from hdbcli.device import join_workers
+    from hdbcli.hyperfile import save_hypernetwork
+    from hdbcli.people import read_people
+    from hdbcli.watch import Watch
+
+    loaded = open_on(base, device)
+    checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
+    shared = (steps, lr, batch, beta, prior, seed, optimizer, precision, save_seconds, look)
+    config = PretrainConfig(*shared, held_out, checkpoint)
+    known = read_bank(bank, loaded) if bank else None
+    workers = join_workers()
+    model = pretrain.new_hypernetwork(loaded, seed)
+    with render.progress() as tell:
+        people = read_people(data, loaded.spec, pattern, aligned, tell)
+        render.show_skipped(people.skipped)
+        people, held = people.hold_out(held_out)
+        watch = Watch(loaded, held, out, tell) if held and not workers.rank else None
+        look_at = watch.look if watch else None
+        steps_done = pretrain.pretrain(loaded, model, people, config, tell, known, workers, look_at)
+        if workers.rank:
+            deque(steps_done, maxlen=0)
+            return
+        render.follow(steps_done, tell)
+    save_hypernetwork(model, out)
+    if watch:
+        render.note(f"curves and portraits of people held out: {watch.picture}")
+    render.say(str(out))
+
+
+@train_app.command("evaluate")
+def train_evaluate(
+    data: Data,
+    base: BaseName = DEFAULT_BASE,
+    hypernetwork: Annotated[
+        Path | None, typer.Option(help="Another file than the base's own.")
+    ] = None,
+    refined: Annotated[int, typer.Option(min=0, help="People to refine and draw as well.")] = 0,
+    pattern: Pattern = "*",
+    aligned: Aligned = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a hypernetwork on people it never saw: loss with intervals, retrieval of
+    portraits."""
+    from hdbcli.base import load_predictor
+    from hdbcli.evaluate import evaluate
+    from hdbcli.people import read_people
+
+    loaded = open_on(base, device, hypernetwork)
+    model, _ = load_predictor(loaded)
+    with render.progress() as tell:
+        people = read_people(data, loaded.spec, pattern, aligned, tell)
+        render.show_skipped(people.skipped)
+        result = evaluate(loaded, model, people, refined, tell)
+    if as_json:
+        render.document(asdict(result))
+    else:
+        render.show_evaluation(result)
