@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hdbcli import __version__, render
-from hdbcli.cli_algebra import compose, cp, inspect, mv, relax, shrink
+from hdbcli.cli_algebra import compose, cp, export, inspect, mv, relax, shrink
 from hdbcli.cli_bases import base_app
 from hdbcli.cli_measure import compare, score
 from hdbcli.cli_options import (
@@ -240,7 +240,7 @@ def rm(
         render.say(f"deleted {path.stem}")
 
 
-for command in (inspect, relax, shrink, compose, cp, mv, score, compare):
+for command in (inspect, relax, shrink, compose, export, cp, mv, score, compare):
     app.command()(command)
 app.add_typer(base_app, name="base")
 app.add_typer(train_app, name="train")

@@ -20,6 +20,7 @@ from hdbcli.cli_options import (
     Yes,
     new_path,
     open_on,
+    wear,
 )
 from hdbcli.errors import HdbError
 from registry import store
@@ -120,6 +121,29 @@ def compose(
     loaded = {name: (load(store.resolve(name)), weight) for name, weight in weights.items()}
     made = derive.composed(loaded, rank)
     render.say(f"{path}  rank {made.rank}, {save(made, path, dtype):,} bytes")
+
+
+def export(
+    identity: Identity,
+    form: Annotated[str, typer.Option("--format", help="kohya or diffusers.")] = "kohya",
+    out: Annotated[
+        Path | None, typer.Option("-o", help="File; default: NAME-lora.safetensors.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp16",
+    force: Force = False,
+) -> None:
+    """Write an identity as a plain LoRA for other tools."""
+    from hdbcli import export as lora
+    from hdbcli.sample import check_writable
+
+    path = store.resolve(identity)
+    target = out or Path(f"{path.stem}-lora.safetensors")
+    if target.exists() and not force:
+        raise HdbError(f"{target} exists already; give another with -o, or --force to replace it")
+    check_writable(target)
+    base, theta = wear([path], None, "cpu")
+    size = lora.export(base, theta, path.stem, form, dtype, target)
+    render.say(f"{target}  {size:,} bytes, rank {theta.rank}, {form}")
 
 
 def cp(name: Identity, new_name: NewName, force: Force = False) -> None:
