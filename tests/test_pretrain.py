@@ -22,7 +22,7 @@ from hdbcli.errors import HdbError
 from hdbcli.evaluate import person_losses
 from hdbcli.people import People, read_people
 from hdbcli.pretrain import draw_batch, new_hypernetwork
-from hdbcli.refine import portrait_loss, refine
+from hdbcli.refine import draw_times, portrait_loss, refine
 from hdbcli.relax import relax
 from hdbcli.watch import read_looks
 
@@ -68,6 +68,14 @@ def test_pairs_are_two_photos_of_one_person() -> None:
     assert {owner[a] for a, _ in pairs} == {0, 1, 2}
     assert set(batch.anybody.tolist()) == set(range(6))  # photo 6 is nobody's here: held out
     assert all(len(each) == 200 for each in batch) and batch.noise.shape == (200, 2, 4, 4)
+
+
+def test_times_lie_late_and_one_in_each_part() -> None:
+    generator = torch.Generator().manual_seed(0)
+    times = torch.stack([draw_times(8, generator) for _ in range(200)])
+    assert ((times**3 * 8).floor() == torch.arange(8)).all()
+    assert times.mean() == pytest.approx(0.75, abs=0.01) and times.max() < 1  # of density 3 t^2
+    assert (times < 0.4).float().mean() == pytest.approx(0.4**3, abs=0.02)
 
 
 def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
