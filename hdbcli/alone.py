@@ -57,10 +57,10 @@ def _time(
     base, model = load()
     startup = time.time() - asked
     config = replace(RefineConfig(batch=batch), steps=WARM_UP + TIMED, lr=max(contender.lr, 1e-12))
-    crops = [base.images([crop])]
-    latents = [base.backbone.encode_images(crops[0])]
+    faces = [base.faces([crop])]
+    latents = [base.backbone.encode_images(faces[0].crops)]
     began = time.perf_counter()
-    with entered(contender, base, model, crops, lambda *_: None) as trial:
+    with entered(contender, base, model, faces, lambda *_: None) as trial:
         prepared = time.perf_counter()
         seconds = []
         if contender.steps:

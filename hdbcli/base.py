@@ -16,8 +16,9 @@ from torch import Tensor
 from hdbcli.config import PLACEHOLDER
 from hdbcli.device import choose_device
 from hdbcli.errors import HdbError
+from hdbcli.faces import embed_aligned
 from hdbcli.hyperfile import load_hypernetwork
-from hdbcli.hypernet import HyperNetwork
+from hdbcli.hypernet import Faces, HyperNetwork
 from hdbcli.identity import Identity, check_fits
 from hdbcli.inject import Injected, inject
 from hdbcli.lidb import Factors, Theta
@@ -56,6 +57,11 @@ class Base:
         """Stack uint8 crops (S, S, 3) as (B, 3, S, S) in -1..1 on the device."""
         stacked = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
         return (stacked.float() / 127.5 - 1).contiguous().to(self.device)
+
+    def faces(self, crops: list[np.ndarray]) -> Faces:
+        """Return aligned crops as a hypernetwork reads them."""
+        traits = embed_aligned(crops, np.array(self.spec.template)).to(self.device)
+        return Faces(self.images(crops), traits)
 
 
 def load_base(spec: BaseSpec, device: str, dtype: str = "float32") -> Base:

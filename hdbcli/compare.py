@@ -108,12 +108,12 @@ def _group(arena: Arena, contender: Contender, persons: range, file: Path) -> Re
     if file.exists():
         return _read(file)
     base = arena.base
-    crops = [base.images([arena.given[p]]) for p in persons]
-    latents = [base.backbone.encode_images(each) for each in crops]
+    faces = [base.faces([arena.given[p]]) for p in persons]
+    latents = [base.backbone.encode_images(each.crops) for each in faces]
     config = replace(
         RefineConfig(batch=arena.batch), steps=contender.steps, lr=max(contender.lr, 1e-12)
     )
-    with entered(contender, base, arena.model, crops, arena.tell) as trial:
+    with entered(contender, base, arena.model, faces, arena.tell) as trial:
         marks, portraits = marks_of(contender.steps), []
         for step in _steps(base, trial, latents, config):
             arena.tell(contender.name, step, max(1, contender.steps))

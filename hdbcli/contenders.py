@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from hdbcli.base import Base
 from hdbcli.config import RefineConfig, Tell
 from hdbcli.errors import HdbError
-from hdbcli.hypernet import HyperNetwork
+from hdbcli.hypernet import Faces, HyperNetwork
 from hdbcli.lidb import Theta, first_theta
 from hdbcli.methods import class_latents, dreambooth_trial, inversion_trial, lora_trial
 from hdbcli.refine import Trial, lidb_trial
@@ -78,27 +77,27 @@ def choose(names: Sequence[str], most: int | None = None) -> list[Contender]:
 
 @contextmanager
 def entered(
-    contender: Contender, base: Base, model: HyperNetwork, crops: Sequence[Tensor], tell: Tell
+    contender: Contender, base: Base, model: HyperNetwork, faces: Sequence[Faces], tell: Tell
 ) -> Iterator[Trial]:
-    """Make the trial of P people from their crops (N_p, 3, S, S); the base is itself afterwards."""
+    """Make the trial of P people from the faces on their photos; the base is itself afterwards."""
     if contender.trains == "dreambooth":
         with dreambooth_trial(base, class_latents(base, CLASS_PICTURES, tell)) as trial:
             yield trial
     elif contender.trains == "inversion":
-        yield inversion_trial(base, len(crops))
+        yield inversion_trial(base, len(faces))
     elif contender.trains == "lora":
-        beneath = _start(contender, base, model, crops) if contender.predicted else None
-        yield lora_trial(base, len(crops), contender.rank, beneath)
+        beneath = _start(contender, base, model, faces) if contender.predicted else None
+        yield lora_trial(base, len(faces), contender.rank, beneath)
     else:
-        yield lidb_trial(base, relax(_start(contender, base, model, crops), contender.rank))
+        yield lidb_trial(base, relax(_start(contender, base, model, faces), contender.rank))
 
 
 @torch.no_grad()
-def _start(contender: Contender, base: Base, model: HyperNetwork, crops: Sequence[Tensor]) -> Theta:
+def _start(contender: Contender, base: Base, model: HyperNetwork, faces: Sequence[Faces]) -> Theta:
     """Predict everybody's theta, or take theta_0."""
     if not contender.predicted:
         first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
-        expanded = (core.expand(len(crops), -1, -1, -1) for core in (first.down, first.up))
+        expanded = (core.expand(len(faces), -1, -1, -1) for core in (first.down, first.up))
         return Theta(*(core.to(base.device) for core in expanded))
-    thetas = [model.predict(each, contender.iterations) for each in crops]
+    thetas = [model.predict(each, contender.iterations) for each in faces]
     return Theta(torch.cat([t.down for t in thetas]), torch.cat([t.up for t in thetas]))

@@ -53,11 +53,10 @@ def create(crops: Sequence[Crop], base: Base, config: RefineConfig | None, tell:
     """Make an identity from the crops of one person; `config` None keeps the prediction as it
     is."""
     seconds = {}
-    images = base.images([crop.image for crop in crops])
     start = time.perf_counter()
     tell("predict", 0, 1)
     predictor, digest = load_predictor(base)
-    theta = predictor.predict(images)
+    theta = predictor.predict(base.faces([crop.image for crop in crops]))
     seconds["predict"] = time.perf_counter() - start
     identity = describe(base, theta, hypernetwork=digest)
     return _refined(identity, theta, crops, base, config, tell, seconds)

@@ -13,7 +13,7 @@ from hdbcli.base import Base
 from hdbcli.config import PORTRAIT, RefineConfig, Tell
 from hdbcli.errors import HdbError
 from hdbcli.faces import Retrieval, embed, retrieval
-from hdbcli.hypernet import HyperNetwork
+from hdbcli.hypernet import Faces, HyperNetwork
 from hdbcli.lidb import Theta
 from hdbcli.people import People
 from hdbcli.pretrain import encode_crops
@@ -63,7 +63,7 @@ def evaluate(
         raise HdbError("evaluation needs at least two people with two usable photos each")
     first = people.crops[[m[0] for m in people.members]]
     second = people.crops[[m[1] for m in people.members]]
-    theta = _predict(model, base.images(list(first)))
+    theta = _predict(model, base.faces(list(first)))
     latents = encode_crops(base, second, tell)[0].float().to(base.device)
     others = Theta(theta.down.roll(1, 0), theta.up.roll(1, 0))
     own, another, none = (
@@ -103,7 +103,7 @@ def person_losses(
 
 
 @torch.no_grad()
-def _predict(model: HyperNetwork, faces: Tensor) -> Theta:
+def _predict(model: HyperNetwork, faces: Faces) -> Theta:
     return model(faces)
 
 

@@ -162,6 +162,16 @@ def embed(images: Sequence[np.ndarray]) -> tuple[Tensor, list[bool]]:
         return torch.cat([model(part.float()) for part in pictures.split(_BATCH)]), found
 
 
+def embed_aligned(crops: Sequence[np.ndarray], template: np.ndarray) -> Tensor:
+    """Embed crops (S, S, 3) uint8 whose five points lie where `template` (5, 2) in 0..1 says:
+    (N, 128). Nothing is looked for, which is what takes the time."""
+    chips = [chip(crop, template * len(crop)) for crop in crops]
+    pictures = torch.from_numpy(np.stack(chips)).permute(0, 3, 1, 2)
+    model = load_embedding()
+    with torch.no_grad():
+        return torch.cat([model(part.float()) for part in pictures.split(_BATCH)])
+
+
 def _whole(rgb: np.ndarray) -> np.ndarray:
     height, width = rgb.shape[:2]
     side = round(max(height, width) * (1 + 2 * _FRAME))

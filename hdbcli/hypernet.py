@@ -4,11 +4,16 @@ HyperDreamBooth §3.3. A ViT encodes the face once into tokens. Each target has 
 face tokens and weight tokens are concatenated and a transformer decoder refines the weights over k
 iterations with additive deltas, theta_i = theta_(i-1) + T(f, theta_(i-1)), through a linear head of
 the target's own.
+
+Not in the paper: one more face token comes from a face recogniser, and every weight token gets it.
+The paper's encoder was trained on far more pictures than a hypernetwork sees; a recogniser brings
+that knowledge of what tells people apart, and of real photos where the training has renders.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +23,16 @@ from hdbcli.lidb import Theta, first_theta
 # Adam moves each weight of a head by the learning rate, and theta by `width` times that: without
 # this brake theta runs off before the faces have a say in it, and everybody gets the same.
 HEAD_SCALE = 4.0
+
+# Two people's embeddings differ by 0.04 a number: made to be about 1.
+TRAIT_SCALE = 25.0
+
+
+class Faces(NamedTuple):
+    """B aligned crops (B, 3, S, S) in -1..1 and what a face recogniser says of each (B, traits)."""
+
+    crops: Tensor
+    traits: Tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,7 @@ class HyperConfig:
     encoder_layers: int = 4
     decoder_layers: int = 2
     iterations: int = 3
+    traits: int = 128  # numbers of a face recogniser
 
 
 class HyperNetwork(nn.Module):
@@ -58,6 +74,7 @@ class HyperNetwork(nn.Module):
         )
         self.face_position = nn.Parameter(torch.randn(1, patches, c.width) * 0.02)
         self.encoder = _transformer(c, c.encoder_layers)
+        self.trait_in = nn.Linear(c.traits, c.width)
         self.face_norm = nn.LayerNorm(c.width)
         self.weights_in = nn.Linear(numbers, c.width)
         self.target_position = nn.Parameter(torch.randn(1, c.targets, c.width) * 0.02)
@@ -68,28 +85,30 @@ class HyperNetwork(nn.Module):
         start = first_theta(c.targets, c.a, c.b, c.rank)
         self.register_buffer("start", _tokens(start), persistent=False)  # (1, L, R(a+b))
 
-    def encode_face(self, faces: Tensor) -> Tensor:
-        """Encode crops (B, 3, S, S) in -1..1 into face tokens (B, F, width)."""
-        patches = self.stem(faces).flatten(2).transpose(1, 2)
-        return self.face_norm(self.encoder(patches + self.face_position))
+    def encode_face(self, faces: Faces) -> Tensor:
+        """Encode faces into tokens (B, 1 + F, width); the first is the recogniser's."""
+        patches = self.stem(faces.crops).flatten(2).transpose(1, 2)
+        traits = self.trait_in(TRAIT_SCALE * faces.traits)[:, None]
+        seen = self.encoder(patches + self.face_position)
+        return self.face_norm(torch.cat([traits, seen], dim=1))
 
     def decode(self, face: Tensor, iterations: int | None = None) -> Theta:
-        """Refine theta from theta_0 for faces (B, F, width); 0 iterations give theta_0 itself."""
+        """Refine theta from theta_0 for faces (B, 1 + F, width); 0 iterations give theta_0."""
         tokens = self.start.expand(len(face), -1, -1)
         for _ in range(self.config.iterations if iterations is None else iterations):
-            weights = self.weights_in(tokens) + self.target_position
+            weights = self.weights_in(tokens) + self.target_position + face[:, :1]
             both = self.decoder(torch.cat([face, weights], dim=1))
             refined = self.weight_norm(both[:, face.shape[1] :])
             delta = torch.einsum("blw,lwp->blp", refined, self.heads.to(refined.dtype))
             tokens = tokens + HEAD_SCALE / self.config.width * delta.float()
         return _theta(tokens, self.config)
 
-    def forward(self, faces: Tensor) -> Theta:
-        """Predict the theta of each face (B, 3, S, S) in -1..1."""
+    def forward(self, faces: Faces) -> Theta:
+        """Predict the theta of each face."""
         return self.decode(self.encode_face(faces))
 
     @torch.no_grad()
-    def predict(self, photos: Tensor, iterations: int | None = None) -> Theta:
+    def predict(self, photos: Faces, iterations: int | None = None) -> Theta:
         """Predict one theta from N photos of one person: their face tokens are averaged, not their
         thetas.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hdbcli import basis
 from hdbcli.errors import HdbError
@@ -72,15 +72,22 @@ class Injected:
     def targets_digest(self) -> str:
         """Hash the ordered target names: their order is the order of theta and of hypernetwork
         tokens."""
-        return hashlib.sha256("\n".join(self.layers).encode()).hexdigest()
+        return digest_names(self.layers)
 
     def weights_digest(self) -> str:
         """Hash the targeted weights as float16, so that fp32 and fp16 copies of one base agree."""
-        digest = hashlib.sha256()
-        for layer in self.layers.values():
-            half = layer.base.weight.detach().to("cpu", torch.float16).contiguous()
-            digest.update(half.numpy().tobytes())
-        return digest.hexdigest()
+        return digest_weights(layer.base.weight.detach() for layer in self.layers.values())
+
+
+def digest_names(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def digest_weights(weights: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def inject(
@@ -116,22 +123,43 @@ def eject(components: Mapping[str, nn.Module], fuse: bool = False) -> None:
 def find_targets(
     components: Mapping[str, nn.Module], targets: Mapping[str, tuple[str, ...]]
 ) -> list[tuple[str, str, nn.Linear]]:
-    """List (component, module path, linear layer) of all targets, in module order."""
-    found = []
-    for component, patterns in targets.items():
+    """List (component, module path, linear layer) of all targets, in the order of theta."""
+    found = {}
+    for component in targets:
         if component not in components:
             raise HdbError(
                 f"the base model has no component {component!r} (it has {', '.join(components)}); "
                 "its spec names targets there"
             )
-        matches = [re.compile(pattern).fullmatch for pattern in patterns]
         for path, module in components[component].named_modules():
-            name = canonical(component, path)
-            if isinstance(module, nn.Linear) and any(match(name) for match in matches):
-                found.append((component, path, module))
+            name = f"{component}.{canonical(component, path)}"
+            if isinstance(module, nn.Linear) and matches(name, targets):
+                found[name] = component, path, module
     if not found:
         raise HdbError("no layer of the base model matches its spec's targets; check the patterns")
-    return found
+    return [found[name] for name in in_order(found, targets)]
+
+
+def matches(name: str, targets: Mapping[str, tuple[str, ...]]) -> bool:
+    """Say whether a spec's patterns make the layer of this canonical name a target."""
+    component, _, path = name.partition(".")
+    return any(re.fullmatch(pattern, path) for pattern in targets.get(component, ()))
+
+
+def in_order(names: Iterable[str], targets: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Sort canonical names as theta has them: by component, then by name, numbers as numbers.
+
+    Not in the order of modules, which depends on the library that builds the model; and the names
+    in a file's header are enough.
+    """
+    components = list(targets)
+
+    def key(name: str) -> tuple[int, list[tuple[int, str]]]:
+        component, _, path = name.partition(".")
+        parts = [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
+        return components.index(component), parts
+
+    return sorted(names, key=key)
 
 
 def canonical(component: str, path: str) -> str:

@@ -23,13 +23,14 @@ from hdbcli.base import Base
 from hdbcli.config import PORTRAIT, PretrainConfig, Tell
 from hdbcli.device import ALONE, Workers, autocast, make_optimizer
 from hdbcli.errors import HdbError
-from hdbcli.hypernet import HyperConfig, HyperNetwork
+from hdbcli.hypernet import Faces, HyperConfig, HyperNetwork
 from hdbcli.lidb import Theta, inner
 from hdbcli.people import People
 from hdbcli.refine import draw_times
 from registry.training import Plan, Step, fit, short_attention
 
 AVERAGE = 0.998
+DRAWS = 2  # pictures of a person a step, each with its noise: a prediction costs more than two
 
 # Whoever wants to look at the model now and then is told (step, training loss since, model).
 Watch = Callable[[int, float, HyperNetwork], object]
@@ -70,7 +71,8 @@ def pretrain(
     model.to(base.device).train()
     latents = encode_crops(base, people.crops, tell)
     images = torch.from_numpy(people.crops).permute(0, 3, 1, 2)
-    material = _Material(people, images, latents, known)
+    traits = recognise(base, people.crops, tell)
+    material = _Material(people, images, traits, latents, known)
     parameters = dict(model.named_parameters())
     averages = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer, _, _ = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
@@ -110,10 +112,12 @@ def pretrain(
 
 
 class _Material(NamedTuple):
-    """What training reads: N crops as images (N, 3, S, S) uint8 and as latents, mirrored too."""
+    """What training reads of N crops: the images (N, 3, S, S) uint8, a recogniser's numbers, and
+    latents, mirrored too."""
 
     people: People
     images: Tensor
+    traits: Tensor  # (N, 128)
     latents: Tensor  # (2, N, c, h, w)
     known: Theta | None  # the bank, person by person
 
@@ -127,24 +131,27 @@ def _loss(
     generator: torch.Generator,
 ) -> Tensor:
     """Return the loss of one batch, drawn from the generator."""
-    people, images, latents, known = material
+    people, images, traits, latents, known = material
     device, portrait = base.device, base.prompt(PORTRAIT)
     # Every process draws the batch of all and takes its part: N processes are one with N times the
     # batch.
     whole = draw_batch(people, config.batch * workers.count, latents.shape[2:], generator)
     batch = Batch(*(each[workers.rank :: workers.count] for each in whole))
-    prior = batch.chance < config.prior
-    drawn = torch.where(prior, batch.anybody, batch.drawn)
-    prompts = ["" if free else portrait for free in prior]
-    mirrored = (batch.mirror < 0.5).view(-1, 1, 1, 1)
-    clean = torch.where(mirrored, latents[1, drawn], latents[0, drawn]).float().to(device)
+    mirrored = batch.mirror < 0.5
     faces = images[batch.read].float().to(device) / 127.5 - 1
-    faces = torch.where(mirrored.to(device), faces.flip(-1), faces)
+    faces = torch.where(mirrored.view(-1, 1, 1, 1).to(device), faces.flip(-1), faces)
+    # Samples lie people fastest: the order in which the layer deals out identities.
+    prior, t, drawn = (
+        each.T.flatten() for each in (batch.chance < config.prior, batch.t, batch.drawn)
+    )
+    drawn = torch.where(prior, batch.anybody.T.flatten(), drawn)
+    noise = batch.noise.transpose(0, 1).flatten(0, 1).to(device)
+    clean = latents[mirrored.long().repeat(DRAWS), drawn].float().to(device)
+    prompts = ["" if free else portrait for free in prior]
     with autocast(device, config.precision), short_attention(device, clean[0, 0].numel()):
-        theta = model(faces)
+        theta = model(Faces(faces, traits[batch.read].to(device)))
         base.injected.wear(theta)
-        noise, t = batch.noise.to(device), batch.t.to(device)
-        value = base.backbone.loss(clean, prompts, noise, t).mean()
+        value = base.backbone.loss(clean, prompts, noise, t.to(device)).mean()
     if known is not None:
         value = value + config.beta * weight_loss(theta, known[batch.person.to(device)]).mean()
     return value
@@ -183,39 +190,41 @@ def _averaged(parameters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) 
 
 
 class Batch(NamedTuple):
-    """What a step draws for each of its samples: whom, which photos, and all that is chance."""
+    """What a step draws for each of P people: which photo is read, and the K pictures drawn."""
 
-    person: Tensor
-    read: Tensor  # the photo that the hypernetwork reads
-    drawn: Tensor  # another photo of the person, where there is one
-    anybody: Tensor  # a photo of whomever
-    chance: Tensor  # in 0..1: low ones keep the empty prompt as it is
-    mirror: Tensor  # in 0..1
-    noise: Tensor
-    t: Tensor
+    person: Tensor  # (P,)
+    read: Tensor  # (P,) the photo that the hypernetwork reads
+    mirror: Tensor  # (P,) in 0..1: half of the people are read and drawn mirrored
+    drawn: Tensor  # (P, K) other photos of the person, where there are some
+    anybody: Tensor  # (P, K) photos of whomever
+    chance: Tensor  # (P, K) in 0..1: low ones keep the empty prompt as it is
+    noise: Tensor  # (P, K, c, h, w)
+    t: Tensor  # (P, K)
 
 
 def draw_batch(
     people: People, count: int, shape: Sequence[int], generator: torch.Generator
 ) -> Batch:
-    """Draw `count` samples; `shape` is that of a latent."""
+    """Draw `count` people and DRAWS pictures of each; `shape` is that of a latent."""
     person = torch.randint(len(people.names), (count,), generator=generator)
     read, drawn = [], []
     for photos in (people.members[index] for index in person.tolist()):
-        first = int(torch.randint(len(photos), (), generator=generator))
-        step = int(torch.randint(1, max(2, len(photos)), (), generator=generator))
-        read.append(photos[first])
-        drawn.append(photos[(first + step) % len(photos)])
+        first, turn = torch.randint(1 << 30, (2,), generator=generator).tolist()
+        others = max(1, len(photos) - 1)
+        steps = [1 + (turn + k) % others for k in range(DRAWS)]
+        read.append(photos[first % len(photos)])
+        drawn.append([photos[(first + step) % len(photos)] for step in steps])
     everything = torch.tensor([photo for photos in people.members for photo in photos])
+    many = count, DRAWS
     return Batch(
         person,
         torch.tensor(read),
+        torch.rand(count, generator=generator),
         torch.tensor(drawn),
-        everything[torch.randint(len(everything), (count,), generator=generator)],
-        torch.rand(count, generator=generator),
-        torch.rand(count, generator=generator),
-        torch.randn((count, *shape), generator=generator),
-        draw_times(count, generator),
+        everything[torch.randint(len(everything), many, generator=generator)],
+        torch.rand(many, generator=generator),
+        torch.randn((*many, *shape), generator=generator),
+        draw_times(count * DRAWS, generator).view(DRAWS, count).T,
     )
 
 
@@ -240,6 +249,15 @@ def _known(bank: Mapping[str, Theta], people: People, device: str) -> Theta:
         torch.cat([theta.down for theta in chosen]).to(device),
         torch.cat([theta.up for theta in chosen]).to(device),
     )
+
+
+def recognise(base: Base, crops: np.ndarray, tell: Tell) -> Tensor:
+    """Return what the face recogniser says of all crops (N, 128), on the CPU."""
+    parts = []
+    for start in range(0, len(crops), 100):
+        parts.append(base.faces(list(crops[start : start + 100])).traits.cpu())
+        tell("recognise", start, len(crops))
+    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Watch:
     def look(self, step: int, training: float, model: HyperNetwork) -> Look:
         """Measure, draw, and write both files anew; looks at later steps, of a run cut off, go."""
         with torch.no_grad():
-            theta = model(self.base.images(list(self.read)))
+            theta = model(self.base.faces(list(self.read)))
         turned = theta[torch.arange(len(theta)).roll(1)]
         own, another = (
             float(person_losses(self.base, worn, self.latents, self.tell, PAIRS).mean())

@@ -11,7 +11,7 @@ import torch
 
 from hdbcli.errors import HdbError
 from hdbcli.hyperfile import load_hypernetwork, save_hypernetwork
-from hdbcli.hypernet import HyperConfig, HyperNetwork
+from hdbcli.hypernet import Faces, HyperConfig, HyperNetwork
 from hdbcli.lidb import first_theta
 
 CONFIG = HyperConfig(
@@ -34,8 +34,12 @@ def network(**changes: int) -> HyperNetwork:
     return HyperNetwork(replace(CONFIG, **changes)).eval()
 
 
+def faces_of(count: int) -> Faces:
+    return Faces(torch.randn(count, 3, 16, 16), torch.randn(count, 128) * 0.04)
+
+
 def test_zero_iterations_give_theta_0() -> None:
-    model, faces = network(), torch.randn(2, 3, 16, 16)
+    model, faces = network(), faces_of(2)
     start = first_theta(5, 6, 4)
     still = model.decode(model.encode_face(faces), iterations=0)
     assert torch.equal(still.down[:1], start.down) and not still.up.any()
@@ -43,7 +47,7 @@ def test_zero_iterations_give_theta_0() -> None:
 
 
 def test_iterations_are_additive_deltas() -> None:
-    model, faces = network(), torch.randn(2, 3, 16, 16)
+    model, faces = network(), faces_of(2)
     face = model.encode_face(faces)
     steps = [model.decode(face, iterations=i).up for i in range(4)]
     assert torch.equal(steps[3], model(faces).up)
@@ -52,16 +56,16 @@ def test_iterations_are_additive_deltas() -> None:
 
 def test_every_target_has_its_own_head_and_faces_differ() -> None:
     model = network()
-    theta = model(torch.randn(2, 3, 16, 16))
+    theta = model(faces_of(2))
     assert theta.down.shape == (2, 5, 1, 6) and theta.up.shape == (2, 5, 4, 1)
     assert (theta.up[0] - theta.up[1]).abs().max() > 0
     assert (theta.up[:, 0] - theta.up[:, 1]).abs().max() > 0
-    assert network(rank=3)(torch.randn(1, 3, 16, 16)).rank == 3
+    assert network(rank=3)(faces_of(1)).rank == 3
 
 
 def test_learns_to_tell_faces_apart() -> None:
     model = network().train()
-    faces = torch.randn(4, 3, 16, 16)
+    faces = faces_of(4)
     goal = torch.randn(4, 5, 4, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
@@ -77,10 +81,12 @@ def test_learns_to_tell_faces_apart() -> None:
 
 
 def test_photos_of_one_person_are_averaged_as_features() -> None:
-    model, face = network(), torch.randn(1, 3, 16, 16)
-    one, same = model.predict(face), model.predict(face.expand(3, -1, -1, -1))
+    model, face = network(), faces_of(1)
+    thrice = Faces(*(each.repeat(3, *[1] * (each.ndim - 1)) for each in face))
+    one, same = model.predict(face), model.predict(thrice)
     torch.testing.assert_close(one.up, same.up, atol=1e-6, rtol=1e-4)
-    other = model.predict(torch.cat([face, torch.randn(1, 3, 16, 16)]))
+    both = zip(face, faces_of(1), strict=True)
+    other = model.predict(Faces(*(torch.cat(pair) for pair in both)))
     assert (other.up - one.up).abs().max() > 1e-5 and len(other.up) == 1
 
 
@@ -89,7 +95,7 @@ def test_file_describes_itself(tmp_path: Path) -> None:
     save_hypernetwork(model, path)
     again, digest = load_hypernetwork(path)
     assert again.config == model.config and len(digest) == 64
-    faces = torch.randn(2, 3, 16, 16)
+    faces = faces_of(2)
     torch.testing.assert_close(again(faces).up, model(faces).up, atol=1e-3, rtol=1e-2)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from hdbcli.base import Base
 from hdbcli.errors import HdbError
-from hdbcli.inject import canonical, eject, find_targets, inject
+from hdbcli.inject import canonical, eject, find_targets, in_order, inject
 from hdbcli.lidb import LiDBLinear, Theta, first_theta
 
 
@@ -94,6 +94,14 @@ def test_digests_tell_order_and_weights(tiny: Base) -> None:
     assert one.weights_digest() != digest
     two = inject({"m": nn.Sequential(nn.Linear(32, 32))}, {"m": (r"0",)}, 2, 2, 0)
     assert one.targets_digest() != two.targets_digest()
+
+
+def test_order_is_of_names_not_of_modules() -> None:
+    targets = {"unet": (".*",), "text_encoder": (".*",)}
+    sorted_names = ["unet.b.2.k", "unet.b.2.q", "unet.b.10.k", "unet.c", "text_encoder.a"]
+    assert in_order(reversed(sorted_names), targets) == sorted_names
+    model = nn.ModuleDict({"z": nn.Linear(8, 8), "b": nn.ModuleDict({"a": nn.Linear(8, 8)})})
+    assert list(inject({"m": model}, {"m": (".*",)}, 2, 2, 0).layers) == ["m.b.a", "m.z"]
 
 
 def test_errors_name_the_values(tiny: Base) -> None:

@@ -62,12 +62,14 @@ def test_pairs_are_two_photos_of_one_person() -> None:
     people = People(np.zeros((7, 8, 8, 3), np.uint8), ("a", "b", "c"), members, ())
     batch = draw_batch(people, 200, (2, 4, 4), torch.Generator().manual_seed(0))
     pairs = list(zip(batch.read.tolist(), batch.drawn.tolist(), strict=True))
-    assert [owner[a] for a, _ in pairs] == batch.person.tolist()
-    assert all(owner[a] == owner[b] for a, b in pairs)
-    assert all(a != b or owner[a] == 1 for a, b in pairs)
-    assert {owner[a] for a, _ in pairs} == {0, 1, 2}
-    assert set(batch.anybody.tolist()) == set(range(6))  # photo 6 is nobody's here: held out
-    assert all(len(each) == 200 for each in batch) and batch.noise.shape == (200, 2, 4, 4)
+    assert [owner[read] for read, _ in pairs] == batch.person.tolist()
+    assert {owner[read] for read, _ in pairs} == {0, 1, 2}
+    for read, drawn in pairs:
+        assert all(owner[each] == owner[read] for each in drawn)
+        assert read not in drawn or owner[read] == 1  # who has one photo
+        assert len(set(drawn)) == (2 if owner[read] == 0 else 1)
+    assert set(batch.anybody.flatten().tolist()) == set(range(6))  # photo 6 is nobody's here: held out
+    assert all(len(each) == 200 for each in batch) and batch.noise.shape == (200, 2, 2, 4, 4)
 
 
 def test_times_lie_late_and_one_in_each_part() -> None:
@@ -135,7 +137,7 @@ def test_shipped_hypernetwork_knows_people(tiny: Base, people: Path) -> None:
     read = read_people(people, tiny.spec, "*", False, quiet)
     model, _ = load_predictor(tiny)
     with torch.no_grad():
-        theta = model(tiny.images([read.crops[m[0]] for m in read.members]))
+        theta = model(tiny.faces([read.crops[m[0]] for m in read.members]))
         latents = tiny.backbone.encode_images(tiny.images([read.crops[m[1]] for m in read.members]))
     own = person_losses(tiny, theta, latents, quiet)
     base = person_losses(tiny, None, latents, quiet)
@@ -147,7 +149,7 @@ def test_refinement_lowers_the_loss_and_leaves_the_base(tiny: Base, people: Path
     read = read_people(people, tiny.spec, "*", False, quiet)
     images = tiny.images([read.crops[0]])
     model, _ = load_predictor(tiny)
-    theta = relax(model.predict(images), 2)
+    theta = relax(model.predict(tiny.faces([read.crops[0]])), 2)
     latents = [tiny.backbone.encode_images(images)]
     assert torch.equal(portrait_loss(tiny, theta, latents), portrait_loss(tiny, theta, latents))
     before = portrait_loss(tiny, None, latents)
@@ -173,7 +175,7 @@ def test_people_refined_side_by_side_are_each_as_if_alone(
         for photos in ((0,), (2,), (4, 5))
     ]
     with torch.no_grad():
-        theta = load_predictor(tiny)[0](tiny.images([read.crops[i] for i in (0, 2, 4)]))
+        theta = load_predictor(tiny)[0](tiny.faces([read.crops[i] for i in (0, 2, 4)]))
     config = RefineConfig(steps=3, rank=1, batch=4, optimizer="adamw")
     together = refine(tiny, theta, latents, config, quiet)
     for i in range(3):
@@ -205,7 +207,7 @@ def test_a_hypernetwork_of_another_base_is_refused(tiny: Base, tmp_path: Path) -
 
 def test_identity_of_a_fine_tune_warns(tiny: Base) -> None:
     model, digest = load_predictor(tiny)
-    theta = model.predict(torch.zeros(1, 3, 64, 64))
+    theta = model.predict(tiny.faces([np.zeros((64, 64, 3), np.uint8)]))
     identity = describe(tiny, theta, digest)
     assert theta_for(tiny, identity)[1] is None
     _, warning = theta_for(tiny, replace(identity, base_digest="0" * 64))

@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--perceptual", help="module:function of a differentiable face embedding")
     step = steps.add_parser("base", help="train the UNet and the text encoder")
     step.set_defaults(run=base)
-    step.add_argument("--steps", type=int, default=4000)
+    step.add_argument("--steps", type=int, default=8000)
     step.add_argument("--lr", type=float, default=1e-3)
     step.add_argument("--seed", type=int, default=0)
     step.add_argument("--compile", action="store_true", help="a third faster; needs a C++ compiler")
