@@ -16,6 +16,7 @@ from hdbcli import __version__, render
 from hdbcli.cli_algebra import compose, cp, export, inspect, mv, relax, shrink
 from hdbcli.cli_bases import base_app
 from hdbcli.cli_measure import compare, score
+from hdbcli.cli_merge import merge
 from hdbcli.cli_options import (
     BaseName,
     Boundary,
@@ -175,28 +176,6 @@ def gen(
         render.say(saved["grid"])
 
 
-@app.command()
-def merge(
-    identity: Identity,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the merged model.")],
-    strength: Annotated[float, typer.Option(help="Weight of the identity.")] = 1.0,
-    base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Write the base model with the identity in it, as a diffusers folder that needs no hdb."""
-    from hdbcli.merge import check_folder
-    from hdbcli.merge import merge as write
-
-    check_folder(out, force)
-    loaded, theta = wear([store.resolve(identity)], base, "cpu")
-    size = write(loaded, theta.scaled(strength), out)
-    if as_json:
-        render.document({"path": str(out), "base": loaded.spec.name, "bytes": size})
-    else:
-        render.say(f"{out}  {size:,} bytes; use {loaded.spec.identifier!r} where you wrote [V]")
-
-
 @app.command("list")
 def list_identities(
     as_json: Json = False,
@@ -240,7 +219,7 @@ def rm(
         render.say(f"deleted {path.stem}")
 
 
-for command in (inspect, relax, shrink, compose, export, cp, mv, score, compare):
+for command in (merge, inspect, relax, shrink, compose, export, cp, mv, score, compare):
     app.command()(command)
 app.add_typer(base_app, name="base")
 app.add_typer(train_app, name="train")

@@ -98,6 +98,9 @@ def train_hypernetwork(
     save_seconds: SaveSeconds = PretrainConfig.save_seconds,
     look: Look = PretrainConfig.look,
     held_out: HeldOut = PretrainConfig.held_out,
+    start: Annotated[
+        Path | None, typer.Option(help="A hypernetwork to train on, instead of from nothing.")
+    ] = None,
     pattern: Pattern = "*",
     aligned: Aligned = False,
     device: Device = None,
@@ -109,18 +112,19 @@ def train_hypernetwork(
     """
     from hdbcli import pretrain
     from hdbcli.bank import read_bank
+    from hdbcli.base import load_predictor
     from hdbcli.device import join_workers
     from hdbcli.hyperfile import save_hypernetwork
     from hdbcli.people import read_people
     from hdbcli.watch import Watch
 
-    loaded = open_on(base, device)
+    loaded = open_on(base, device, start)
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
     shared = (steps, lr, batch, beta, prior, seed, optimizer, precision, save_seconds, look)
     config = PretrainConfig(*shared, held_out, checkpoint)
     known = read_bank(bank, loaded) if bank else None
     workers = join_workers()
-    model = pretrain.new_hypernetwork(loaded, seed)
+    model = load_predictor(loaded)[0] if start else pretrain.new_hypernetwork(loaded, seed)
     with render.progress() as tell:
         people = read_people(data, loaded.spec, pattern, aligned, tell)
         render.show_skipped(people.skipped)

@@ -1,62 +1,131 @@
-"""Merge an identity into its base model: a full checkpoint that needs no hdb."""
+"""Merge an identity into its base model: a full checkpoint that needs no hdb.
+
+The base's files are copied tensor by tensor, byte for byte; only the targets' weights are computed,
+W + up_basis @ core @ down_basis in float32 with one cast at the end. No model is loaded, so memory
+stays small whatever its size.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
-from hdbcli.base import Base
+import torch
+from torch import Tensor
+
+from hdbcli import basis
+from hdbcli.checkpoint import DTYPES, Checkpoint, Place, tensor_of
 from hdbcli.errors import HdbError
-from hdbcli.inject import eject
 from hdbcli.lidb import Theta
+from hdbcli.stream import Item, copy_bytes
+from registry.header import TensorInfo
+from registry.ldm import Renamed, layout_of, rename
+
+CASTS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
-def check_folder(out: Path, force: bool) -> None:
-    """Raise HdbError now if the merged model could not be written to `out`."""
-    if out.exists() and not out.is_dir():
-        raise HdbError(f"{out} is a file; give a folder")
-    if out.exists() and any(out.iterdir()):
-        if not force:
-            raise HdbError(
-                f"{out} is not empty; give another folder, or --force to replace a model"
+class Merge:
+    """A base's tensors with an identity in them, each made when its turn comes."""
+
+    def __init__(self, checkpoint: Checkpoint, theta: Theta, dtype: str | None) -> None:
+        """Take one identity (a batch of 1); `dtype` None leaves every tensor in its own."""
+        if dtype is not None and dtype not in CASTS:
+            raise HdbError(f"unknown dtype {dtype!r}; choose one of {', '.join(CASTS)}")
+        self.checkpoint = checkpoint
+        self.cast = dtype and CASTS[dtype]
+        cores = theta.up[0].float() @ theta.down[0].float()  # (L, b, a)
+        self.cores = dict(zip(checkpoint.places, cores, strict=True))
+        self.targets: dict[tuple[Path, str], dict[str, Place]] = {}
+        for name, place in checkpoint.places.items():
+            self.targets.setdefault((place.file, place.key), {})[name] = place
+
+    def items(self, file: Path) -> list[Item]:
+        """List what becomes of a file's tensors, in its own order."""
+        tensors = self.checkpoint.headers[file].tensors
+        order = sorted(tensors, key=lambda key: tensors[key].offsets)
+        return [
+            Item(
+                key, self._dtype(tensors[key]), tensors[key].shape, partial(self._chunks, file, key)
             )
-        if not (out / "model_index.json").exists():
-            raise HdbError(
-                f"{out} holds no model, so --force does not replace it; give another folder"
-            )
-    parent = out.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise HdbError(
-            f"{parent} cannot be written to ({error.strerror}); give another --out"
-        ) from None
+            for key in order
+        ]
+
+    def single_file(self) -> list[Item]:
+        """List the tensors of a diffusers folder as a single file names and stacks them."""
+        layout = layout_of(self.checkpoint.spec.family)
+        parts: dict[str, dict[int, tuple[Path, str, Renamed]]] = {}
+        for component, files in self.checkpoint.files.items():
+            for file in files:
+                for key in self.checkpoint.headers[file].tensors:
+                    place = rename(component, _with_prefix(component, key), layout)
+                    if place:
+                        parts.setdefault(place.key, {})[place.part] = (file, key, place)
+        items = [
+            self._joined(key, [found[i] for i in sorted(found)]) for key, found in parts.items()
+        ]
+        return sorted(items, key=lambda item: (-item.width, item.key))  # aligned
+
+    def _joined(self, key: str, parts: list[tuple[Path, str, Renamed]]) -> Item:
+        infos = [self.checkpoint.headers[file].tensors[source] for file, source, _ in parts]
+        place = parts[0][2]
+        if len(parts) != place.parts:
+            raise HdbError(f"{key} needs {place.parts} tensors of the base, {len(parts)} are there")
+        shape = infos[0].shape
+        if place.parts > 1:
+            shape = (sum(info.shape[0] for info in infos), *shape[1:])
+        elif place.conv:
+            shape = (*shape, 1, 1)[:4]
+        elif place.transposed:
+            shape = shape[::-1]
+
+        def chunks() -> Iterator[bytes | bytearray]:
+            for (file, source, _), info in zip(parts, infos, strict=True):
+                if place.transposed:
+                    yield _bytes(self._tensor(file, source, info).T)
+                else:
+                    yield from self._chunks(file, source)
+
+        return Item(key, self._dtype(infos[0]), shape, chunks)
+
+    def _dtype(self, info: TensorInfo) -> str:
+        return self.cast if self.cast and info.dtype in DTYPES else info.dtype
+
+    def _chunks(self, file: Path, key: str) -> Iterable[bytes | bytearray]:
+        header = self.checkpoint.headers[file]
+        info = header.tensors[key]
+        if (file, key) not in self.targets and self._dtype(info) == info.dtype:
+            start, end = info.offsets
+            return copy_bytes(file, header.start + start, header.start + end)
+        return [_bytes(self._tensor(file, key, info))]
+
+    def _tensor(self, file: Path, key: str, info: TensorInfo) -> Tensor:
+        """Return a tensor with the identity added wherever a target lies in it."""
+        tensor = tensor_of(self.checkpoint.read(file, key), info)
+        targets = self.targets.get((file, key), {})
+        dtype = DTYPES[self._dtype(info)]
+        if not targets:
+            return tensor.to(dtype)
+        sums = tensor.float()
+        for name, place in targets.items():
+            sums[place.first : place.first + place.shape[0]] += self._delta(name, place.shape)
+        sums = sums.to(dtype)
+        if not sums.isfinite().all():
+            raise HdbError(f"{key} gets numbers that are not finite; is the base damaged?")
+        return sums
+
+    def _delta(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """Return dW (n, m) float32."""
+        spec, (n, m) = self.checkpoint.spec, shape
+        up = basis.up_basis(spec.basis_seed, name, spec.b, n)
+        return up @ self.cores[name] @ basis.down_basis(spec.basis_seed, name, spec.a, m)
 
 
-def merge(base: Base, theta: Theta, out: Path) -> int:
-    """Write the base with `theta` (of one identity) fused into it as a diffusers folder; return
-    its bytes.
+def _with_prefix(component: str, key: str) -> str:
+    """Keep `text_model.` in a text encoder's names; newer files lack it."""
+    own = key.startswith(("text_model.", "text_projection."))
+    return key if own or not component.startswith("text_encoder") else f"text_model.{key}"
 
-    W + dW is taken in float32 and cast once. The base in memory is used up: it wears the identity
-    for good. The folder is written beside and renamed, so that an interrupted merge leaves nothing.
-    """
-    base.injected.wear(theta)
-    eject(base.backbone.components, fuse=True)
-    out = out.absolute()
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        base.backbone.save(beside)
-        beside.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(beside, out)
-    except OSError as error:
-        raise HdbError(
-            f"{out} could not be written ({error.strerror}); free space or go elsewhere"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()

@@ -97,6 +97,7 @@ class BaseSpec:
     template: tuple[Point, Point, Point, Point, Point]  # where the crop puts the YuNet points
     hypernetwork: Path | None
     load: Callable[[str, str], Backbone]  # (device, dtype name); imports torch only when called
+    files: Path | None = None  # the diffusers folder or single file behind it, which merging copies
 
     def __post_init__(self) -> None:
         """Raise RegistryError for a spec that could not work."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from hdbcli.cli import app
@@ -197,8 +198,28 @@ def test_merge_gives_the_same_picture_with_stock_diffusers(alice: Path, tmp_path
     from registry.tiny import WEIGHTS
 
     assert psnr(stock(tmp_path / "m"), mine) > 40
+    ok("merge", "alice", "--out", tmp_path / "m", "--dtype", "fp32", "--force")
+    assert psnr(stock(tmp_path / "m"), mine) > 50
     assert psnr(stock(WEIGHTS), mine) < 40
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_merge_several_and_what_it_refuses(alice: Path, tmp_path: Path) -> None:
+    ok("cp", "alice", "twin")
+    result = json.loads(
+        ok("merge", "alice=0.5", "twin=0.5", "--out", tmp_path / "h", "--json").stdout
+    )
+    assert result["of"] == "0.5 alice + 0.5 twin" and result["format"] == "diffusers"
+    ok("merge", "alice", "--out", tmp_path / "w")
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    halves, whole = load_file(tmp_path / "h" / unet), load_file(tmp_path / "w" / unet)
+    assert all((halves[k].float() - whole[k].float()).abs().max() < 1e-3 for k in whole)
+    single = tmp_path / "m.safetensors"
+    refused("merge", "alice", "--out", single, says="tiny has no single-file layout")
+    refused("merge", "alice", "--out", tmp_path / "x", "--format", "onnx", says="single-file")
+    refused("merge", "alice", "--out", tmp_path / "x", "--dtype", "int8", says="bf16")
+    refused("merge", "alice=much", "--out", tmp_path / "x", says="has no weight")
+    assert not single.exists() and not (tmp_path / "x").exists()
 
 
 def test_list_show_rm(alice: Path) -> None:

@@ -48,6 +48,7 @@ def register(add: Callable[[BaseSpec], None]) -> None:
             template=TEMPLATE,
             hypernetwork=WEIGHTS / "hypernetwork.safetensors",
             load=load,
+            files=WEIGHTS,
         )
     )
 

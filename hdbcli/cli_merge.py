@@ -1,0 +1,68 @@
+"""The command that writes identities into a full checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hdbcli import render
+from hdbcli.cli_options import Force, Json, spec_of
+from hdbcli.errors import HdbError
+from registry import store
+
+
+def merge(
+    parts: Annotated[
+        list[str], typer.Argument(help="NAME, or NAME=STRENGTH; several are added up.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="A folder, or a .safetensors file.")],
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="diffusers or single-file; default: by the name of --out."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; default: each tensor keeps its own.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write the base model with the identity in it: a checkpoint that needs no hdb.
+
+    A folder in the layout of diffusers, or one file as A1111, Forge and ComfyUI load it.
+    """
+    from hdbcli import derive, merge_out
+    from hdbcli.checkpoint import check_identity, open_checkpoint
+    from hdbcli.identity import load
+    from hdbcli.merge import Merge
+
+    chosen = form or ("single-file" if out.suffix.casefold() == ".safetensors" else "diffusers")
+    if chosen not in merge_out.FORMATS:
+        raise HdbError(f"unknown format {chosen!r}; choose {' or '.join(merge_out.FORMATS)}")
+    single = chosen == "single-file"
+    (merge_out.check_file if single else merge_out.check_folder)(out, force)
+    weights = derive.read_weights(parts)
+    loaded = {name: (load(store.resolve(name)), weight) for name, weight in weights.items()}
+    identity = derive.composed(loaded, None)
+    spec = spec_of(base or identity.base)
+    title = " + ".join(
+        Path(name).stem if weight == 1 else f"{weight:g} {Path(name).stem}"
+        for name, weight in weights.items()
+    )
+    with render.progress() as tell, merge_out.with_files(spec, chosen) as copied:
+        checkpoint = open_checkpoint(copied)
+        merge_out.check_apart(out, checkpoint.root)
+        warning = check_identity(identity, checkpoint)
+        if warning:
+            render.note(f"warning: {warning}")
+        merged = Merge(checkpoint, derive.theta_of(identity), dtype)
+        write = merge_out.write_single if single else merge_out.write_folder
+        size = write(merged, out, title, tell)
+    if as_json:
+        render.document(
+            {"path": str(out), "base": spec.name, "format": chosen, "bytes": size, "of": title}
+        )
+    else:
+        render.say(f"{out}  {size:,} bytes; use {spec.identifier!r} where you wrote [V]")

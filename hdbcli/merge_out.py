@@ -1,0 +1,196 @@
+"""Write a merged model: one original checkpoint or a diffusers folder, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from hdbcli.checkpoint import Checkpoint
+from hdbcli.config import Tell
+from hdbcli.errors import HdbError
+from hdbcli.merge import Merge
+from hdbcli.stream import Item, write_tensors
+from registry.errors import RegistryError
+from registry.ldm import layout_of
+from registry.spec import BaseSpec
+from registry.store import write_beside
+
+FORMATS = ("diffusers", "single-file")
+WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5"}
+
+
+def write_single(merge: Merge, out: Path, title: str, tell: Tell) -> int:
+    """Write one checkpoint file in the original layout; return its bytes."""
+    checkpoint = merge.checkpoint
+    root = checkpoint.root
+    items = merge.items(root) if checkpoint.single else merge.single_file()
+    metadata = dict(checkpoint.headers[root].metadata) if checkpoint.single else {}
+    metadata |= _model_spec(checkpoint, title)
+    total = sum(item.bytes for item in items)
+    _check_space(out, total)
+    try:
+        with write_beside(out) as beside:
+            write_tensors(beside, items, metadata, _counter(tell, total))
+    except RegistryError as error:
+        raise HdbError(str(error)) from error
+    return out.stat().st_size
+
+
+def write_folder(merge: Merge, out: Path, title: str, tell: Tell) -> int:
+    """Write a diffusers folder: configs and untouched files as they are; return its bytes."""
+    checkpoint = merge.checkpoint
+    plan = list(_plan(merge))
+    total = sum(source.stat().st_size for source, _ in plan)
+    _check_space(out, total)
+    counted = _counter(tell, total)
+    with _folder_beside(out) as beside:
+        for source, items in plan:
+            target = beside / source.relative_to(checkpoint.root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if items is None:
+                shutil.copyfile(source, target)
+                counted(source.stat().st_size)
+            else:
+                metadata = checkpoint.headers[source].metadata | _model_spec(checkpoint, title)
+                write_tensors(target, items, metadata, counted)
+    return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+
+
+def _plan(merge: Merge) -> Iterator[tuple[Path, list[Item] | None]]:
+    """Yield every file of the pipeline, with its tensors if some of them change."""
+    checkpoint = merge.checkpoint
+    index = checkpoint.root / "model_index.json"
+    yield index, None
+    patched = {file for file, _ in merge.targets}
+    loaded = {file for files in checkpoint.files.values() for file in files}
+    for component in json.loads(index.read_text()):
+        for file in sorted((checkpoint.root / component).rglob("*")):
+            if file in loaded:
+                changed = file in patched or merge.cast
+                yield file, merge.items(file) if changed else None
+            elif file.is_file() and file.suffix not in WEIGHTS:  # other weights lack the identity
+                yield file, None
+
+
+def check_folder(out: Path, force: bool) -> None:
+    """Raise HdbError now if the merged model could not be written to `out`."""
+    if out.exists() and not out.is_dir():
+        raise HdbError(f"{out} is a file; give a folder")
+    if out.exists() and any(out.iterdir()):
+        if not force:
+            raise HdbError(
+                f"{out} is not empty; give another folder, or --force to replace a model"
+            )
+        if not (out / "model_index.json").exists():
+            raise HdbError(
+                f"{out} holds no model, so --force does not replace it; give another folder"
+            )
+    check_parent(out)
+
+
+def check_file(out: Path, force: bool) -> None:
+    """Raise HdbError now if the merged checkpoint could not be written to `out`."""
+    if out.suffix.casefold() != ".safetensors":
+        raise HdbError(f"{out} is not named .safetensors, the one kind of file hdb writes")
+    if out.is_dir():
+        raise HdbError(f"{out} is a folder; give a file")
+    if out.exists() and not force:
+        raise HdbError(f"{out} exists already; give another name, or --force to replace it")
+    check_parent(out)
+
+
+def check_apart(out: Path, root: Path) -> None:
+    """Raise HdbError if writing `out` would touch the base's own files."""
+    mine, theirs = out.resolve(), root.resolve()
+    if mine == theirs or theirs in mine.parents or mine in theirs.parents:
+        raise HdbError(f"{out} and the base's own files in {root} overlap; give another --out")
+
+
+def check_parent(out: Path) -> None:
+    parent = out.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise HdbError(
+            f"{parent} cannot be written to ({error.strerror}); give another --out"
+        ) from None
+
+
+@contextmanager
+def with_files(spec: BaseSpec, form: str) -> Iterator[BaseSpec]:
+    """Give a base files that can be copied in this format.
+
+    Only a base that lies in one file, or names none, is loaded and unpacked into a folder for it.
+    """
+    if spec.files is not None and (form == "single-file" or spec.files.is_dir()):
+        yield spec
+        return
+    with tempfile.TemporaryDirectory(prefix="hdb-") as folder:
+        spec.load("cpu", "float32").save(Path(folder))
+        yield replace(spec, files=Path(folder))
+
+
+def _check_space(out: Path, size: int) -> None:
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < size + 2**20:
+        raise HdbError(
+            f"the model takes {size:,} bytes and {out.absolute().parent} has {free:,} free; "
+            "free some, or give another --out"
+        )
+
+
+@contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `out` at the end; any error removes it."""
+    out = out.absolute()
+    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield beside
+        beside.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(beside, out)
+    except OSError as error:
+        raise HdbError(
+            f"{out} could not be written ({error.strerror or error}); free space or go elsewhere"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _model_spec(checkpoint: Checkpoint, title: str) -> dict[str, str]:
+    """Say what the file is, in the words of ModelSpec."""
+    spec = checkpoint.spec
+    try:
+        architecture = layout_of(spec.family).architecture
+    except RegistryError:
+        architecture = spec.family
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{spec.resolution}x{spec.resolution}",
+        "modelspec.trigger_phrase": spec.identifier,
+        "modelspec.merged_from": f"{spec.name}, {title}",
+    }
+
+
+def _counter(tell: Tell, total: int) -> Callable[[int], None]:
+    """Tell in megabytes how far the work is."""
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        tell("merge", done >> 20, max(1, total >> 20))
+
+    return count

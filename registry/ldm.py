@@ -1,0 +1,263 @@
+"""The names of the original Stable Diffusion checkpoints, one file for all components ("LDM").
+
+A1111, Forge and ComfyUI load this layout; diffusers splits it into folders and renames every
+tensor. Both directions are here: where a single file keeps a layer of the diffusers layout, and how
+a diffusers folder is written as a single file. Names of text encoders carry `text_model.`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from registry.errors import RegistryError
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+_FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_weight")
+_OPEN_CLIP = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.weight")
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """Where a family's single file keeps one text encoder, and in whose names."""
+
+    prefix: str
+    open_clip: bool
+    layers: int | None = None  # SD 2 stops before OpenCLIP's last layer, which the file still has
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a family's single file holds beside the UNet and the autoencoder."""
+
+    architecture: str  # as ModelSpec names it
+    text: Mapping[str, TextLayout]
+    plain_up_levels: int = 1  # levels of the UNet's way up without attention, from the first
+
+
+LAYOUTS = {
+    "sd1": Layout(
+        "stable-diffusion-v1",
+        {"text_encoder": TextLayout("cond_stage_model.transformer.", False)},
+    ),
+    "sd2": Layout(
+        "stable-diffusion-v2-768-v",
+        {"text_encoder": TextLayout("cond_stage_model.model.", True, 23)},
+    ),
+    "sdxl": Layout(
+        "stable-diffusion-xl-v1-base",
+        {
+            "text_encoder": TextLayout("conditioner.embedders.0.transformer.", False),
+            "text_encoder_2": TextLayout("conditioner.embedders.1.model.", True),
+        },
+        plain_up_levels=0,
+    ),
+}
+
+
+def layout_of(family: str) -> Layout:
+    """Return a family's layout; RegistryError if it has none."""
+    if family not in LAYOUTS:
+        raise RegistryError(
+            f"family {family} has no single-file layout ({', '.join(LAYOUTS)} have); "
+            "write a diffusers folder instead"
+        )
+    return LAYOUTS[family]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the diffusers layout lies in a single file: third `part` of a fused one."""
+
+    component: str
+    path: str  # of the module
+    part: int = 0
+    parts: int = 1
+
+
+def linear_layers(key: str, layout: Layout) -> list[Place]:
+    """Return the attention and feed-forward layers whose weights a tensor of a single file is.
+
+    None for all others, three for a fused q, k, v.
+    """
+    if key.startswith(UNET) and key.endswith(".weight"):
+        path = _transformer_path(key[len(UNET) : -len(".weight")])
+        return [Place("unet", path)] if path else []
+    for component, text in layout.text.items():
+        if key.startswith(text.prefix):
+            return _text_layers(component, text, key[len(text.prefix) :])
+    return []
+
+
+def _transformer_path(path: str) -> str | None:
+    """Turn the LDM path of a module in a UNet's transformer into that of diffusers."""
+    kind, _, rest = path.partition(".")
+    if kind == "middle_block":
+        index, _, rest = rest.partition(".")
+        return f"mid_block.attentions.0.{rest}" if index == "1" else None
+    match = re.fullmatch(r"(\d+)\.1\.(transformer_blocks\..+)", rest)
+    if kind not in ("input_blocks", "output_blocks") or not match:
+        return None
+    number = int(match[1])
+    if kind == "input_blocks":  # 0 is conv_in, every third after it a downsampler
+        return f"down_blocks.{(number - 1) // 3}.attentions.{(number - 1) % 3}.{match[2]}"
+    return f"up_blocks.{number // 3}.attentions.{number % 3}.{match[2]}"
+
+
+def _text_layers(component: str, text: TextLayout, key: str) -> list[Place]:
+    if not text.open_clip:
+        path, _, kind = key.rpartition(".")
+        return [Place(component, path)] if kind == "weight" else []
+    fused, out = _FUSED.fullmatch(key), _OPEN_CLIP.fullmatch(key)
+    match = fused or out
+    if not match or (text.layers is not None and int(match[1]) >= text.layers):
+        return []
+    attention = f"text_model.encoder.layers.{match[1]}.self_attn"
+    if out:
+        return [Place(component, f"{attention}.out_proj")]
+    return [
+        Place(component, f"{attention}.{kind}_proj", part, 3) for part, kind in enumerate("qkv")
+    ]
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The place of a diffusers tensor in a single file."""
+
+    key: str
+    part: int = 0
+    parts: int = 1
+    conv: bool = False  # a linear weight (n, m) that the file keeps as (n, m, 1, 1)
+    transposed: bool = False
+
+
+def rename(component: str, key: str, layout: Layout) -> Renamed | None:
+    """Return where a single file keeps a tensor of a diffusers folder, None where it does not.
+
+    RegistryError for a name that no published model has.
+    """
+    if component == "unet":
+        return Renamed(UNET + _unet(key, layout))
+    if component == "vae":
+        return _vae(key)
+    text = layout.text.get(component)
+    if text is None or key.endswith("position_ids"):
+        return None
+    return _open_clip(text.prefix, key) if text.open_clip else Renamed(text.prefix + key)
+
+
+def _unet(key: str, layout: Layout) -> str:
+    block = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", key)
+    if block:
+        side, level, kind, index, rest = block.groups()
+        return _unet_block(side, int(level), kind, int(index), rest, layout)
+    middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", key)
+    if middle:
+        kind, index, rest = middle.groups()
+        number, rest = (1, rest) if kind == "attentions" else (2 * int(index), _resnet(rest))
+        return f"middle_block.{number}.{rest}"
+    return _head(key, _UNET_NAMES)
+
+
+def _unet_block(side: str, level: int, kind: str, index: int, rest: str, layout: Layout) -> str:
+    """Number a block as LDM does: all levels in one row, three entries each."""
+    row = "input_blocks" if side == "down" else "output_blocks"
+    if kind == "downsamplers":
+        return f"{row}.{3 * (level + 1)}.0.{rest.replace('conv', 'op')}"
+    if kind == "upsamplers":  # behind the residual block, and the attention where there is one
+        return f"{row}.{3 * level + 2}.{1 if level < layout.plain_up_levels else 2}.{rest}"
+    number = 3 * level + index + (1 if side == "down" else 0)
+    inner = f"1.{rest}" if kind == "attentions" else f"0.{_resnet(rest)}"
+    return f"{row}.{number}.{inner}"
+
+
+def _vae(key: str) -> Renamed:
+    side, _, rest = key.partition(".")
+    if side not in ("encoder", "decoder"):  # quant_conv, post_quant_conv
+        return Renamed(VAE + key)
+    block = re.fullmatch(r"(?:down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", rest)
+    middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", rest)
+    conv = False
+    if block:
+        level, kind, index, inner = int(block[1]), block[2], block[3], block[4]
+        place = f"down.{level}" if side == "encoder" else f"up.{3 - level}"
+        sampler = {"downsamplers": "downsample", "upsamplers": "upsample"}.get(kind)
+        inner = inner.replace("conv_shortcut", "nin_shortcut")
+        new = f"{place}.{sampler}.{inner}" if sampler else f"{place}.block.{index}.{inner}"
+    elif middle and middle[1] == "attentions":
+        inner = _head(middle[3], _VAE_ATTENTION)
+        new, conv = f"mid.attn_1.{inner}", inner.endswith("weight") and "norm" not in inner
+    elif middle:
+        new = f"mid.block_{int(middle[2]) + 1}.{middle[3]}"
+    else:
+        new = rest.replace("conv_norm_out", "norm_out")
+    return Renamed(f"{VAE}{side}.{new}", conv=conv)
+
+
+def _open_clip(prefix: str, key: str) -> Renamed:
+    if key == "text_projection.weight":  # OpenCLIP multiplies from the other side
+        return Renamed(f"{prefix}text_projection", transposed=True)
+    layer = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)", key)
+    if not layer:
+        return Renamed(prefix + _head(key, _OPEN_CLIP_NAMES))
+    block = f"{prefix}transformer.resblocks.{layer[1]}"
+    fused = re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)", layer[2])
+    if fused:
+        return Renamed(f"{block}.attn.in_proj_{fused[2]}", "qkv".index(fused[1]), 3)
+    return Renamed(f"{block}.{_head(layer[2], _OPEN_CLIP_LAYER)}")
+
+
+def _head(key: str, names: Mapping[str, str]) -> str:
+    """Replace the beginning of a key; RegistryError where none is known."""
+    for old, new in names.items():
+        if key.startswith(old):
+            return new + key[len(old) :]
+    raise RegistryError(f"tensor {key!r} has no name in the single-file layout; write a folder")
+
+
+def _resnet(rest: str) -> str:
+    return _head(rest, _RESNET)
+
+
+_RESNET = {
+    "norm1.": "in_layers.0.",
+    "conv1.": "in_layers.2.",
+    "norm2.": "out_layers.0.",
+    "conv2.": "out_layers.3.",
+    "time_emb_proj.": "emb_layers.1.",
+    "conv_shortcut.": "skip_connection.",
+}
+_UNET_NAMES = {
+    "conv_in.": "input_blocks.0.0.",
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "add_embedding.linear_1.": "label_emb.0.0.",
+    "add_embedding.linear_2.": "label_emb.0.2.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
+}
+_VAE_ATTENTION = {  # the names of today and of the first diffusers
+    "group_norm.": "norm.",
+    "to_q.": "q.",
+    "to_k.": "k.",
+    "to_v.": "v.",
+    "to_out.0.": "proj_out.",
+    "query.": "q.",
+    "key.": "k.",
+    "value.": "v.",
+    "proj_attn.": "proj_out.",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1.": "ln_1.",
+    "layer_norm2.": "ln_2.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+    "self_attn.out_proj.": "attn.out_proj.",
+}
+_OPEN_CLIP_NAMES = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.": "ln_final.",
+}
