@@ -68,7 +68,8 @@ def test_pairs_are_two_photos_of_one_person() -> None:
         assert all(owner[each] == owner[read] for each in drawn)
         assert read not in drawn or owner[read] == 1  # who has one photo
         assert len(set(drawn)) == (2 if owner[read] == 0 else 1)
-    assert set(batch.anybody.flatten().tolist()) == set(range(6))  # photo 6 is nobody's here: held out
+    anybody = set(batch.anybody.flatten().tolist())
+    assert anybody == set(range(6))  # photo 6 is nobody's here: held out
     assert all(len(each) == 200 for each in batch) and batch.noise.shape == (200, 2, 2, 4, 4)
 
 
