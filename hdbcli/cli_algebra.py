@@ -18,6 +18,7 @@ from hdbcli.cli_options import (
     Json,
     NewName,
     Yes,
+    check_output,
     new_path,
     open_on,
     wear,
@@ -36,14 +37,14 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Look inside an identity: energy by target, component and kind; whether its basis verifies."""
-    from hdbcli import inspection, sample
+    from hdbcli import inspection
     from hdbcli.base import theta_for
     from hdbcli.identity import load
 
     path = store.resolve(identity)
     loaded = load(path)
     if out:
-        sample.check_writable(out)
+        check_output(out, path)
     names, verified, problem = None, None, None
     try:
         base = open_on(loaded.base, "cpu")
@@ -130,20 +131,39 @@ def export(
         Path | None, typer.Option("-o", help="File; default: NAME-lora.safetensors.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp16",
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Prove it first: load it in diffusers, replay what other tools read."
+        ),
+    ] = False,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
-    """Write an identity as a plain LoRA for other tools."""
+    """Write an identity as a plain LoRA for other tools.
+
+    With --check the file is kept only if every tool that its format is meant for, and that knows
+    this kind of base, would apply all of it.
+    """
     from hdbcli import export as lora
-    from hdbcli.sample import check_writable
+    from hdbcli.diffusers_reader import require_peft
 
     path = store.resolve(identity)
     target = out or Path(f"{path.stem}-lora.safetensors")
     if target.exists() and not force:
         raise HdbError(f"{target} exists already; give another with -o, or --force to replace it")
-    check_writable(target)
+    check_output(target, path)
+    if check:
+        require_peft()
     base, theta = wear([path], None, "cpu")
-    size = lora.export(base, theta, path.stem, form, dtype, target)
+    size, readings = lora.export(base, theta, path.stem, form, dtype, target, check)
+    if as_json:
+        values = {"name": path.stem, "path": str(target), "bytes": size, "rank": theta.rank}
+        values |= {"format": form, "dtype": dtype}
+        render.document({**values, "readers": [asdict(r) | {"ok": r.ok} for r in readings]})
+        return
     render.say(f"{target}  {size:,} bytes, rank {theta.rank}, {form}")
+    render.show_readings(readings)
 
 
 def cp(name: Identity, new_name: NewName, force: Force = False) -> None:

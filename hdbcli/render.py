@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hdbcli.create import Created
     from hdbcli.evaluate import Evaluation, Interval
     from hdbcli.inspection import Inspection
+    from hdbcli.readers import Reading
     from registry.spec import BaseSpec
     from registry.store import Entry
     from registry.training import Step
@@ -263,3 +264,13 @@ def show_inspection(summary: Mapping[str, Any], result: Inspection) -> None:
         for t in strongest
     ]
     table(("strongest targets", "energy", "singular values"), rows)
+
+
+def show_readings(readings: Sequence[Reading]) -> None:
+    """Print a line a reader: how many targets map, or why it was not asked."""
+    for reading in readings:
+        counts = f"{reading.mapped} of {reading.total} targets map"
+        if reading.unread:
+            counts += f", {len(reading.unread)} keys unread"
+        said = reading.problem if not reading.asked else counts
+        say(f"{reading.reader.ljust(max(len(r.reader) for r in readings))}  {said}")
