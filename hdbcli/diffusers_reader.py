@@ -21,7 +21,7 @@ from hdbcli.readers import Reading
 from registry.diffusion import quiet
 
 RUNS_IN = {"fp32": torch.float32, "fp16": torch.float16}
-# Largest |delta - dW| / |dW|: what rounding in a format, of file or pipeline, can do, and no more.
+# Largest |delta - U D| / (|U| |D|): what rounding in a format, of file or pipeline, can do.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 
@@ -45,8 +45,8 @@ def load_for_real(base: Base, theta: Theta, tensors: Mapping[str, Tensor]) -> li
         why = f"{base.spec.name} is no diffusers pipeline that loads LoRA files"
         return [Reading("diffusers", 0, total, problem=why, asked=False)]
     factors = base.injected.factors(theta)
-    pairs = zip(base.injected.layers, factors.up, factors.down, strict=True)
-    wanted = {name: (up[0] @ down[0]).float().cpu() for name, up, down in pairs}
+    triples = zip(base.injected.layers, factors.up, factors.down, strict=True)
+    wanted = {name: (up[0].float().cpu(), down[0].float().cpu()) for name, up, down in triples}
     eject(base.backbone.components)
     file_dtype = next((t.dtype for t in tensors.values() if t.dim() == 2), torch.float32)
     readings = []
@@ -64,38 +64,34 @@ def _loaded(
     base: Base,
     pipeline: Any,
     tensors: Mapping[str, Tensor],
-    wanted: Mapping[str, Tensor],
+    wanted: Mapping[str, tuple[Tensor, Tensor]],
     tolerance: float,
 ) -> Reading:
-    """Load, measure every layer, and take the file out of the pipeline again."""
+    """Load, measure every layer one by one, and take the file out of the pipeline again."""
+    right, unread = set(), []
     try:
         pipeline.load_lora_weights(dict(tensors))
-        deltas = {
-            f"{component}.{canonical(component, path)}": _delta(layer)
-            for component, module in base.backbone.components.items()
-            for path, layer in module.named_modules()
-            if hasattr(layer, "get_delta_weight")  # PEFT's, which hdb itself does without
-        }
+        for component, module in base.backbone.components.items():
+            for path, layer in module.named_modules():
+                if not hasattr(layer, "get_delta_weight"):  # PEFT's, which hdb itself does without
+                    continue
+                name = f"{component}.{canonical(component, path)}"
+                if name not in wanted:
+                    unread.append(name)
+                elif _same(layer, *wanted[name], tolerance):
+                    right.add(name)
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
         # What diffusers says of a file it does not understand: it has no error of its own.
         said = " ".join(str(error).split())[:200]
         return Reading(reader, 0, len(wanted), tuple(wanted), problem=f"refuses it: {said}")
     finally:
         pipeline.unload_lora_weights()
-    lost = [
-        name
-        for name, dw in wanted.items()
-        if name not in deltas or not _same(deltas[name], dw, tolerance)
-    ]
-    unread = tuple(name for name in deltas if name not in wanted)
-    return Reading(reader, len(wanted) - len(lost), len(wanted), tuple(lost), unread)
+    lost = tuple(name for name in wanted if name not in right)
+    return Reading(reader, len(right), len(wanted), lost, tuple(unread))
 
 
-def _delta(layer: Any) -> Tensor:
-    """Return what PEFT adds to a layer's weight (n, m), in float32."""
+def _same(layer: Any, up: Tensor, down: Tensor, tolerance: float) -> bool:
+    """Say whether PEFT adds up @ down (n, m) to a layer's weight."""
     (adapter,) = layer.active_adapters
-    return layer.get_delta_weight(adapter).detach().float().cpu()
-
-
-def _same(delta: Tensor, dw: Tensor, tolerance: float) -> bool:
-    return bool((delta - dw).norm() <= tolerance * dw.norm() + 1e-7)
+    delta = layer.get_delta_weight(adapter).detach().float().cpu()
+    return bool((delta - up @ down).norm() <= tolerance * up.norm() * down.norm() + 1e-7)
