@@ -16,7 +16,6 @@ from hdbcli.cli_options import (
     Force,
     Identity,
     Json,
-    NewName,
     Yes,
     check_output,
     new_path,
@@ -164,21 +163,6 @@ def export(
         return
     render.say(f"{target}  {size:,} bytes, rank {theta.rank}, {form}")
     render.show_readings(readings)
-
-
-def cp(name: Identity, new_name: NewName, force: Force = False) -> None:
-    """Copy an identity under another name."""
-    from hdbcli.identity import load
-
-    source = store.resolve(name)
-    load(source)  # what is damaged is not copied
-    render.say(str(store.copy(source, new_path(new_name, force))))
-
-
-def mv(name: Identity, new_name: NewName, force: Force = False) -> None:
-    """Give an identity another name."""
-    source = store.resolve(store.check_name(name))
-    render.say(str(store.rename(source, new_path(new_name, force))))
 
 
 def _source_and_target(identity: str, new_name: str | None, force: bool) -> tuple[Path, Path]:
