@@ -78,7 +78,8 @@ def relax(
 
     source, path = _source_and_target(identity, new_name, force)
     made = derive.relaxed(load(source), rank)
-    _tell(path, rank, save(made, path), as_json)
+    dtype = store.summary(source)["dtype"]  # in any other the old numbers would be rounded
+    _tell(path, rank, save(made, path, dtype), as_json)
 
 
 def shrink(
