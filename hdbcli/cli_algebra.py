@@ -26,7 +26,6 @@ from hdbcli.cli_options import (
 from hdbcli.errors import HdbError
 from registry import store
 from registry.errors import RegistryError
-from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -210,7 +209,7 @@ def _draw_walk(paths: list[Path], device: str | None) -> tuple[np.ndarray, str]:
         sheet = walk.draw(base, [people[[i]] for i in range(len(paths))], tell)
     names = " to ".join(path.stem for path in paths)
     prompts = " | ".join(walk.ROWS)
-    text = sample.parameters_text(prompts, SampleSettings(), sheet, base.spec.name, names)
+    text = sample.parameters_text(prompts, walk.SETTINGS, sheet, base.spec.name, names)
     return sheet.image, text
 
 

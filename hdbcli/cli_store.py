@@ -31,7 +31,7 @@ def import_identity(
 
     identity = keep.read_foreign(file)
     path = new_path(name or store.name_from_stem(file.stem), force)
-    verified, warning = keep.fits_here(identity, lambda base: open_on(base, "cpu"))
+    verified, warning = keep.fits_here(lambda base: open_on(base, "cpu"))(identity)
     if warning:
         render.note(f"warning: {path.stem}: {warning}")
     store.copy(file, path)
@@ -50,7 +50,9 @@ def cp(name: Identity, new_name: NewName, force: Force = False, as_json: Json = 
 def mv(name: Identity, new_name: NewName, force: Force = False, as_json: Json = False) -> None:
     """Give an identity another name."""
     source = store.resolve(store.check_name(name))
-    _tell(store.rename(source, new_path(new_name, force)), as_json)
+    same = store.path_of(new_name) == source  # a change of case alone
+    target = source.with_name(new_name + store.SUFFIX) if same else new_path(new_name, force)
+    _tell(store.rename(source, target), as_json)
 
 
 def rm(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hdbcli.base import Base, theta_for
+from hdbcli.base import Base, home_of
 from hdbcli.errors import HdbError
-from hdbcli.identity import Identity, load
+from hdbcli.identity import Identity, check_fits, load
 from registry import store
 from registry.errors import RegistryError
 from registry.foreign import lora_style
@@ -41,37 +42,40 @@ def read_foreign(path: Path) -> Identity:
     if style:
         raise HdbError(
             f"{path} is a LoRA with {style} keys, and no identity can be made of it: an identity "
-            "lives in a random basis, which keeps under 5 % of such a LoRA's energy; use it in the "
-            "tool it was made for, or make an identity from a photo of the person: hdb new PHOTO"
+            "lives in a random basis, which keeps under 5 % of the energy of a LoRA of Stable "
+            "Diffusion's size; use it in the tool it was made for, or make an identity from a "
+            "photo of the person: hdb new PHOTO"
         )
     return load(path)
 
 
-def fits_here(identity: Identity, open_base: Open) -> tuple[bool | None, str | None]:
-    """Return True if the identity is at home on its base model, None if that is not here to ask;
-    and a warning, if there is one.
+def fits_here(open_base: Open) -> Callable[[Identity], tuple[bool | None, str | None]]:
+    """Return a check of identities against their base models, each of which is opened once.
 
-    HdbError if the base is here and refuses it: other family, targets or basis.
+    It returns True if an identity is at home on its base, None if that is not here to ask; and a
+    warning, if there is one. HdbError if the base refuses it: other family, targets or basis.
     """
-    try:
-        base = open_base(identity.base)
-    except RegistryError as error:
-        return None, f"its basis is not verified: {error}"
-    return True, theta_for(base, identity)[1]
+    homes: dict[str, dict[str, Any] | RegistryError] = {}
+
+    def check(identity: Identity) -> tuple[bool | None, str | None]:
+        if identity.base not in homes:
+            try:
+                homes[identity.base] = home_of(open_base(identity.base))
+            except RegistryError as error:
+                homes[identity.base] = error
+        home = homes[identity.base]
+        if isinstance(home, RegistryError):
+            return None, f"its basis is not verified: {home}"
+        return True, check_fits(identity, **home)
+
+    return check
 
 
 def verify(paths: Iterable[Path], open_base: Open) -> Iterator[Verdict]:
     """Check each file in full: header, numbers, digest, and its basis on its base model."""
-    opened: dict[str, Base] = {}
-
-    def once(name: str) -> Base:
-        if name not in opened:
-            opened[name] = open_base(name)
-        return opened[name]
-
+    fits = fits_here(open_base)
     for path in paths:
-        size = path.stat().st_size if path.is_file() else 0
-        known = (path.stem, str(path), size)
+        known = (path.stem, str(path), path.stat().st_size if path.is_file() else 0)
         try:
             if path.parent == store.folder():
                 store.check_name(path.stem)  # a name that no other command would take
@@ -80,6 +84,6 @@ def verify(paths: Iterable[Path], open_base: Open) -> Iterator[Verdict]:
             yield Verdict(*known, False, None, str(error))
             continue
         try:
-            yield Verdict(*known, True, *fits_here(identity, once))
+            yield Verdict(*known, True, *fits(identity))
         except HdbError as error:
             yield Verdict(*known, False, False, str(error))

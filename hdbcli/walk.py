@@ -17,6 +17,7 @@ from registry.spec import SampleSettings
 
 COLUMNS = 7  # from one identity to the next, both included
 ROWS = (PORTRAIT, CAPTIONS[1])
+SETTINGS = SampleSettings()
 SEED = 0  # one for all: what differs between two pictures of a row is the person
 
 
@@ -45,6 +46,6 @@ def draw(base: Base, thetas: Sequence[Theta], tell: Tell) -> Picture:
     columns = len(steps)
     worn = steps[[column for _ in ROWS for column in range(columns)]]
     prompts = [prompt for prompt in ROWS for _ in range(columns)]
-    pictures = generate(base, worn, prompts, [SEED] * len(prompts), SampleSettings(), tell)
+    pictures = generate(base, worn, prompts, [SEED] * len(prompts), SETTINGS, tell)
     sheet: np.ndarray = contact_sheet(pictures, columns)
     return Picture(sheet, SEED)

@@ -20,7 +20,9 @@ from hdbcli.create import describe
 from hdbcli.identity import Identity, load, save
 from hdbcli.lidb import Theta, first_theta
 from registry import store
+from registry.errors import RegistryError
 from registry.foreign import lora_style
+from registry.orphans import temporaries
 from registry.settings import set_hypernetwork, settings_path
 
 Keep = Callable[..., Path]
@@ -229,6 +231,23 @@ def test_copies_and_renames_say_their_bytes(outside: Path) -> None:
         values = json.loads(ok(*words, "--json").stdout)
         assert values == {"name": name, "path": str(store.path_of(name)), "bytes": size}
     assert store.names() == ["alice", "carol"]
+    ok("mv", "carol", "Carol")  # a change of case is no clash with itself
+    assert os.listdir(store.folder()) and store.names() == ["alice", "Carol"]
+    refused("mv", "Carol", "ALICE", says="alice exists already")
+    refused("mv", "Carol", "carol.safetensors", says="drop .safetensors")
+
+
+def test_verify_opens_each_base_once(identity: Identity, outside: Path) -> None:
+    from hdbcli.keep import verify
+
+    opened = []
+
+    def open_base(name: str) -> Base:
+        opened.append(name)
+        raise RegistryError("not here")
+
+    verdicts = list(verify([outside] * 3, open_base))
+    assert opened == ["tiny"] and [(v.ok, v.basis) for v in verdicts] == [(True, None)] * 3
 
 
 def test_rm_says_the_bytes_and_purge_leaves_nothing(outside: Path) -> None:
@@ -276,6 +295,13 @@ def test_gc_never_takes_an_identity(outside: Path, monkeypatch: pytest.MonkeyPat
     assert set(before) - set(files()) == {str(old), str(of_base), str(settings)}
     assert young.exists() and settings_path("tiny").exists() and load(store.path_of("alice"))
     assert ok("gc", "--json").stdout.count("path") == 0
+
+
+def test_the_temporary_files_that_hdb_writes_are_known(hdb_home: Path) -> None:
+    with store.write_beside(store.path_of("alice")) as beside:
+        assert [orphan.path for orphan in temporaries(older=0)] == [beside]
+        assert temporaries() == []  # it is in the writing
+    assert temporaries(older=0) == [] and store.names() == ["alice"]
 
 
 def test_gc_of_no_store_is_fine(hdb_home: Path) -> None:

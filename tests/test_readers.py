@@ -251,5 +251,12 @@ def test_the_command_tells_each_reader_and_keeps_only_what_is_proven(
     before = load_file(out)
     code, said, told = hdb("export", "alice", "-o", out, "--check", "--force")
     assert code == 1 and not said and "70 of 71" in told and told.startswith("error: diffusers")
-    assert list(tmp_path.glob("*")) and load_file(out).keys() == before.keys()  # as it was
+    assert load_file(out).keys() == before.keys()  # as it was
     assert hdb("export", "alice", "-o", tmp_path / "b.safetensors")[0] == 0  # unchecked, it passes
+    monkeypatch.setattr("hdbcli.diffusers_reader.find_spec", lambda name: None)
+    code, said, told = hdb("export", "alice", "-o", tmp_path / "c.safetensors", "--check")
+    assert code == 1 and not said and "pip install peft" in told
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        "a.safetensors",
+        "b.safetensors",
+    ]

@@ -21,8 +21,9 @@ from hdbcli.lidb import Theta, first_theta
 from hdbcli.walk import COLUMNS, ROWS, SEED, walk, weights_of
 from registry import store
 from registry.diffusion import StableDiffusion
+from registry.spec import SampleSettings
 
-SIDE = 64
+SIDE, STEPS = 64, 3
 
 
 def hdb(*words: object) -> Result:
@@ -37,7 +38,8 @@ def random_theta(base: Base, seed: int, rank: int) -> Theta:
 
 @pytest.fixture
 def people(tiny: Base, hdb_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Store three people of different ranks, and work in a folder of the test's own."""
+    """Store three people of different ranks, and work in a folder of the test's own, quickly."""
+    monkeypatch.setattr("hdbcli.walk.SETTINGS", SampleSettings(steps=STEPS))
     for seed, name in enumerate(("alice", "bob", "carol")):
         theta = random_theta(tiny, seed, 2 + seed)
         save(describe(tiny, theta, ""), store.path_of(name), "fp32")
@@ -64,7 +66,7 @@ def tile(sheet: Path, row: int, column: int) -> np.ndarray:
 
 
 def drawn(name: str, prompt: str, out: Path) -> np.ndarray:
-    result = hdb("gen", name, prompt, "-n", 1, "--seed", SEED, "-o", out)
+    result = hdb("gen", name, prompt, "-n", 1, "--seed", SEED, "--steps", STEPS, "-o", out)
     assert result.exit_code == 0, result.stderr
     return np.asarray(Image.open(out)).astype(int)
 
