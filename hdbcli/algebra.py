@@ -31,7 +31,8 @@ def shrink(theta: Theta, rank: int) -> tuple[Theta, Tensor]:
     """Return the closest theta of `rank`, and the energy lost, as a share of each identity's (B,).
 
     The truncated SVD is the closest there is (Eckart and Young 1936). Each factor takes the root of
-    the singular values, so that neither grows small where floats are coarse.
+    the singular values, so that neither grows small where floats are coarse. A rank without energy
+    gets `up` = 0 and a `down` of length 1: refinement can still train it.
     """
     u, s, v = decompose(theta)
     if not 1 <= rank <= theta.rank:
@@ -39,9 +40,11 @@ def shrink(theta: Theta, rank: int) -> tuple[Theta, Tensor]:
     energy = s.square().sum((1, 2))
     kept = s[..., :rank].square().sum((1, 2))
     lost = (1 - kept / energy.clamp(min=1e-30)).clamp(min=0) * (energy > 0)
+    size = theta.up.norm(dim=(2, 3)) * theta.down.norm(dim=(2, 3))  # (B, L)
+    alive = s[..., :rank] > 1e-8 * size[..., None]  # below is the rounding of float32
     root = s[..., :rank].sqrt()
-    down = root[..., :, None] * v[..., :rank, :]
-    up = u[..., :, :rank] * root[..., None, :]
+    down = torch.where(alive, root, 1.0)[..., :, None] * v[..., :rank, :]
+    up = u[..., :, :rank] * torch.where(alive, root, 0.0)[..., None, :]
     missing = rank - root.shape[-1]  # the rank asked for may be above that of any core
     if missing > 0:
         down = torch.nn.functional.pad(down, (0, 0, 0, missing))
@@ -53,6 +56,8 @@ def compose(thetas: Sequence[Theta], weights: Sequence[float], rank: int | None 
     """Return the weighted sum of identities, exact up to a rank of b, or the closest of `rank`.
 
     Weights may be negative. Ranks are put side by side; beyond min(a, b) they could add nothing.
+    Then they are made orthogonal: where identities nearly cancel, as alike people do, small
+    differences of large factors would be lost in the rounding of a file.
     """
     if len(thetas) != len(weights) or not thetas:
         raise HdbError(f"{len(thetas)} identities and {len(weights)} weights")
@@ -63,5 +68,4 @@ def compose(thetas: Sequence[Theta], weights: Sequence[float], rank: int | None 
     up = torch.cat([t.up * weight for t, weight in zip(thetas, weights, strict=True)], dim=3)
     whole = Theta(down, up)
     ((_, a, b),) = shapes
-    wanted = min(whole.rank, a, b) if rank is None else rank
-    return whole if wanted == whole.rank else shrink(whole, wanted)[0]
+    return shrink(whole, min(whole.rank, a, b) if rank is None else rank)[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -107,16 +107,20 @@ def load_predictor(base: Base) -> tuple[HyperNetwork, str]:
     return model.to(base.device), digest
 
 
+def home_of(base: Base) -> dict[str, Any]:
+    """Return what `check_fits` asks of a base; it hashes all targeted weights, so ask once."""
+    return {
+        "base": base.spec.name,
+        "family": base.spec.family,
+        "base_digest": base.injected.weights_digest(),
+        "targets_digest": base.injected.targets_digest(),
+        "basis": base.injected.fingerprint(),
+    }
+
+
 def theta_for(base: Base, identity: Identity) -> tuple[Theta, str | None]:
     """Return an identity's theta for this base, and a warning if it was made on another of the
     family."""
-    warning = check_fits(
-        identity,
-        base=base.spec.name,
-        family=base.spec.family,
-        base_digest=base.injected.weights_digest(),
-        targets_digest=base.injected.targets_digest(),
-        basis=base.injected.fingerprint(),
-    )
+    warning = check_fits(identity, **home_of(base))
     theta = Theta(identity.down[None].to(base.device), identity.up[None].to(base.device))
     return theta, warning

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hdbcli import __version__, render
-from hdbcli.cli_algebra import compose, cp, export, inspect, mv, relax, shrink
+from hdbcli.cli_algebra import compose, export, inspect, relax, shrink
 from hdbcli.cli_bases import base_app
 from hdbcli.cli_measure import compare, score
 from hdbcli.cli_merge import merge
@@ -37,6 +37,7 @@ from hdbcli.cli_options import (
     spec_of,
     wear,
 )
+from hdbcli.cli_store import cp, gc, import_identity, mv, rm, verify
 from hdbcli.cli_train import train_app
 from hdbcli.config import (
     DEFAULT_BASE,
@@ -204,23 +205,11 @@ def show(identity: Identity, as_json: Json = False) -> None:
         render.facts(summary)
 
 
-@app.command()
-def rm(
-    names: Annotated[list[str], typer.Argument(help="Names of identities.")], yes: Yes = False
-) -> None:
-    """Delete identities for good."""
-    paths = [store.resolve(store.check_name(name)) for name in names]
-    if not yes:
-        if not sys.stdin.isatty():
-            raise HdbError("rm deletes for good; without a terminal to ask on, pass --yes")
-        typer.confirm(f"Delete {', '.join(path.stem for path in paths)}?", abort=True)
-    for path in paths:
-        store.remove(path.stem)
-        render.say(f"deleted {path.stem}")
-
-
-for command in (merge, inspect, relax, shrink, compose, export, cp, mv, score, compare):
+for command in (merge, inspect, relax, shrink, compose, export, score, compare):
     app.command()(command)
+app.command("import")(import_identity)  # a word that Python keeps for itself
+for keeping in (cp, mv, rm, verify, gc):
+    app.command()(keeping)
 app.add_typer(base_app, name="base")
 app.add_typer(train_app, name="train")
 

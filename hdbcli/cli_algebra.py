@@ -12,12 +12,13 @@ import typer
 from hdbcli import render
 from hdbcli.cli_options import (
     As,
+    Device,
     Dtype,
     Force,
     Identity,
     Json,
-    NewName,
     Yes,
+    check_output,
     new_path,
     open_on,
     wear,
@@ -27,7 +28,7 @@ from registry import store
 from registry.errors import RegistryError
 
 if TYPE_CHECKING:
-    pass
+    import numpy as np
 
 
 def inspect(
@@ -36,14 +37,14 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Look inside an identity: energy by target, component and kind; whether its basis verifies."""
-    from hdbcli import inspection, sample
+    from hdbcli import inspection
     from hdbcli.base import theta_for
     from hdbcli.identity import load
 
     path = store.resolve(identity)
     loaded = load(path)
     if out:
-        sample.check_writable(out)
+        check_output(out, path)
     names, verified, problem = None, None, None
     try:
         base = open_on(loaded.base, "cpu")
@@ -68,6 +69,7 @@ def relax(
     rank: Annotated[int, typer.Option(min=1, help="The new, higher rank.")],
     new_name: As = None,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Give an identity more ranks; it draws what it did, and hdb refine can train them."""
     from hdbcli import derive
@@ -75,7 +77,8 @@ def relax(
 
     source, path = _source_and_target(identity, new_name, force)
     made = derive.relaxed(load(source), rank)
-    render.say(f"{path}  rank {rank}, {save(made, path):,} bytes")
+    dtype = store.summary(source)["dtype"]  # in any other the old numbers would be rounded
+    _tell(path, rank, save(made, path, dtype), as_json)
 
 
 def shrink(
@@ -85,6 +88,7 @@ def shrink(
     dtype: Dtype = "fp16",
     force: Force = False,
     yes: Yes = False,
+    as_json: Json = False,
 ) -> None:
     """Give an identity fewer ranks, the closest there are, saying what that costs."""
     from hdbcli import derive
@@ -96,8 +100,8 @@ def shrink(
     if path == source and not yes:
         if not sys.stdin.isatty():
             raise HdbError("shrink replaces what it shrinks; pass --as NEW to keep it, or --yes")
-        typer.confirm(f"Replace {path.stem}?", abort=True)
-    render.say(f"{path}  rank {rank}, {save(made, path, dtype):,} bytes")
+        typer.confirm(f"Replace {path.stem}?", abort=True, err=True)
+    _tell(path, rank, save(made, path, dtype), as_json, lost=lost)
 
 
 def compose(
@@ -107,20 +111,36 @@ def compose(
         int | None, typer.Option(min=1, help="Highest rank; default: whatever is exact.")
     ] = None,
     dtype: Dtype = "fp16",
+    show: Annotated[
+        bool, typer.Option("--show", help="Draw the walk from the first to the last, step by step.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", help="PNG of --show, or a folder; default: NAME-walk.png.")
+    ] = None,
+    device: Device = None,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Add identities of one base up, exactly: what each changes, times its weight.
 
-    A weight may be negative: "--" before the parts keeps alice=-0.5 from being an option.
+    A weight may be negative: "--" before the parts keeps alice=-0.5 from being an option. The walk
+    that --show draws leads from each identity to the next, whatever the weights.
     """
     from hdbcli import derive
     from hdbcli.identity import load, save
+    from hdbcli.sample import save_picture
 
     weights = derive.read_weights(parts)
     path = new_path(new_name, force)
-    loaded = {name: (load(store.resolve(name)), weight) for name, weight in weights.items()}
+    sheet = _sheet_path(show, out, path.stem, len(weights))
+    paths = {name: store.resolve(name) for name in weights}
+    loaded = {name: (load(paths[name]), weight) for name, weight in weights.items()}
     made = derive.composed(loaded, rank)
-    render.say(f"{path}  rank {made.rank}, {save(made, path, dtype):,} bytes")
+    drawn = _draw_walk(list(paths.values()), device) if sheet else None
+    size = save(made, path, dtype)
+    if sheet and drawn:
+        save_picture(drawn[0], sheet, drawn[1])
+    _tell(path, made.rank, size, as_json, sheet=str(sheet) if sheet else None)
 
 
 def export(
@@ -130,35 +150,78 @@ def export(
         Path | None, typer.Option("-o", help="File; default: NAME-lora.safetensors.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp16",
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Prove it first: load it in diffusers, replay what other tools read."
+        ),
+    ] = False,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
-    """Write an identity as a plain LoRA for other tools."""
+    """Write an identity as a plain LoRA for other tools.
+
+    With --check the file is kept only if every tool that its format is meant for, and that knows
+    this kind of base, would apply all of it.
+    """
     from hdbcli import export as lora
-    from hdbcli.sample import check_writable
+    from hdbcli.diffusers_reader import require_peft
 
     path = store.resolve(identity)
     target = out or Path(f"{path.stem}-lora.safetensors")
     if target.exists() and not force:
         raise HdbError(f"{target} exists already; give another with -o, or --force to replace it")
-    check_writable(target)
+    check_output(target, path)
+    if check:
+        require_peft()
     base, theta = wear([path], None, "cpu")
-    size = lora.export(base, theta, path.stem, form, dtype, target)
+    size, readings = lora.export(base, theta, path.stem, form, dtype, target, check)
+    if as_json:
+        values = {"name": path.stem, "path": str(target), "bytes": size, "rank": theta.rank}
+        values |= {"format": form, "dtype": dtype}
+        render.document({**values, "readers": [asdict(r) | {"ok": r.ok} for r in readings]})
+        return
     render.say(f"{target}  {size:,} bytes, rank {theta.rank}, {form}")
+    render.show_readings(readings)
 
 
-def cp(name: Identity, new_name: NewName, force: Force = False) -> None:
-    """Copy an identity under another name."""
-    from hdbcli.identity import load
+def _sheet_path(show: bool, out: Path | None, name: str, people: int) -> Path | None:
+    """Return where the sheet of a walk goes, None without one; refuse before any work."""
+    from hdbcli.sample import plan_outputs
+    from hdbcli.walk import weights_of
 
-    source = store.resolve(name)
-    load(source)  # what is damaged is not copied
-    render.say(str(store.copy(source, new_path(new_name, force))))
+    if not show:
+        if out:
+            raise HdbError(f"-o {out} is the place of what --show draws; add --show")
+        return None
+    weights_of(people)
+    (path,) = plan_outputs(out, [f"{name}-walk"], False).pictures
+    check_output(path)
+    return path
 
 
-def mv(name: Identity, new_name: NewName, force: Force = False) -> None:
-    """Give an identity another name."""
-    source = store.resolve(store.check_name(name))
-    render.say(str(store.rename(source, new_path(new_name, force))))
+def _draw_walk(paths: list[Path], device: str | None) -> tuple[np.ndarray, str]:
+    """Draw the walk through identities; return the sheet and what is written into it."""
+    from hdbcli import sample, walk
+
+    base, people = wear(paths, None, device)
+    with render.progress() as tell:
+        sheet = walk.draw(base, [people[[i]] for i in range(len(paths))], tell)
+    names = " to ".join(path.stem for path in paths)
+    prompts = " | ".join(walk.ROWS)
+    text = sample.parameters_text(prompts, walk.SETTINGS, sheet, base.spec.name, names)
+    return sheet.image, text
+
+
+def _tell(path: Path, rank: int, size: int, as_json: bool, **more: object) -> None:
+    """Say what was made, and of what size."""
+    if as_json:
+        values = {"name": path.stem, "path": str(path), "rank": rank, "bytes": size}
+        render.document({**values, **more})
+        return
+    render.say(f"{path}  rank {rank}, {size:,} bytes")
+    if more.get("sheet"):
+        render.say(str(more["sheet"]))
 
 
 def _source_and_target(identity: str, new_name: str | None, force: bool) -> tuple[Path, Path]:

@@ -86,6 +86,20 @@ def new_path(name: str, force: bool) -> Path:
     return path
 
 
+def check_output(out: Path, *inputs: Path) -> None:
+    """Refuse an output that is an input, or lies among the identities: it would take their place.
+
+    Then refuse one that cannot be written, before any work.
+    """
+    from hdbcli.sample import check_writable
+
+    if any(out.exists() and out.samefile(path) for path in inputs):
+        raise HdbError(f"{out} is what is read; give another file with -o")
+    if out.absolute().parent.resolve() == store.folder().resolve():
+        raise HdbError(f"{out} lies among the identities of the store; give another place with -o")
+    check_writable(out)
+
+
 def bases() -> Registry:
     from registry.plugins import load_registry  # its importlib.metadata is slow, and `list` is not
 

@@ -8,20 +8,24 @@ InvokeAI and diffusers read; `diffusers` keys are PEFT's.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from hdbcli.base import Base
+from hdbcli.diffusers_reader import load_for_real
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta
+from hdbcli.readers import Reading, replay
 from registry.errors import RegistryError
 from registry.store import write_beside
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+# Readers that a format is meant for, by how their names start.
+MEANT_FOR = {"kohya": ("diffusers", "ComfyUI", "A1111", "InvokeAI"), "diffusers": ("diffusers",)}
 _SHORT = {"unet": "unet", "text_encoder": "te", "text_encoder_2": "te2"}
 
 
@@ -33,40 +37,84 @@ def export_tensors(base: Base, theta: Theta, form: str, dtype: str) -> dict[str,
         raise HdbError(f"unknown dtype {dtype!r}; choose {' or '.join(DTYPES)}")
     factors = base.injected.factors(theta)
     tensors: dict[str, Tensor] = {}
+    stems = stem_names(base, form)
     pairs = zip(base.injected.layers, factors.down, factors.up, strict=True)
     for name, down, up in pairs:
-        component, _, path = name.partition(".")
-        parts = _FORMATS[form](component, path, down[0].float().cpu(), up[0].float().cpu())
+        parts = _FORMATS[form](stems[name], down[0].float().cpu(), up[0].float().cpu())
         tensors |= {key: value.to(DTYPES[dtype]).contiguous() for key, value in parts.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise HdbError(f"the residuals do not fit {dtype}; export with --dtype fp32")
     return tensors
 
 
-def export(base: Base, theta: Theta, name: str, form: str, dtype: str, path: Path) -> int:
-    """Write a LoRA file and return its bytes."""
+def export(
+    base: Base, theta: Theta, name: str, form: str, dtype: str, path: Path, check: bool = False
+) -> tuple[int, list[Reading]]:
+    """Write a LoRA file; return its bytes and, with `check`, what every reader makes of it.
+
+    A file that a reader it is meant for would not apply in full is not kept: HdbError. The check
+    uses the base in memory up.
+    """
     tensors = export_tensors(base, theta, form, dtype)
     metadata = _metadata(base, theta.rank, name, tensors)
+    readings: list[Reading] = []
     try:
         with write_beside(path) as beside:
             save_file(tensors, beside, metadata=metadata)
+            if check:
+                readings = read_by_all(base, theta, load_file(beside))
+                refuse_unread(readings, form)
     except RegistryError as error:
         raise HdbError(str(error)) from error
-    return path.stat().st_size
+    return path.stat().st_size, readings
 
 
-def _kohya(component: str, path: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
-    stem = f"lora_{_SHORT.get(component, component)}_{path.replace('.', '_')}"
+def read_by_all(base: Base, theta: Theta, tensors: Mapping[str, Tensor]) -> list[Reading]:
+    """Ask every reader what it makes of a file's tensors; the base in memory is used up."""
+    rules = replay(base, tensors)  # first: diffusers takes the LiDB layers out
+    return load_for_real(base, theta, tensors) + rules
+
+
+def refuse_unread(readings: Sequence[Reading], form: str) -> None:
+    """Raise HdbError if a reader that `form` is meant for would not apply all of the file."""
+    for reading in readings:
+        if reading.ok or not reading.asked or not reading.reader.startswith(MEANT_FOR[form]):
+            continue
+        first = f", the first lost is {reading.lost[0]}" if reading.lost else ""
+        if reading.unread:
+            first += f", {len(reading.unread)} keys are none of them, such as {reading.unread[0]}"
+        raise HdbError(
+            f"{reading.reader} {reading.problem or 'would not apply it all'}: {reading.mapped} of "
+            f"{reading.total} targets map{first}; nothing was written; please report this"
+        )
+
+
+def stem_names(base: Base, form: str) -> dict[str, str]:
+    """Name each target as `form` does; HdbError where two would get one name."""
+    shorts = dict(_SHORT)
+    if "text_encoder_2" in base.backbone.components:
+        shorts["text_encoder"] = "te1"  # with a second one, every reader counts from 1
+    stems: dict[str, str] = {}
+    for name in base.injected.layers:
+        component, _, path = name.partition(".")
+        flat = f"lora_{shorts.get(component, component)}_{path.replace('.', '_')}"
+        stem = name if form == "diffusers" else flat
+        if stem in stems.values():
+            raise HdbError(f"two targets of {base.spec.name} would be named {stem!r} in {form}")
+        stems[name] = stem
+    return stems
+
+
+def _kohya(stem: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
     alpha = torch.tensor(float(len(down)))
     return {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": alpha}
 
 
-def _diffusers(component: str, path: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
-    stem = f"{component}.{path}"
+def _diffusers(stem: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
     return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
 
 
-_FORMATS: dict[str, Callable[[str, str, Tensor, Tensor], dict[str, Tensor]]] = {
+_FORMATS: dict[str, Callable[[str, Tensor, Tensor], dict[str, Tensor]]] = {
     "kohya": _kohya,
     "diffusers": _diffusers,
 }

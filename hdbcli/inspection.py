@@ -7,6 +7,7 @@ same, and no base model is needed for the numbers, only for the targets' names.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,15 @@ def kind_of(name: str) -> str:
     return "other"
 
 
+def block_of(name: str) -> str:
+    """Name the block that a target is in, short enough for an axis: `down 0`, `mid`, `layer 3`."""
+    match = re.search(r"\.(down|up|mid)_blocks?(?:\.(\d+))?|\.(layer)s\.(\d+)", name)
+    return " ".join(part for part in match.groups() if part) if match else ""
+
+
 def draw(inspection: Inspection, path: Path) -> None:
-    """Write a PNG: a bar for each target in the order of depth, as high as its norm, a colour for
-    each kind; ranks are stacked."""
+    """Write a PNG: a bar for each target in the order of depth, as high as its energy, a colour
+    for each kind; ranks are stacked, the strongest below."""
     from matplotlib.figure import Figure
 
     components = list(dict.fromkeys(target.component for target in inspection.targets))
@@ -93,7 +100,7 @@ def draw(inspection: Inspection, path: Path) -> None:
         targets = [t for t in inspection.targets if t.component == component]
         bottom = np.zeros(len(targets))
         for k in range(len(targets[0].singular)):
-            height = np.array([t.singular[k] for t in targets])
+            height = np.array([t.singular[k] ** 2 for t in targets])
             tints = [colours[t.kind] for t in targets]
             part.bar(
                 range(len(targets)), height, bottom=bottom, color=tints, alpha=1 / (1 + k) ** 0.5
@@ -101,6 +108,9 @@ def draw(inspection: Inspection, path: Path) -> None:
             bottom += height
         for kind in dict.fromkeys(t.kind for t in targets):
             part.bar([0], [0], color=colours[kind], label=kind)
-        part.set(title=component, xlabel="target, by depth", ylabel="singular values of dW")
+        blocks = [block_of(t.name) for t in targets]
+        starts = [i for i, block in enumerate(blocks) if block not in ("", *blocks[i - 1 : i])]
+        part.set_xticks(starts, [blocks[i] for i in starts], ha="left")
+        part.set(title=component, xlabel="target, by depth", ylabel="energy of dW")
         part.legend()
     sheet.savefig(path, format="png")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hdbcli.create import Created
     from hdbcli.evaluate import Evaluation, Interval
     from hdbcli.inspection import Inspection
+    from hdbcli.keep import Verdict
+    from hdbcli.readers import Reading
     from registry.spec import BaseSpec
     from registry.store import Entry
     from registry.training import Step
@@ -263,3 +265,23 @@ def show_inspection(summary: Mapping[str, Any], result: Inspection) -> None:
         for t in strongest
     ]
     table(("strongest targets", "energy", "singular values"), rows)
+
+
+def show_readings(readings: Sequence[Reading]) -> None:
+    """Print a line a reader: how many targets map, or why it was not asked."""
+    for reading in readings:
+        counts = f"{reading.mapped} of {reading.total} targets map"
+        if reading.unread:
+            counts += f", {len(reading.unread)} keys unread"
+        said = reading.problem if not reading.asked else counts
+        say(f"{reading.reader.ljust(max(len(r.reader) for r in readings))}  {said}")
+
+
+def show_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """Print a line an identity: whether the file and its basis hold, and what is wrong."""
+    words = {True: "verifies", False: "differs", None: "?"}
+    rows = [
+        (v.name, "good" if v.ok else "BAD", words[v.basis], f"{v.bytes:,}", v.problem or "")
+        for v in verdicts
+    ]
+    table(("name", "file", "basis", "bytes", ""), rows)

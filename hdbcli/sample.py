@@ -35,7 +35,7 @@ class Picture:
 def generate(
     base: Base,
     worn: Worn | None,
-    prompt: str,
+    prompt: str | Sequence[str],
     seeds: Sequence[int],
     settings: SampleSettings,
     tell: Tell,
@@ -43,10 +43,11 @@ def generate(
     """Draw one picture a seed. Prompt and negative prompt both wear the identity, as a merged
     model would.
 
-    One identity serves all seeds; a batch of as many as there are seeds, one each.
+    One identity, and one prompt, serves all seeds; a batch of as many as there are seeds, one each.
     """
     pictures: list[Picture] = []
-    text = base.prompt(prompt)
+    prompts = [prompt] * len(seeds) if isinstance(prompt, str) else prompt
+    texts = [base.prompt(each) for each in prompts]
     side = settings.size or base.spec.resolution
     at_once = max(1, min(32, AT_ONCE * 512**2 // side**2))
     passes = -(-len(seeds) // at_once)
@@ -60,7 +61,7 @@ def generate(
 
         with base.wearing(theirs):
             try:
-                images = base.backbone.sample([text] * len(batch), settings, batch, progress)
+                images = base.backbone.sample(texts[part], settings, batch, progress)
             except RegistryError as error:
                 raise HdbError(str(error)) from error
         pictures += [Picture(image, seed) for image, seed in zip(images, batch, strict=True)]

@@ -146,7 +146,7 @@ class StableDiffusion:
 def load_folder(folder: Path, device: str, dtype: str) -> StableDiffusion:
     """Load a diffusers folder, from its files alone; RegistryError if they are missing or
     damaged."""
-    with _quiet():
+    with quiet():
         from diffusers import StableDiffusionPipeline
 
         try:
@@ -168,7 +168,7 @@ def load_folder(folder: Path, device: str, dtype: str) -> StableDiffusion:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the libraries' bars and advice off the terminal while a model loads; errors still
     raise."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

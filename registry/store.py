@@ -189,6 +189,16 @@ def entries() -> list[Entry]:
     return found
 
 
+def composed_of(name: str) -> list[str]:
+    """Name the identities whose lineage says that they were made of `name`."""
+    whole = re.compile(rf"composed of (.* )?{re.escape(name)}( \+ .*)?", re.IGNORECASE)
+    return [
+        entry.name
+        for entry in entries()
+        if entry.facts and any(whole.fullmatch(line) for line in entry.facts.lineage)
+    ]
+
+
 @contextmanager
 def write_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary file in the folder of `path`, and rename it to `path` at the end.

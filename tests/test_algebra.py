@@ -83,6 +83,27 @@ def test_a_composed_identity_is_the_sum(ranks: tuple[int, int]) -> None:
     assert not torch.allclose(core(both), core(factors), atol=1e-2)  # adding factors is no sum
 
 
+def test_alike_people_can_be_subtracted() -> None:
+    x, noise = theta(2, 6), theta(2, 7)
+    near = Theta(x.down + 0.01 * noise.down, x.up + 0.01 * noise.up)
+    difference = compose([x, near], [1.0, -1.0])
+    wanted = core(x) - core(near)
+    coarse = Theta(difference.down.half(), difference.up.half())  # as a file keeps it
+    assert (core(coarse) - wanted).norm() < 1e-3 * wanted.norm()
+    side_by_side = Theta(torch.cat([x.down, near.down], 2), torch.cat([x.up, -near.up], 3))
+    coarse = Theta(side_by_side.down.half(), side_by_side.up.half())
+    assert (core(coarse) - wanted).norm() > 1e-2 * wanted.norm()  # the control
+
+
+def test_a_rank_without_energy_can_still_learn() -> None:
+    x = theta(1, 8)
+    twice = compose([x, x], [0.5, 0.5])
+    assert twice.rank == 2 and (twice.up[..., 1] == 0).all()
+    torch.testing.assert_close(twice.down[:, :, 1].norm(dim=-1), torch.ones(2, TARGETS))
+    nobody = compose([x, x], [1.0, -1.0])
+    assert (nobody.up == 0).all() and (nobody.down.norm(dim=-1) > 0.99).all()
+
+
 def test_composing_with_oneself_needs_no_second_rank() -> None:
     x = theta(2, 6)
     half = compose([x, x], [0.5, 0.5], rank=2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,10 @@ from hdbcli.base import Base
 from hdbcli.basis import Fingerprint
 from hdbcli.cli import app
 from hdbcli.create import describe
-from hdbcli.derive import read_weights
+from hdbcli.derive import read_weights, relaxed
 from hdbcli.errors import HdbError
 from hdbcli.identity import Identity, load, save
+from hdbcli.inspection import TargetEnergy, block_of
 from hdbcli.lidb import Theta, first_theta
 from registry import store
 
@@ -83,6 +86,18 @@ def test_relax_keeps_what_it_draws(keep: Keep) -> None:
     assert load(alice).rank == 3  # without --as it replaces
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+def test_relax_keeps_it_in_the_numbers_of_its_file(keep: Keep, dtype: str) -> None:
+    alice = keep("alice")
+    save(replace(load(alice), up=load(alice).up / 3), alice, dtype)
+    assert hdb("relax", "alice", "--rank", 4, "--as", "wide").exit_code == 0
+    wide = store.path_of("wide")
+    assert (core(wide) - core(alice)).abs().max() < 1e-6
+    assert store.summary(wide)["dtype"] == dtype
+    save(relaxed(load(alice), 4), wide, "int8" if dtype == "fp16" else "fp16")
+    assert (core(wide) - core(alice)).abs().max() > 1e-4  # the control: other numbers round
+
+
 def test_shrink_says_what_it_costs_before_it_writes(keep: Keep) -> None:
     alice = keep("alice", rank=3)
     before = core(alice)
@@ -114,11 +129,50 @@ def test_compose_is_the_sum(keep: Keep) -> None:
     says(hdb(*words), "all exists already")
 
 
-def test_compose_refuses_what_shares_no_basis(keep: Keep) -> None:
-    keep("alice"), keep("stranger", basis="f" * 64)
+def test_compose_refuses_what_cannot_be_added_up(keep: Keep) -> None:
+    alice = keep("alice")
+    keep("stranger", basis="f" * 64), keep("bob", 1)
     says(hdb("compose", "alice", "stranger", "--as", "x"), "basis is dddd", "and ffff")
     says(hdb("compose", "alice", "alise", "--as", "x"), "alise", "alice")
-    assert store.names() == ["alice", "stranger"]
+    for field, value in (("family", "sd1"), ("base_digest", "a" * 64), ("targets_digest", "9")):
+        save(replace(load(alice), **{field: value}), store.path_of("odd"))
+        says(hdb("compose", "alice", "odd", "--as", "x"), "cannot be added up", field)
+    for words, text in (
+        (("alice=much", "bob"), "'alice=much' has no weight"),
+        (("alice=nan", "bob"), "'alice=nan' has no weight"),
+        (("alice=1e999", "bob"), "has no weight"),
+        (("alice", "alice"), "alice comes twice"),
+        (("alice", "bob", "--rank", 5), "from rank 4 to 5"),
+        (("alice", "bob", "--dtype", "int4"), "unknown dtype 'int4'"),
+    ):
+        says(hdb("compose", *words, "--as", "x"), text)
+    says(hdb("compose", "alice", "bob", "--as", "../x"), "not a valid name")
+    says(hdb("compose", "alice", "bob", "--as", "Alice"), "alice exists already")
+    assert store.names() == ["alice", "bob", "odd", "stranger"]
+    result = hdb("compose", "alice", "bob", "--as", "alice", "--force", "--json")  # the control
+    assert json.loads(result.stdout)["rank"] == 4 and load(alice).rank == 4
+
+
+def test_ranks_above_b_are_refused(keep: Keep) -> None:
+    keep("alice", rank=5), keep("bob", 1, rank=5)
+    says(hdb("relax", "alice", "--rank", 7, "--as", "x"), "5 to 6")
+    says(hdb("compose", "alice", "bob", "--rank", 8, "--as", "x"), "rank 8 is above b 6")
+    assert hdb("relax", "alice", "--rank", 6, "--as", "x").exit_code == 0
+    assert hdb("compose", "alice", "bob", "--rank", 6, "--as", "y").exit_code == 0
+
+
+def test_an_output_never_takes_the_place_of_what_is_read(keep: Keep, tmp_path: Path) -> None:
+    alice = keep("alice")
+    outside = tmp_path / "bob.safetensors"
+    outside.write_bytes(alice.read_bytes())
+    before = alice.read_bytes()
+    for words in (("export", "--force", "-o"), ("inspect", "-o")):
+        says(hdb(words[0], "alice", *words[1:], alice), "is what is read")
+        says(hdb(words[0], outside, *words[1:], outside), "is what is read")
+        says(hdb(words[0], "alice", *words[1:], alice.with_name("x.safetensors")), "among the iden")
+    assert alice.read_bytes() == outside.read_bytes() == before
+    assert os.listdir(alice.parent) == [alice.name]
+    assert hdb("inspect", "alice", "-o", tmp_path / "fine.png").exit_code == 0
 
 
 def test_weights_are_numbers_and_each_name_comes_once() -> None:
@@ -168,6 +222,9 @@ def test_inspect_names_the_targets_of_a_real_identity(tiny: Base, hdb_home: Path
     values = json.loads(hdb("inspect", "alice", "--json").stdout)
     assert values["verified"] is True and values["problem"] is None
     assert [t["name"] for t in values["targets"]] == list(tiny.injected.layers)
+    unet = [TargetEnergy(**t) for t in values["targets"] if t["component"] == "unet"]
+    blocks = list(dict.fromkeys(block_of(target.name) for target in unet))
+    assert blocks == ["down 0", "down 1", "mid", "up 0", "up 1"]  # theta's order is that of depth
     shares = values["shares"]
     assert set(shares["component"]) == {"unet", "text_encoder"}
     assert set(shares["kind"]) == {"self-attention", "cross-attention", "feed-forward"}
