@@ -30,6 +30,7 @@ from hdbcli.cli_options import (
     Seed,
     Steps,
     Yes,
+    base_name,
     new_app,
     new_path,
     open_on,
@@ -38,7 +39,6 @@ from hdbcli.cli_options import (
 )
 from hdbcli.cli_train import train_app
 from hdbcli.config import (
-    DEFAULT_BASE,
     RefineConfig,
 )
 from hdbcli.errors import HdbError
@@ -66,7 +66,7 @@ def new(
     photo: Photo,
     name: Annotated[str | None, typer.Argument(help="Default: the photo's file name.")] = None,
     more: More = None,
-    base: BaseName = DEFAULT_BASE,
+    base: BaseName = None,
     steps: Steps = RefineConfig.steps,
     rank: Annotated[
         int | None, typer.Option(min=1, help=f"Rank to refine at; default: {RefineConfig.rank}.")
@@ -88,7 +88,7 @@ def new(
         raise HdbError("--no-refine keeps the rank of the prediction; drop it or --rank")
     rank = rank or RefineConfig.rank
     config = None if no_refine else RefineConfig(steps, rank, seed=seed, optimizer=optimizer)
-    created = _make(base, device, [photo, *(more or [])], face, config)
+    created = _make(base_name(base), device, [photo, *(more or [])], face, config)
     _store(created, name, path, as_json)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -75,12 +75,8 @@ class Injected:
         return hashlib.sha256("\n".join(self.layers).encode()).hexdigest()
 
     def weights_digest(self) -> str:
-        """Hash the targeted weights as float16, so that fp32 and fp16 copies of one base agree."""
-        digest = hashlib.sha256()
-        for layer in self.layers.values():
-            half = layer.base.weight.detach().to("cpu", torch.float16).contiguous()
-            digest.update(half.numpy().tobytes())
-        return digest.hexdigest()
+        """Hash the targeted weights: which base this is."""
+        return hash_weights(layer.base for layer in self.layers.values())
 
 
 def inject(
@@ -132,6 +128,15 @@ def find_targets(
     if not found:
         raise HdbError("no layer of the base model matches its spec's targets; check the patterns")
     return found
+
+
+def hash_weights(layers: Iterable[nn.Linear]) -> str:
+    """Hash weights as float16, so that fp32 and fp16 copies of one base agree."""
+    digest = hashlib.sha256()
+    for layer in layers:
+        half = layer.weight.detach().to("cpu", torch.float16).contiguous()
+        digest.update(half.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def canonical(component: str, path: str) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hdbcli.create import Created
     from hdbcli.evaluate import Evaluation, Interval
     from hdbcli.inspection import Inspection
+    from registry.settings import Added
     from registry.spec import BaseSpec
     from registry.store import Entry
     from registry.training import Step
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 STAGES = {
     "crop": "finding the face",
     "load": "loading the base model",
+    "hash": "reading its files",
     "predict": "predicting",
     "refine": "refining",
     "draw": "drawing",
@@ -162,8 +164,9 @@ def show_entries(entries: Sequence[Entry]) -> None:
     table(("name", "base", "bytes", "rank", "created"), rows)
 
 
-def base_facts(spec: BaseSpec, source: str) -> dict[str, Any]:
+def base_facts(spec: BaseSpec, source: str, added: Added | None) -> dict[str, Any]:
     """Return what `hdb base show --json` prints."""
+    where = {k: getattr(added, k, None) for k in ("path", "origin", "prediction", "digest")}
     return {
         "name": spec.name,
         "family": spec.family,
@@ -176,7 +179,10 @@ def base_facts(spec: BaseSpec, source: str) -> dict[str, Any]:
         "identifier": spec.identifier,
         "targets": {component: list(patterns) for component, patterns in spec.targets.items()},
         "hypernetwork": bool(spec.hypernetwork and spec.hypernetwork.exists()),
+        "budget": spec.budget,
         "source": source,
+        **where,  # null where the base came with a package
+        "bytes": sum(mark.bytes for mark in added.files.values()) if added else None,
     }
 
 

@@ -97,6 +97,7 @@ class BaseSpec:
     template: tuple[Point, Point, Point, Point, Point]  # where the crop puts the YuNet points
     hypernetwork: Path | None
     load: Callable[[str, str], Backbone]  # (device, dtype name); imports torch only when called
+    budget: int = 120_000  # bytes that an identity may have by default
 
     def __post_init__(self) -> None:
         """Raise RegistryError for a spec that could not work."""
@@ -106,7 +107,7 @@ class BaseSpec:
             value = getattr(self, field)
             if not isinstance(value, str) or not value.strip():
                 raise RegistryError(f"base model {self.name}: {field} is {value!r}; give a word")
-        for field, low in (("a", 1), ("b", 1), ("resolution", 1), ("basis_seed", 0)):
+        for field, low in (("a", 1), ("b", 1), ("resolution", 1), ("basis_seed", 0), ("budget", 1)):
             value = getattr(self, field)
             if not isinstance(value, int) or value < low:
                 raise RegistryError(
