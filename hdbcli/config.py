@@ -69,6 +69,12 @@ class BankConfig:
         return RefineConfig(*shared)
 
 
+# A new identity on a base without a hypernetwork starts from theta_0, as those of the bank do: ten
+# times the iterations of refinement, at the bank's learning rate.
+UNPREDICTED_STEPS = 10 * RefineConfig.steps
+UNPREDICTED_LR = BankConfig.lr
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """How to train a hypernetwork; its shape is HyperConfig's."""

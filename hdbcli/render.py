@@ -119,7 +119,7 @@ def facts(values: Mapping[str, object]) -> None:
         say(f"{key.ljust(width)}  {'-' if value is None else value}")
 
 
-def created_facts(name: str, path: str, size: int, created: Created) -> dict[str, Any]:
+def created_facts(name: str, path: str, size: int, dtype: str, created: Created) -> dict[str, Any]:
     """Return what `hdb new --json` prints."""
     identity = created.identity
     return {
@@ -128,6 +128,7 @@ def created_facts(name: str, path: str, size: int, created: Created) -> dict[str
         "numbers": identity.numbers,
         "bytes": size,
         "rank": identity.rank,
+        "dtype": dtype,
         "seconds": {key: round(value, 3) for key, value in created.seconds.items()},
         "loss": {"start": created.loss_start, "end": created.loss_end},
         "likeness": identity.likeness,
@@ -143,7 +144,7 @@ def show_created(values: Mapping[str, Any]) -> None:
         {
             "identity": f"{values['name']} (on {values['base']}, rank {values['rank']})",
             "numbers": f"{values['numbers']:,}",
-            "bytes": f"{values['bytes']:,}",
+            "bytes": f"{values['bytes']:,} ({values['dtype']})",
             "seconds": ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()),
             "loss": f"{loss['start']:.4f} before, {loss['end']:.4f} after",
             "likeness": f"{values['likeness']:.2f} (the base's own: {values['base_likeness']:.2f})",
