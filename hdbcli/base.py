@@ -92,8 +92,10 @@ def load_predictor(base: Base) -> tuple[HyperNetwork, str]:
     base's."""
     path = base.spec.hypernetwork
     if path is None or not path.exists():
+        where = f" at {path}" if path else ""
         raise HdbError(
-            f"base model {base.spec.name} has no hypernetwork at {path}; train one first"
+            f"base model {base.spec.name} has no hypernetwork{where}; train one, then: "
+            f"hdb base set-hypernetwork {base.spec.name} FILE"
         )
     model, digest = load_hypernetwork(path)
     mine, theirs = base.injected.targets_digest(), model.config.targets_digest

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +41,7 @@ from hdbcli.cli_options import (
 from hdbcli.cli_store import cp, gc, import_identity, mv, rm, verify
 from hdbcli.cli_train import train_app
 from hdbcli.config import (
-    DEFAULT_BASE,
+    UNPREDICTED_STEPS,
     RefineConfig,
 )
 from hdbcli.errors import HdbError
@@ -48,7 +49,9 @@ from registry import store
 from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
+    from hdbcli.base import Base
     from hdbcli.create import Created
+    from registry.spec import BaseSpec
 
 
 app = new_app("One photo of a face in, that person in any style out.", cls=Boundary)
@@ -68,10 +71,21 @@ def new(
     photo: Photo,
     name: Annotated[str | None, typer.Argument(help="Default: the photo's file name.")] = None,
     more: More = None,
-    base: BaseName = DEFAULT_BASE,
-    steps: Steps = RefineConfig.steps,
+    base: BaseName = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Iterations; default: {RefineConfig.steps}, or {UNPREDICTED_STEPS} where the "
+            "base has no hypernetwork.",
+        ),
+    ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help=f"Rank to refine at; default: {RefineConfig.rank}.")
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Rank to refine at; default: {RefineConfig.rank}, if the base's budget allows.",
+        ),
     ] = None,
     seed: Seed = RefineConfig.seed,
     face: FaceNumber = None,
@@ -88,10 +102,12 @@ def new(
     _ask_consent(yes)
     if no_refine and rank:
         raise HdbError("--no-refine keeps the rank of the prediction; drop it or --rank")
-    rank = rank or RefineConfig.rank
-    config = None if no_refine else RefineConfig(steps, rank, seed=seed, optimizer=optimizer)
-    created = _make(base, device, [photo, *(more or [])], face, config)
-    _store(created, name, path, as_json)
+    from hdbcli.create import settle
+
+    wanted = partial(settle, steps=steps, rank=rank, seed=seed, optimizer=optimizer)
+    spec, photos = spec_of(base), [photo, *(more or [])]
+    created = _make(spec, device, photos, face, None if no_refine else wanted)
+    _store(created, name, path, spec.budget, as_json)
 
 
 @app.command()
@@ -115,8 +131,9 @@ def refine(
     identity = load(path)
     config = RefineConfig(steps, rank or identity.rank, seed=seed, optimizer=optimizer)
     photos = [photo, *(more or [])]
-    created = _make(base or identity.base, device, photos, face, config, identity)
-    _store(created, path.stem, path, as_json)
+    spec = spec_of(base or identity.base)
+    created = _make(spec, device, photos, face, lambda _: config, identity)
+    _store(created, path.stem, path, spec.budget, as_json)
 
 
 @app.command()
@@ -222,38 +239,51 @@ def _ask_consent(yes: bool) -> None:
 
 
 def _make(
-    base: str,
+    spec: BaseSpec,
     device: str | None,
     photos: list[Path],
     face: int | None,
-    config: RefineConfig | None,
+    config: Callable[[Base], RefineConfig] | None,
     identity: Any = None,
 ) -> Created:
-    """Crop before loading, since a bad photo should be told at once; then create or refine."""
+    """Crop before loading, since a bad photo should be told at once; then create or refine.
+
+    `config` may depend on the base; None keeps the prediction.
+    """
     from hdbcli import create
 
-    spec = spec_of(base)
     start = time.perf_counter()
     with render.progress() as tell:
         crops = create.crop_photos(photos, spec, face, tell)
         cropped = time.perf_counter() - start
         tell("load", 0, 1)
-        loaded = open_on(base, device)
-        if identity is None or config is None:
-            created = create.create(crops, loaded, config, tell)
+        loaded = open_on(spec.name, device)
+        settled = config and config(loaded)
+        if identity is not None and settled:
+            created = create.continue_refining(identity, crops, loaded, settled, tell)
         else:
-            created = create.continue_refining(identity, crops, loaded, config, tell)
+            if settled and spec.hypernetwork is None:
+                render.note(
+                    f"hint: {spec.name} has no hypernetwork, so this starts from nobody and takes "
+                    f"{settled.steps} iterations; once hdb train hypernetwork has made one: "
+                    f"hdb base set-hypernetwork {spec.name} FILE"
+                )
+            created = create.create(crops, loaded, settled, tell)
     total = time.perf_counter() - start
     return replace(created, seconds={"crop": cropped, **created.seconds, "total": total})
 
 
-def _store(created: Created, name: str, path: Path, as_json: bool) -> None:
+def _store(created: Created, name: str, path: Path, budget: int, as_json: bool) -> None:
+    from hdbcli.budget import dtype_within
     from hdbcli.identity import save
 
-    size = save(created.identity, path)
+    identity = created.identity
+    (targets, rank, a), b = identity.down.shape, identity.up.shape[1]
+    dtype = dtype_within(budget, targets, a, b, rank)
+    size = save(identity, path, dtype)
     for warning in created.warnings:
         render.note(f"warning: {warning}")
-    values = render.created_facts(name, str(path), size, created)
+    values = render.created_facts(name, str(path), size, dtype, created)
     (render.document if as_json else render.show_created)(values)
 
 

@@ -2,26 +2,76 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hdbcli import render
 from hdbcli.cli_options import (
     Json,
+    added_of,
+    base_name,
     bases,
     new_app,
     open_on,
     spec_of,
 )
 from hdbcli.errors import HdbError
+from registry.errors import RegistryError
+from registry.store import check_name
 
 if TYPE_CHECKING:
-    pass
-
+    from registry.plugins import Registry
+    from registry.spec import BaseSpec
 
 base_app = new_app("The base models that hdb knows.")
+
+Name = Annotated[str, typer.Argument(help="Name of a base model.")]
+
+
+@base_app.command("add")
+def base_add(
+    name: Annotated[str, typer.Argument(help="What to call it.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A diffusers folder, an original single .safetensors file, or a model of the "
+            "Hugging Face hub, such as org/model."
+        ),
+    ],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model of the hub.")
+    ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(help="epsilon or v, where a single file predicts what is not usual for it."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Add a base model of Stable Diffusion 1.x, 2.x or XL; its files stay where they are."""
+    from registry.hub import locate
+
+    registry = bases()
+    if check_name(name).casefold() in {known.casefold() for known in registry.names()}:
+        raise HdbError(
+            f"there is a base model {name} already, of {registry.source(name)}; choose another "
+            f"name, or hdb base rm {name} first"
+        )
+    path, origin = locate(source, revision)
+    from hdbcli.adopt import adopt  # imports torch
+
+    with render.progress() as tell:
+        added = adopt(name, path, origin, prediction, tell)
+    if as_json:
+        render.document(render.base_facts(spec_of(name), bases().source(name), added))
+        return
+    render.say(f"{name}: {spec_of(name).summary}, {added.resolution} px")
+    render.note(
+        f"hint: it has no hypernetwork yet, so hdb new --base {name} takes longer; "
+        f"train one and: hdb base set-hypernetwork {name} FILE"
+    )
 
 
 @base_app.command("list")
@@ -30,26 +80,76 @@ def base_list(as_json: Json = False) -> None:
     registry = bases()
     for problem in registry.problems:
         render.note(f"warning: {problem}")
-    specs = registry.specs()
+    specs, default = registry.specs(), base_name(None).casefold()
     if as_json:
-        render.document([render.base_facts(s, registry.source(s.name)) for s in specs])
-    else:
-        rows = [(s.name, s.family, s.resolution, s.licence, s.summary) for s in specs]
-        render.table(("name", "family", "px", "licence", "summary"), rows)
+        render.document(
+            [{**_facts(s, registry), "default": s.name.casefold() == default} for s in specs]
+        )
+        return
+    rows = []
+    for s in specs:
+        star = "*" if s.name.casefold() == default else ""
+        rows.append((s.name, star, s.family, s.resolution, s.licence, s.summary))
+    render.table(("name", "", "family", "px", "licence", "summary"), rows)
 
 
 @base_app.command("show")
-def base_show(
-    name: Annotated[str, typer.Argument(help="Name of a base model.")], as_json: Json = False
-) -> None:
+def base_show(name: Name, as_json: Json = False) -> None:
     """Show what a base model offers."""
-    values = render.base_facts(spec_of(name), bases().source(name))
+    values = render.base_facts(spec_of(name), bases().source(name), added_of(name))
     (render.document if as_json else render.facts)(values)
+
+
+@base_app.command("default")
+def base_default(
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a base model; without one, say which it is.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the base model that commands use without --base."""
+    from registry.settings import set_default
+
+    if name:
+        set_default(bases().get(name).name)
+    chosen = base_name(None)
+    if as_json:
+        render.document({"default": chosen})
+    else:
+        render.say(chosen)
+
+
+@base_app.command("rm")
+def base_rm(name: Name, as_json: Json = False) -> None:
+    """Forget a base model that was added; its files stay where they are."""
+    from registry.added import forget
+
+    _check_known(name)
+    added = forget(name)
+    if as_json:
+        render.document({"name": added.name, "path": added.path})
+    else:
+        render.say(f"forgot {added.name}; its files stay at {added.path}")
+
+
+@base_app.command("verify")
+def base_verify(name: Name, as_json: Json = False) -> None:
+    """Read all files of an added base model again, and refuse it if one has changed."""
+    from registry.added import verify
+
+    _check_known(name)
+    added = verify(name)
+    size = sum(mark.bytes for mark in added.files.values())
+    if as_json:
+        facts = {"name": added.name, "path": added.path, "digest": added.digest}
+        render.document({**facts, "files": len(added.files), "bytes": size})
+    else:
+        render.say(f"{added.name}: {len(added.files)} files, {size:,} bytes, as they were added")
 
 
 @base_app.command("set-hypernetwork")
 def base_set_hypernetwork(
-    name: Annotated[str, typer.Argument(help="Name of a base model.")],
+    name: Name,
     file: Annotated[
         Path | None, typer.Argument(help="File made by hdb train hypernetwork.")
     ] = None,
@@ -67,3 +167,19 @@ def base_set_hypernetwork(
         load_predictor(open_on(name, "cpu", file))
     set_hypernetwork(spec.name, file)
     render.say(f"{spec.name} predicts with {file or 'its own hypernetwork'}")
+
+
+def _check_known(name: str) -> None:
+    """Raise RegistryError for a name that nobody gave, with the likely one."""
+    if added_of(name) is None:  # else known, even if this hdb cannot work with it
+        bases().get(name)
+
+
+def _facts(spec: BaseSpec, registry: Registry) -> dict[str, Any]:
+    """Return a base model's facts; settings that cannot be read are among the problems already."""
+    from registry.settings import customised
+
+    source, added = registry.source(spec.name), None
+    with suppress(RegistryError):
+        spec, added = customised(spec), added_of(spec.name)
+    return render.base_facts(spec, source, added)

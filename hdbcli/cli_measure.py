@@ -17,10 +17,10 @@ from hdbcli.cli_options import (
     Json,
     More,
     Pattern,
+    base_name,
     wear,
 )
 from hdbcli.config import (
-    DEFAULT_BASE,
     MAIN_METHODS,
     METHODS,
 )
@@ -60,7 +60,7 @@ def score(
 def compare(
     photos: Annotated[Path, typer.Argument(help="A photo, a folder of them, or one per person.")],
     methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}.")] = MAIN_METHODS,
-    base: BaseName = DEFAULT_BASE,
+    base: BaseName = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Most steps of any method, for a first look.")
     ] = None,
@@ -94,7 +94,7 @@ def compare(
     from registry.plugins import load_metrics
 
     chosen = choose(methods.split(","), steps)
-    load = partial(open_pair, base, device)
+    load = partial(open_pair, base_name(base), device)
     loaded, model = load()
     with render.progress() as tell:
         test = read_people(photos, loaded.spec, pattern, False, tell).first(people)

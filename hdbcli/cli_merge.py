@@ -34,9 +34,9 @@ def merge(
     A folder in the layout of diffusers, or one file as A1111, Forge and ComfyUI load it.
     """
     from hdbcli import derive, merge_out
-    from hdbcli.checkpoint import check_identity, open_checkpoint
     from hdbcli.identity import load
     from hdbcli.merge import Merge
+    from hdbcli.places import check_identity, open_checkpoint
 
     chosen = form or ("single-file" if out.suffix.casefold() == ".safetensors" else "diffusers")
     if chosen not in merge_out.FORMATS:

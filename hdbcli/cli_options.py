@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hdbcli.base import Base
     from hdbcli.lidb import Theta
     from registry.plugins import Registry
+    from registry.settings import Added
     from registry.spec import BaseSpec
 
 
@@ -50,7 +51,9 @@ def new_app(about: str, **more: Any) -> typer.Typer:
 
 Photo = Annotated[Path, typer.Argument(help="JPEG, PNG or WebP photo of the face.")]
 Identity = Annotated[str, typer.Argument(help="Name of an identity, or an identity file.")]
-BaseName = Annotated[str, typer.Option("--base", help="Base model; see: hdb base list.")]
+BaseName = Annotated[
+    str | None, typer.Option("--base", help="Base model; default: see hdb base default.")
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or mps; default: the fastest there is.")
 ]
@@ -106,18 +109,32 @@ def bases() -> Registry:
     return load_registry()
 
 
-def spec_of(base: str) -> BaseSpec:
+def base_name(base: str | None) -> str:
+    """Return the base model asked for, or the user's default."""
+    from registry.settings import default_base
+
+    return base or default_base()
+
+
+def spec_of(base: str | None) -> BaseSpec:
     """Return the spec of a base model, with what the user set for it."""
     from registry.settings import customised
 
-    return customised(bases().get(base))
+    return customised(bases().get(base_name(base)))
 
 
-def open_on(base: str, device: str | None, hypernetwork: Path | None = None) -> Base:
-    """Load a base model on a device."""
+def added_of(base: str) -> Added | None:
+    """Return where a base model's files lie, if the user added it."""
+    from registry.settings import read_settings, settings_path
+
+    return read_settings(settings_path(base)).added
+
+
+def open_on(base: str | None, device: str | None, hypernetwork: Path | None = None) -> Base:
+    """Load a base model, or the default one, on a device."""
     from hdbcli.base import open_base  # imports torch
 
-    return open_base(base, device, hypernetwork)
+    return open_base(base_name(base), device, hypernetwork)
 
 
 def wear(paths: list[Path], base: str | None, device: str | None) -> tuple[Base, Theta]:

@@ -24,7 +24,6 @@ from hdbcli.cli_options import (
     open_on,
 )
 from hdbcli.config import (
-    DEFAULT_BASE,
     PRECISIONS,
     BankConfig,
     PretrainConfig,
@@ -41,7 +40,7 @@ train_app = new_app("Train and measure the hypernetwork of a base model.")
 def train_bank(
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="Folder of the bank.")],
-    base: BaseName = DEFAULT_BASE,
+    base: BaseName = None,
     steps: Annotated[int, typer.Option(min=1, help="Iterations each.")] = BankConfig.steps,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = BankConfig.lr,
     at_once: Annotated[int, typer.Option(min=1, help="People side by side.")] = BankConfig.at_once,
@@ -85,7 +84,7 @@ HeldOut = Annotated[
 def train_hypernetwork(
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="File of the hypernetwork.")],
-    base: BaseName = DEFAULT_BASE,
+    base: BaseName = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps.")] = PretrainConfig.steps,
     batch: Annotated[int, typer.Option(min=1, help="People a step.")] = PretrainConfig.batch,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = PretrainConfig.lr,
@@ -145,7 +144,7 @@ def train_hypernetwork(
 @train_app.command("evaluate")
 def train_evaluate(
     data: Data,
-    base: BaseName = DEFAULT_BASE,
+    base: BaseName = None,
     hypernetwork: Annotated[
         Path | None, typer.Option(help="Another file than the base's own.")
     ] = None,

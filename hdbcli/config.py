@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_BASE = "tiny"
 DEVICES = ("cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw8bit", "adamw")
 PRECISIONS = ("auto", "fp32")
@@ -68,6 +67,12 @@ class BankConfig:
         """Return the settings of each person."""
         shared = (self.steps, self.rank, self.lr, self.batch, self.seed, self.optimizer)
         return RefineConfig(*shared)
+
+
+# A new identity on a base without a hypernetwork starts from theta_0, as those of the bank do: ten
+# times the iterations of refinement, at the bank's learning rate.
+UNPREDICTED_STEPS = 10 * RefineConfig.steps
+UNPREDICTED_LR = BankConfig.lr
 
 
 @dataclass(frozen=True)

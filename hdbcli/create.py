@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from hdbcli.base import Base, load_predictor, theta_for
-from hdbcli.config import PORTRAIT, RefineConfig, Tell
+from hdbcli.budget import rank_within
+from hdbcli.config import PORTRAIT, UNPREDICTED_LR, UNPREDICTED_STEPS, RefineConfig, Tell
+from hdbcli.errors import HdbError
 from hdbcli.faces import embed
 from hdbcli.identity import Identity
-from hdbcli.lidb import Theta
+from hdbcli.lidb import Theta, first_theta
 from hdbcli.photo import Crop, crop_face
 from hdbcli.refine import portrait_loss, refine
 from hdbcli.relax import relax
@@ -49,14 +51,41 @@ def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: 
     return crops
 
 
+def settle(
+    base: Base, steps: int | None, rank: int | None, seed: int, optimizer: str
+) -> RefineConfig:
+    """Fill in what the user left open: what suits a base with a hypernetwork or without, and its
+    budget of bytes."""
+    spec, predicted = base.spec, base.spec.hypernetwork is not None
+    return RefineConfig(
+        steps=steps or (RefineConfig.steps if predicted else UNPREDICTED_STEPS),
+        rank=rank or rank_within(spec.budget, len(base.injected.layers), spec.a, spec.b),
+        lr=RefineConfig.lr if predicted else UNPREDICTED_LR,
+        seed=seed,
+        optimizer=optimizer,
+    )
+
+
 def create(crops: Sequence[Crop], base: Base, config: RefineConfig | None, tell: Tell) -> Created:
     """Make an identity from the crops of one person; `config` None keeps the prediction as it
-    is."""
+    is.
+
+    On a base without a hypernetwork it starts from theta_0, which everybody shares; HdbError if
+    that should be kept.
+    """
+    if base.spec.hypernetwork is None and config is None:
+        raise HdbError(
+            f"{base.spec.name} has no hypernetwork, so there is no prediction; drop --no-refine"
+        )
     seconds = {}
     start = time.perf_counter()
     tell("predict", 0, 1)
-    predictor, digest = load_predictor(base)
-    theta = predictor.predict(base.faces([crop.image for crop in crops]))
+    if base.spec.hypernetwork is None:
+        first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
+        theta, digest = Theta(first.down.to(base.device), first.up.to(base.device)), ""
+    else:
+        predictor, digest = load_predictor(base)
+        theta = predictor.predict(base.faces([crop.image for crop in crops]))
     seconds["predict"] = time.perf_counter() - start
     identity = describe(base, theta, hypernetwork=digest)
     return _refined(identity, theta, crops, base, config, tell, seconds)

@@ -18,7 +18,7 @@ from hdbcli.errors import HdbError
 from hdbcli.inject import canonical, eject
 from hdbcli.lidb import Theta
 from hdbcli.readers import Reading
-from registry.diffusion import quiet
+from registry.loading import quiet
 
 RUNS_IN = {"fp32": torch.float32, "fp16": torch.float16}
 # Largest |delta - U D| / (|U| |D|): what rounding in a format, of file or pipeline, can do.

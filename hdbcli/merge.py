@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hdbcli import basis
-from hdbcli.checkpoint import DTYPES, Checkpoint, Place, tensor_of
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta
+from hdbcli.places import DTYPES, Checkpoint, Place, tensor_of
 from hdbcli.stream import Item, copy_bytes
 from registry.header import TensorInfo
 from registry.ldm import Renamed, layout_of, rename

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from hdbcli.checkpoint import Checkpoint
 from hdbcli.config import Tell
 from hdbcli.errors import HdbError
 from hdbcli.merge import Merge
+from hdbcli.places import DTYPES, Checkpoint, open_checkpoint
 from hdbcli.stream import Item, write_tensors
 from registry.errors import RegistryError
 from registry.ldm import layout_of
@@ -132,8 +132,13 @@ def with_files(spec: BaseSpec, form: str) -> Iterator[BaseSpec]:
     if spec.files is not None and (form == "single-file" or spec.files.is_dir()):
         yield spec
         return
+    dtype = "float32"
+    if spec.files is not None:
+        checkpoint = open_checkpoint(spec)
+        place = next(iter(checkpoint.places.values()))
+        dtype = str(DTYPES[checkpoint.info(place).dtype]).removeprefix("torch.")
     with tempfile.TemporaryDirectory(prefix="hdb-") as folder:
-        spec.load("cpu", "float32").save(Path(folder))
+        spec.load("cpu", dtype).save(Path(folder))
         yield replace(spec, files=Path(folder))
 
 

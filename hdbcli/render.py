@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hdbcli.inspection import Inspection
     from hdbcli.keep import Verdict
     from hdbcli.readers import Reading
+    from registry.settings import Added
     from registry.spec import BaseSpec
     from registry.store import Entry
     from registry.training import Step
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 STAGES = {
     "crop": "finding the face",
     "load": "loading the base model",
+    "hash": "reading its files",
     "predict": "predicting",
     "refine": "refining",
     "draw": "drawing",
@@ -119,7 +121,7 @@ def facts(values: Mapping[str, object]) -> None:
         say(f"{key.ljust(width)}  {'-' if value is None else value}")
 
 
-def created_facts(name: str, path: str, size: int, created: Created) -> dict[str, Any]:
+def created_facts(name: str, path: str, size: int, dtype: str, created: Created) -> dict[str, Any]:
     """Return what `hdb new --json` prints."""
     identity = created.identity
     return {
@@ -128,6 +130,7 @@ def created_facts(name: str, path: str, size: int, created: Created) -> dict[str
         "numbers": identity.numbers,
         "bytes": size,
         "rank": identity.rank,
+        "dtype": dtype,
         "seconds": {key: round(value, 3) for key, value in created.seconds.items()},
         "loss": {"start": created.loss_start, "end": created.loss_end},
         "likeness": identity.likeness,
@@ -143,7 +146,7 @@ def show_created(values: Mapping[str, Any]) -> None:
         {
             "identity": f"{values['name']} (on {values['base']}, rank {values['rank']})",
             "numbers": f"{values['numbers']:,}",
-            "bytes": f"{values['bytes']:,}",
+            "bytes": f"{values['bytes']:,} ({values['dtype']})",
             "seconds": ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()),
             "loss": f"{loss['start']:.4f} before, {loss['end']:.4f} after",
             "likeness": f"{values['likeness']:.2f} (the base's own: {values['base_likeness']:.2f})",
@@ -164,8 +167,9 @@ def show_entries(entries: Sequence[Entry]) -> None:
     table(("name", "base", "bytes", "rank", "created"), rows)
 
 
-def base_facts(spec: BaseSpec, source: str) -> dict[str, Any]:
+def base_facts(spec: BaseSpec, source: str, added: Added | None) -> dict[str, Any]:
     """Return what `hdb base show --json` prints."""
+    where = {k: getattr(added, k, None) for k in ("path", "origin", "prediction", "digest")}
     return {
         "name": spec.name,
         "family": spec.family,
@@ -178,7 +182,10 @@ def base_facts(spec: BaseSpec, source: str) -> dict[str, Any]:
         "identifier": spec.identifier,
         "targets": {component: list(patterns) for component, patterns in spec.targets.items()},
         "hypernetwork": bool(spec.hypernetwork and spec.hypernetwork.exists()),
+        "budget": spec.budget,
         "source": source,
+        **where,  # null where the base came with a package
+        "bytes": sum(mark.bytes for mark in added.files.values()) if added else None,
     }
 
 

@@ -1,27 +1,28 @@
-"""The backbone of Stable Diffusion 1.x and 2.x layouts: one diffusers pipeline spoken to in hdb's
-language."""
+"""The backbone of Stable Diffusion: one diffusers pipeline spoken to in hdb's language.
+
+Families differ in how prompts become what the UNet reads, `condition`, and in nothing else here.
+"""
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from registry.errors import RegistryError
 from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 # What a command line calls a scheduler, and what diffusers does.
 SCHEDULERS = {
@@ -33,20 +34,53 @@ SCHEDULERS = {
 }
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What the UNet reads beside latents and times."""
+
+    states: Tensor  # (B, T, width)
+    added: dict[str, Tensor] | None = None
+
+
+# (pipeline, prompts, pixels (H, W)) -> conditions, with gradients to the text encoders' residuals
+Condition: TypeAlias = Callable[["Pipeline", Sequence[str], tuple[int, int]], Conditions]
+
+
+def tokens(pipeline: Pipeline, suffix: str, prompts: Sequence[str]) -> Tensor:
+    """Return the token numbers (B, T) of prompts for the text encoder of that suffix."""
+    tokenizer = getattr(pipeline, f"tokenizer{suffix}")
+    ids = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    return ids.to(pipeline.device)
+
+
+def last_states(pipeline: Pipeline, prompts: Sequence[str], _pixels: tuple[int, int]) -> Conditions:
+    """Read the text encoder's last states, as Stable Diffusion 1.x and 2.x do."""
+    return Conditions(pipeline.text_encoder(tokens(pipeline, "", prompts)).last_hidden_state)
+
+
 @dataclass(frozen=True, eq=False)
 class StableDiffusion:
     """A loaded pipeline as a `Backbone`."""
 
-    pipeline: StableDiffusionPipeline
+    pipeline: Pipeline
+    condition: Condition = last_states
 
     @property
     def components(self) -> Mapping[str, nn.Module]:
-        return {"unet": self.pipeline.unet, "text_encoder": self.pipeline.text_encoder}
+        names = ("unet", "text_encoder", "text_encoder_2")
+        return {n: getattr(self.pipeline, n) for n in names if hasattr(self.pipeline, n)}
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        encoded = vae.encode(images.to(vae.device, vae.dtype))
+        with _exact(vae):
+            encoded = vae.encode(images.to(vae.device, vae.dtype))
         distribution = getattr(encoded, "latent_dist", None)
         latents = encoded.latents if distribution is None else distribution.mode()
         return latents.float() * vae.config.scaling_factor
@@ -54,7 +88,9 @@ class StableDiffusion:
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> np.ndarray:
         vae = self.pipeline.vae
-        decoded = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+        with _exact(vae):
+            scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+            decoded = vae.decode(scaled).sample
         pictures = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return pictures.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -65,28 +101,28 @@ class StableDiffusion:
         a = signal[steps].sqrt().view(-1, 1, 1, 1)
         s = (1 - signal[steps]).sqrt().view(-1, 1, 1, 1)
         noisy = (a * latents + s * noise).to(self.pipeline.unet.dtype)
-        predicted = self.pipeline.unet(noisy, steps, self.encode_prompts(prompts)).sample
+        height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[-2:])
+        read = self.condition(self.pipeline, prompts, (height, width))
+        predicted = self.pipeline.unet(
+            noisy, steps, read.states, added_cond_kwargs=read.added
+        ).sample
         velocity = scheduler.config.prediction_type == "v_prediction"
         target = a * noise - s * latents if velocity else noise
         return F.mse_loss(predicted.float(), target, reduction="none").mean((1, 2, 3))
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Return the text encoder's states (B, T, width), with gradients to its residuals."""
-        tokenizer = self.pipeline.tokenizer
-        ids = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return self.pipeline.text_encoder(ids.to(self.pipeline.device)).last_hidden_state
-
     def token_embeddings(self, word: str) -> list[tuple[nn.Embedding, int]]:
-        ids = self.pipeline.tokenizer(word, add_special_tokens=False).input_ids
-        if len(ids) != 1:
-            raise RegistryError(f"{word!r} is {len(ids)} tokens of this model; give a word of one")
-        return [(self.pipeline.text_encoder.get_input_embeddings(), ids[0])]
+        found = []
+        for name in self.components:
+            if name.startswith("text_encoder"):
+                tokenizer = getattr(self.pipeline, name.replace("text_encoder", "tokenizer"))
+                ids = tokenizer(word, add_special_tokens=False).input_ids
+                if len(ids) != 1:
+                    raise RegistryError(
+                        f"{word!r} is {len(ids)} tokens of this model; give a word of one"
+                    )
+                encoder = getattr(self.pipeline, name)
+                found.append((encoder.get_input_embeddings(), ids[0]))
+        return found
 
     @torch.no_grad()
     def sample(
@@ -113,7 +149,8 @@ class StableDiffusion:
                 width=side,
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance,
-                negative_prompt=[settings.negative] * len(prompts),
+                # None where there is none: Stable Diffusion XL then reads zeros, not "".
+                negative_prompt=[settings.negative] * len(prompts) if settings.negative else None,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="np",
                 callback_on_step_end=told,
@@ -143,51 +180,17 @@ class StableDiffusion:
         return size
 
 
-def load_folder(folder: Path, device: str, dtype: str) -> StableDiffusion:
-    """Load a diffusers folder, from its files alone; RegistryError if they are missing or
-    damaged."""
-    with quiet():
-        from diffusers import StableDiffusionPipeline
-
-        try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                safety_checker=None,
-                requires_safety_checker=False,
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise RegistryError(
-                f"the model in {folder} is missing or damaged ({error}); install it again"
-            ) from error
-        pipeline.to(device, getattr(torch, dtype))
-    pipeline.unet.eval()
-    pipeline.text_encoder.eval()
-    return StableDiffusion(pipeline)
-
-
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' bars and advice off the terminal while a model loads; errors still
-    raise."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import diffusers.utils.logging as diffusers_log
-    import transformers.utils.logging as transformers_log
-
-    logs = (diffusers_log, transformers_log)
-    levels = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
+def _exact(vae: Any) -> Iterator[None]:
+    """Run an autoencoder that overflows in float16 in float32."""
+    half = vae.dtype == torch.float16 and vae.config.force_upcast
+    if half:
+        vae.float()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
+        yield
     finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.set_verbosity(level)
-            log.enable_progress_bar()
+        if half:
+            vae.half()
 
 
 def _scheduler(name: str, config: Mapping[str, Any]) -> Any:

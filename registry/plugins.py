@@ -1,5 +1,7 @@
 """Find base models and metrics through one door, an entry-point group each, for built-ins too.
 
+Base models that the user added join them there.
+
 An entry point's value is a function that takes `register`, itself a function of one `BaseSpec` (or
 `MetricSpec`, in the group `hdb.metrics`):
 
@@ -18,6 +20,7 @@ import re
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
+from registry.added import added_bases
 from registry.errors import RegistryError
 from registry.metric import MetricSpec
 from registry.spec import BaseSpec
@@ -25,6 +28,7 @@ from registry.spec import BaseSpec
 Spec = TypeVar("Spec", BaseSpec, MetricSpec)
 
 GROUPS = {BaseSpec: ("hdb.models", "base model"), MetricSpec: ("hdb.metrics", "metric")}
+ADDED = "hdb base add"  # the source of what the user added
 DISTRIBUTION = "hyperdreambooth"  # entry points of this distribution are built in
 
 
@@ -87,8 +91,15 @@ class Registry(Generic[Spec]):
 
 
 def load_registry() -> Registry[BaseSpec]:
-    """Discover every base model; what fails becomes one line in `problems`."""
-    return _discover(Registry(BaseSpec))
+    """Discover every base model, and those that the user added; what fails becomes one line in
+    `problems`."""
+    registry = _discover(Registry(BaseSpec))
+    for found in added_bases():
+        if isinstance(found, str):
+            registry.problems.append(found)
+        else:
+            registry.register(found, ADDED)
+    return registry
 
 
 def load_metrics() -> Registry[MetricSpec]:

@@ -38,6 +38,10 @@ class SampleSettings:
     scheduler: str | None = None  # None is the scheduler of the base
 
 
+def _unchanged() -> None:
+    """Trust the files of a base that ships in a package."""
+
+
 class Backbone(Protocol):
     """A loaded base model, in the one language that training and sampling speak."""
 
@@ -98,6 +102,8 @@ class BaseSpec:
     hypernetwork: Path | None
     load: Callable[[str, str], Backbone]  # (device, dtype name); imports torch only when called
     files: Path | None = None  # the diffusers folder or single file behind it, which merging copies
+    check: Callable[[], None] = _unchanged  # raises RegistryError if those files have changed
+    budget: int = 120_000  # bytes that an identity may have by default
 
     def __post_init__(self) -> None:
         """Raise RegistryError for a spec that could not work."""
@@ -107,7 +113,7 @@ class BaseSpec:
             value = getattr(self, field)
             if not isinstance(value, str) or not value.strip():
                 raise RegistryError(f"base model {self.name}: {field} is {value!r}; give a word")
-        for field, low in (("a", 1), ("b", 1), ("resolution", 1), ("basis_seed", 0)):
+        for field, low in (("a", 1), ("b", 1), ("resolution", 1), ("basis_seed", 0), ("budget", 1)):
             value = getattr(self, field)
             if not isinstance(value, int) or value < low:
                 raise RegistryError(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from cutdown import Narrow
+
     from hdbcli.base import Base
 
 # Set before anything imports torch or a hub client, and inherited by the commands that tests start.
@@ -62,3 +64,17 @@ def tiny() -> Iterator[Base]:
     from registry.plugins import load_registry
 
     yield load_base(load_registry().get("tiny"), "cpu")
+
+
+@pytest.fixture(scope="session")
+def _narrow(tmp_path_factory: pytest.TempPathFactory) -> Narrow:
+    from cutdown import Narrow
+
+    return Narrow(tmp_path_factory.mktemp("narrow"))
+
+
+@pytest.fixture
+def narrow(_narrow: Narrow, monkeypatch: pytest.MonkeyPatch) -> Narrow:
+    """Give the test cut-down checkpoints, and let single files be read as narrow as they are."""
+    monkeypatch.setattr("registry.families.CONFIGS", _narrow.configs)
+    return _narrow

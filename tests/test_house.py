@@ -266,7 +266,7 @@ def test_the_wheel_holds_code_and_data() -> None:
     shipped = {file.relative_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
     data = {
         name_of(path)
-        for folder in ("hdbcli/assets", "registry/tiny")
+        for folder in ("hdbcli/assets", "registry/configs", "registry/tiny")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
@@ -278,8 +278,9 @@ def test_the_wheel_holds_code_and_data() -> None:
 
 def test_notice_names_every_asset_of_others() -> None:
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
-    assets = [path.name for path in (ROOT / "hdbcli" / "assets").iterdir() if path.is_file()]
-    assert assets
+    folders = (ROOT / "hdbcli" / "assets", ROOT / "registry" / "configs")
+    assets = [path.name for folder in folders for path in folder.iterdir() if path.is_file()]
+    assert "clip_merges.txt.gz" in assets
     assert not [name for name in assets if name not in notice]
 
 

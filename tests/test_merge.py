@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from hdbcli import merge_out
 from hdbcli.basis import down_basis, up_basis
-from hdbcli.checkpoint import Checkpoint, open_checkpoint
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta, first_theta
 from hdbcli.merge import Merge
+from hdbcli.places import Checkpoint, open_checkpoint
 from registry.errors import RegistryError
 from registry.header import read_header
 from registry.ldm import layout_of, rename

@@ -106,6 +106,7 @@ def tensor_of(data: bytearray, info: TensorInfo) -> Tensor:
 
 def open_checkpoint(spec: BaseSpec) -> Checkpoint:
     """Read the headers of a base's files and find its targets; HdbError if some are missing."""
+    spec.check()
     root = spec.files
     if root is None:
         raise HdbError(f"base model {spec.name} names no files to copy; ask who made its plug-in")

@@ -1,0 +1,130 @@
+"""Load a checkpoint as a backbone, from its files alone: a diffusers folder or a single file."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from registry.diffusion import StableDiffusion, last_states
+from registry.errors import RegistryError
+from registry.sdxl import two_encoders
+
+if TYPE_CHECKING:
+    from registry.families import Family
+
+
+def load_folder(folder: Path, device: str, dtype: str, double: bool = False) -> StableDiffusion:
+    """Load a diffusers folder, `double` for Stable Diffusion XL; RegistryError if files are missing
+    or damaged."""
+    with _reading(folder):
+        pipeline = _class(double).from_pretrained(
+            folder,
+            torch_dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            **_no_checker(double),
+        )
+    return _backbone(pipeline, folder, device, dtype, double)
+
+
+def load_single(
+    file: Path, family: Family, prediction: str, device: str, dtype: str
+) -> StableDiffusion:
+    """Load an original single file with the family's configuration and CLIP's tokenizer, which
+    ship; RegistryError if it does not fit or is damaged."""
+    from registry.vocabulary import clip_tokenizer
+
+    names = ("tokenizer", "tokenizer_2")
+    tokenizers = {n: clip_tokenizer(pad) for n, pad in zip(names, family.pads, strict=False)}
+    with _reading(file):
+        pipeline = _class(family.double).from_single_file(
+            file,
+            config=str(family.configs(prediction)),
+            torch_dtype=getattr(torch, dtype),
+            local_files_only=True,
+            **tokenizers,
+            **_no_checker(family.double),
+        )
+    schedule = pipeline.scheduler
+    if schedule.config.prediction_type != prediction:
+        pipeline.scheduler = schedule.from_config(schedule.config, prediction_type=prediction)
+    return _backbone(pipeline, file, device, dtype, family.double)
+
+
+def _class(double: bool) -> Any:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    return StableDiffusionXLPipeline if double else StableDiffusionPipeline
+
+
+def _no_checker(double: bool) -> dict[str, Any]:
+    return {} if double else {"safety_checker": None, "requires_safety_checker": False}
+
+
+def _backbone(
+    pipeline: Any, source: Path, device: str, dtype: str, double: bool
+) -> StableDiffusion:
+    """Check that every weight was there, and move the pipeline where it is wanted."""
+    backbone = StableDiffusion(pipeline, two_encoders if double else last_states)
+    for name, module in {**backbone.components, "vae": pipeline.vae}.items():
+        missing = [key for key, value in module.named_parameters() if value.is_meta]
+        if missing:
+            raise RegistryError(
+                f"{source} lacks {len(missing)} tensors of {name}, such as {missing[0]}; download "
+                "the model in full"
+            )
+        module.eval()
+    with quiet():
+        pipeline.to(device, getattr(torch, dtype))
+    return backbone
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Turn what the libraries raise for a bad model into one line; keep their advice off the
+    terminal."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    bad = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
+    try:
+        with quiet():
+            yield
+    except NotImplementedError as error:  # moved from the meta device, where nothing was read
+        raise RegistryError(
+            f"{source} lacks tensors that the model needs; download it in full"
+        ) from error
+    except bad as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RegistryError(
+            f"the model in {source} is missing or damaged ({reason}); install it again"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' bars and advice off the terminal while a model loads; errors still
+    raise."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import diffusers.utils.logging as diffusers_log
+    import transformers.utils.logging as transformers_log
+
+    logs = (diffusers_log, transformers_log)
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
+            log.enable_progress_bar()
