@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from registry.errors import RegistryError
 
@@ -82,6 +82,19 @@ class Backbone(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the model as it is now, residuals fused or not, as a diffusers folder."""
+
+
+@runtime_checkable
+class Frugal(Protocol):
+    """What a backbone may offer beside, for little memory; one that does not works as it always
+    does."""
+
+    def save_memory(self, recompute: bool) -> None:
+        """From now on decode picture by picture, and with `recompute` compute what the backward
+        pass needs again instead of keeping it (gradient checkpointing)."""
+
+    def free_autoencoder(self) -> None:
+        """Let go of the autoencoder until something is encoded or decoded again."""
 
 
 @dataclass(frozen=True)
