@@ -26,6 +26,7 @@ from hdbcli.cli_options import (
     Force,
     Identity,
     Json,
+    Memory,
     More,
     Optimizer,
     Photo,
@@ -37,6 +38,7 @@ from hdbcli.cli_options import (
     open_on,
     spec_of,
     wear,
+    within_memory,
 )
 from hdbcli.cli_store import cp, gc, import_identity, mv, rm, verify
 from hdbcli.cli_train import train_app
@@ -51,6 +53,7 @@ from registry.spec import SampleSettings
 if TYPE_CHECKING:
     from hdbcli.base import Base
     from hdbcli.create import Created
+    from hdbcli.memory import MemoryPlan
     from registry.spec import BaseSpec
 
 
@@ -93,6 +96,7 @@ def new(
     optimizer: Optimizer = RefineConfig.optimizer,
     force: Force = False,
     device: Device = None,
+    memory: Memory = "auto",
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
@@ -106,7 +110,7 @@ def new(
 
     wanted = partial(settle, steps=steps, rank=rank, seed=seed, optimizer=optimizer)
     spec, photos = spec_of(base), [photo, *(more or [])]
-    created = _make(spec, device, photos, face, None if no_refine else wanted)
+    created = _make(spec, device, memory, photos, face, None if no_refine else wanted)
     _store(created, name, path, spec.budget, as_json)
 
 
@@ -122,6 +126,7 @@ def refine(
     face: FaceNumber = None,
     optimizer: Optimizer = RefineConfig.optimizer,
     device: Device = None,
+    memory: Memory = "auto",
     as_json: Json = False,
 ) -> None:
     """Give an existing identity more iterations on a photo; its file is replaced at the end."""
@@ -132,7 +137,7 @@ def refine(
     config = RefineConfig(steps, rank or identity.rank, seed=seed, optimizer=optimizer)
     photos = [photo, *(more or [])]
     spec = spec_of(base or identity.base)
-    created = _make(spec, device, photos, face, lambda _: config, identity)
+    created = _make(spec, device, memory, photos, face, lambda _: config, identity)
     _store(created, path.stem, path, spec.budget, as_json)
 
 
@@ -156,6 +161,7 @@ def gen(
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
     device: Device = None,
+    memory: Memory = "auto",
     out: Annotated[Path | None, typer.Option("-o", help="A folder, or one .png file.")] = None,
     grid: Annotated[
         bool, typer.Option("--grid", help="Save a contact sheet too; with -o FILE.png, only that.")
@@ -168,6 +174,7 @@ def gen(
     people are drawn in one pass, each with the same seeds.
     """
     from hdbcli import sample
+    from hdbcli.identity import load
 
     first = int.from_bytes(os.urandom(4), "big") if seed is None else seed
     settings = SampleSettings(steps, guidance, negative, size, scheduler)
@@ -175,23 +182,26 @@ def gen(
     jobs = [(path.stem, first + i) for path in paths for i in range(count)]
     names, seeds = [name for name, _ in jobs], [number for _, number in jobs]
     targets = sample.plan_outputs(out, [f"{name}-{number}" for name, number in jobs], grid)
-    loaded, people = wear(paths, base, device)
-    if "[V]" not in prompt:
-        render.note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
-    theta = people.scaled(strength)
-    if len(paths) > 1:  # each wears their own; one person alone serves all pictures
-        theta = theta[[i for i in range(len(paths)) for _ in range(count)]]
-    with render.progress() as tell:
-        pictures = sample.generate(loaded, theta, prompt, seeds, settings, tell)
-    saved = sample.save_all(pictures, names, targets, prompt, settings, loaded.spec.name, strength)
+    spec = spec_of(base or load(paths[0]).base)
+
+    def draw(plan: MemoryPlan) -> list[sample.Picture]:
+        loaded, people = wear(paths, spec.name, device, plan)
+        if "[V]" not in prompt:
+            render.note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
+        theta = people.scaled(strength)
+        if len(paths) > 1:  # each wears their own; one person alone serves all pictures
+            theta = theta[[i for i in range(len(paths)) for _ in range(count)]]
+        with render.progress() as tell:
+            return sample.generate(loaded, theta, prompt, seeds, settings, tell)
+
+    work = sample.work_of(len(seeds), size or spec.resolution)
+    pictures = within_memory(spec, device, memory, work, draw)
+    saved = sample.save_all(pictures, names, targets, prompt, settings, spec.name, strength)
     if as_json:
         label = ",".join(path.stem for path in paths)
-        render.document({"name": label, "base": loaded.spec.name, "prompt": prompt, **saved})
-        return
-    for picture in saved["pictures"]:
-        render.say(f"{picture['path'] or 'in the sheet'}  seed {picture['seed']}")
-    if saved["grid"]:
-        render.say(saved["grid"])
+        render.document({"name": label, "base": spec.name, "prompt": prompt, **saved})
+    else:
+        render.show_pictures(saved)
 
 
 @app.command("list")
@@ -241,6 +251,7 @@ def _ask_consent(yes: bool) -> None:
 def _make(
     spec: BaseSpec,
     device: str | None,
+    memory: str,
     photos: list[Path],
     face: int | None,
     config: Callable[[Base], RefineConfig] | None,
@@ -251,24 +262,30 @@ def _make(
     `config` may depend on the base; None keeps the prediction.
     """
     from hdbcli import create
+    from hdbcli.memory import Work
 
     start = time.perf_counter()
     with render.progress() as tell:
         crops = create.crop_photos(photos, spec, face, tell)
-        cropped = time.perf_counter() - start
-        tell("load", 0, 1)
-        loaded = open_on(spec.name, device)
-        settled = config and config(loaded)
-        if identity is not None and settled:
-            created = create.continue_refining(identity, crops, loaded, settled, tell)
-        else:
+    cropped = time.perf_counter() - start
+
+    def make(plan: MemoryPlan) -> Created:
+        with render.progress() as tell:
+            tell("load", 0, 1)
+            loaded = open_on(spec.name, device, plan=plan)
+            settled = config and config(loaded)
+            if identity is not None and settled:
+                return create.continue_refining(identity, crops, loaded, settled, tell)
             if settled and spec.hypernetwork is None:
                 render.note(
                     f"hint: {spec.name} has no hypernetwork, so this starts from nobody and takes "
                     f"{settled.steps} iterations; once hdb train hypernetwork has made one: "
                     f"hdb base set-hypernetwork {spec.name} FILE"
                 )
-            created = create.create(crops, loaded, settled, tell)
+            return create.create(crops, loaded, settled, tell)
+
+    work = Work(RefineConfig.batch, spec.resolution, trains=config is not None)
+    created = within_memory(spec, device, memory, work, make)
     total = time.perf_counter() - start
     return replace(created, seconds={"crop": cropped, **created.seconds, "total": total})
 
