@@ -91,10 +91,10 @@ class Choice:
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.5625}
 LATENT = 8  # pixels of a latent position's side, in every family
 SHARE = 0.9  # of the free memory that a plan may take: the rest is for what is not counted
-# Numbers of working memory, for a latent position and channel of the UNet's first layer: measured
-# on Stable Diffusion 1.5's shape at 512 px, where a second sample costs as much as the first.
-KEPT, RECOMPUTED, DRAWN = 1500, 250, 100
-DECODED = 700  # numbers for a pixel of a picture that the autoencoder decodes
+# Numbers of working memory for a sample, latent position and channel of the UNet's first layer:
+# peaks of Stable Diffusion 1.5's shape at 512 px, in bfloat16 on a CPU, were 419, 230 and 79.
+KEPT, RECOMPUTED, DRAWN = 450, 250, 100
+DECODED = 1350  # numbers for a pixel of a picture that its autoencoder decodes, likewise
 OVERHEAD = 5e8  # bytes: libraries, the device's context, the bases of the targets
 
 
