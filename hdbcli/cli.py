@@ -16,7 +16,7 @@ import typer
 from hdbcli import __version__, render
 from hdbcli.cli_algebra import compose, export, inspect, relax, shrink
 from hdbcli.cli_bases import base_app
-from hdbcli.cli_measure import compare, score
+from hdbcli.cli_measure import bench, compare, score
 from hdbcli.cli_merge import merge
 from hdbcli.cli_options import (
     BaseName,
@@ -222,7 +222,7 @@ def show(identity: Identity, as_json: Json = False) -> None:
         render.facts(summary)
 
 
-for command in (merge, inspect, relax, shrink, compose, export, score, compare):
+for command in (merge, inspect, relax, shrink, compose, export, score, compare, bench):
     app.command()(command)
 app.command("import")(import_identity)  # a word that Python keeps for itself
 for keeping in (cp, mv, rm, verify, gc):
