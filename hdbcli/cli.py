@@ -16,6 +16,7 @@ import typer
 from hdbcli import __version__, render
 from hdbcli.cli_algebra import compose, export, inspect, relax, shrink
 from hdbcli.cli_bases import base_app
+from hdbcli.cli_doctor import doctor
 from hdbcli.cli_measure import compare, score
 from hdbcli.cli_merge import merge
 from hdbcli.cli_options import (
@@ -193,9 +194,9 @@ def gen(
     saved = sample.save_all(
         pictures, names, targets, prompt, settings, loaded.spec.name, strength, more
     )
-    known = {"name": ",".join(path.stem for path in paths), "base": loaded.spec.name}
-    known |= {"prompt": prompt, "loras": [each.facts() for each in stacked]}
-    _show_drawn({**known, **saved}, as_json)
+    values = {"name": ",".join(path.stem for path in paths), "base": loaded.spec.name, **saved}
+    values |= {"prompt": prompt, "loras": [each.facts() for each in stacked]}
+    _show_drawn(values, as_json)
 
 
 @app.command("list")
@@ -229,7 +230,7 @@ def show(identity: Identity, as_json: Json = False) -> None:
 for command in (merge, inspect, relax, shrink, compose, export, score, compare):
     app.command()(command)
 app.command("import")(import_identity)  # a word that Python keeps for itself
-for keeping in (cp, mv, rm, verify, gc):
+for keeping in (cp, mv, rm, verify, gc, doctor):
     app.command()(keeping)
 app.add_typer(base_app, name="base")
 app.add_typer(train_app, name="train")
