@@ -32,9 +32,10 @@ from registry.ldm import LAYOUTS, UNET, rename
 
 LARGEST = 2**34  # bytes of a file; a LoRA of Stable Diffusion XL has up to 2e9
 SHORTS = {"unet": ("unet",), "text_encoder": ("te", "te1"), "text_encoder_2": ("te2",)}
-# What follows the name of a layer -> which part it is; the last are diffusers' of old.
+# What follows the name of a layer -> which part it is; diffusers' of old and PEFT's own too.
 PARTS = COMFY | {".lora.down.weight": "down", ".lora.up.weight": "up"}
 PARTS |= {".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up"}
+PARTS |= {".lora_A.default.weight": "down", ".lora_B.default.weight": "up"}
 NOT_PLAIN = re.compile(r"\.(hada_|lokr_|oft_|dora_scale|lora_mid|lora_magnitude)")
 ADAPTER = "lora_adapter_metadata"  # where diffusers keeps the alpha that its keys do not have
 
@@ -186,7 +187,8 @@ def _add(base: Base, lora: Lora, layers: Mapping[str, Layer]) -> Stacked:
 
 def _delta(lora: Lora, stem: str, parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
     """Return what one layer gets, in float32 and of its shape; HdbError where that cannot be."""
-    lacking = [part for part in ("down", "up") if part not in parts or parts[part].dim() < 2]
+    none = torch.zeros(0)
+    lacking = [p for p in ("down", "up") if (t := parts.get(p, none)).dim() < 2 or not t.numel()]
     if lacking:
         raise HdbError(f"{lora.path} is damaged: {stem} has no {lacking[0]} matrix; get it again")
     down, up = (parts[part].to(weight.device).float().flatten(1) for part in ("down", "up"))

@@ -80,10 +80,7 @@ def test_a_sound_installation(added: Path, tmp_path: Path) -> None:
     assert by_name["cpu"]["threads"] >= 1 and by_name["memory"]["total"] > 2**30
     assert by_name["tiny"]["predicts"] and by_name["tiny"]["default"]
     assert not by_name["mine"]["predicts"] and "unchanged" in by_name["mine"]["found"]
-    assert (
-        by_name["registry.tiny"]["offers"] == ["base model tiny", "metric in-domain-clip"]
-        or (by_name["registry.tiny"]["offers"])
-    )
+    assert ["base model tiny"] in [check["offers"] for check in found["plug-ins"]]
     assert by_name["identities"]["identities"] == 0
     assert by_name["HDB_HOME"]["value"] == str(store.root())
 
