@@ -52,8 +52,10 @@ VARIABLES = {
     "WORLD_SIZE": "of accelerate launch",
 }
 
-# Probes say one JSON line a finding. A file of the working folder is not what they ask for.
+# Probes say one JSON line a finding, and that they came to their end. A file of the working folder
+# is not what they ask for.
 _START = "import sys; sys.path[:] = [p for p in sys.path if p]; import importlib, json\n"
+_END = "\nprint(json.dumps({'done': True}))"
 _LIBRARIES = """
 for name in sys.argv[1:]:
     try:
@@ -168,7 +170,7 @@ def eight_bit(seconds: float = SECONDS) -> Check:
 
 def probe(code: str, *words: str, seconds: float = SECONDS) -> tuple[dict[str, Any], str | None]:
     """Run Python code in a process of its own; return what it told, and how it failed if it did."""
-    command = [sys.executable, "-c", _START + code, *words]
+    command = [sys.executable, "-c", _START + code + _END, *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -180,7 +182,7 @@ def probe(code: str, *words: str, seconds: float = SECONDS) -> tuple[dict[str, A
         with suppress(ValueError):  # a library says something of its own
             value = json.loads(line)
             told |= value if isinstance(value, dict) else {}
-    if done.returncode == 0:
+    if told.pop("done", False):
         return told, None
     if done.returncode < 0:
         number = -done.returncode

@@ -27,7 +27,9 @@ from hdbcli.errors import HdbError
 from hdbcli.identity import save
 from hdbcli.lidb import Theta, first_theta
 from registry import store
+from registry.diffusion import _scheduler
 from registry.plugins import load_registry
+from registry.spec import SampleSettings
 from registry.tiny import WEIGHTS
 
 PROMPT = ("a [V] face", "-n", 1, "--seed", 3, "--steps", 4)
@@ -59,7 +61,7 @@ def people(tiny: Base, hdb_home: Path) -> None:
         first = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b, 2)
         generator = torch.Generator().manual_seed(seed)
         down = first.down + 0.1 * torch.randn(first.down.shape, generator=generator)
-        theta = Theta(down, 0.2 * torch.randn(first.up.shape, generator=generator))
+        theta = Theta(down, 0.4 * torch.randn(first.up.shape, generator=generator))
         save(describe(tiny, theta, ""), store.path_of(name), "fp32")
 
 
@@ -91,8 +93,16 @@ def test_few_steps_and_what_is_recorded(people: None, tmp_path: Path) -> None:
     text = Image.open(out).text["parameters"]
     assert f'Lora hashes: "few: {said["hash"]}", Loras: few 0.8' in text
     assert "Sampler: lcm" in text and len(said["hash"]) == 12
-    ok("gen", "bob", "a [V] face", "-n", 1, "--steps", 60, "--scheduler", "lcm", "-o", out)
+    draw(out, "bob", *PROMPT)
     assert "Lora" not in Image.open(out).text["parameters"]
+
+
+def test_lcm_takes_more_steps_than_it_was_distilled_on(tiny: Base) -> None:
+    config = tiny.backbone.pipeline.scheduler.config
+    for steps in (4, 60):
+        schedule = _scheduler(SampleSettings(steps, scheduler="lcm"), config)
+        schedule.set_timesteps(steps)
+        assert len(schedule.timesteps) == steps
 
 
 def random(shape: tuple[int, ...], seed: int) -> Tensor:
