@@ -106,8 +106,8 @@ def examine(seconds: float = SECONDS) -> Iterator[Check]:
     """Look at everything, one thing after the other; nothing that is broken stops it."""
     yield Check("versions", "hdb", __version__)
     yield Check("versions", "python", platform.python_version())
-    yield from libraries(seconds)
-    yield eight_bit(seconds)
+    tried = [*libraries(seconds), eight_bit(seconds)]
+    yield from sorted(tried, key=lambda check: check.section == "devices")
     registry, metrics = load_registry(), load_metrics()
     yield from bases(registry)
     yield from plugins(registry, metrics)
@@ -140,7 +140,7 @@ def libraries(seconds: float = SECONDS) -> Iterator[Check]:
     for device in told.get("devices", []):
         name, model = device.pop("name"), device.get("model", "")
         words = [model] if model else []
-        words += [f"{device['threads']} threads"] if "threads" in device else []
+        words += [f"threads: {device['threads']}"] if "threads" in device else []
         words += [_room(device.get("free"), device["total"])] if "total" in device else []
         yield Check("devices", name, ", ".join(words), facts=device)
 
@@ -254,7 +254,7 @@ def the_store() -> Check:
     disk = shutil.disk_usage(above)
     facts |= {"identities": len(entries), "bytes": size, "problems": problems}
     facts |= {"temporary": len(left), "free": disk.free, "total": disk.total}
-    found = f"{len(entries)} of {size:,} bytes in {root}; disk {_room(disk.free, disk.total)}"
+    found = f"{len(entries)}, {size:,} bytes in {root}; disk {_room(disk.free, disk.total)}"
     if left:
         found += f"; {len(left)} temporary files of killed runs, see hdb gc"
     if problems:

@@ -56,6 +56,12 @@ def added(hdb_home: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def quick(fake: Fake) -> None:
+    """Leave out what takes seconds to import, where a test is about something else."""
+    for name in ("diffusers", "transformers"):
+        fake(name, "")
+
+
 def break_plugin(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Install a distribution whose plug-in cannot be imported."""
     info = site / "torn-1.5.dist-info"
@@ -89,6 +95,7 @@ def test_what_hdb_can_do_without_is_a_warning(
     added: Path, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake("bitsandbytes", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    quick(fake)
     break_plugin(tmp_path / "site", monkeypatch)
     shutil.rmtree(added)
     (store.folder()).mkdir(parents=True)
@@ -106,7 +113,8 @@ def test_what_hdb_can_do_without_is_a_warning(
 
 def test_what_hdb_needs_is_broken(hdb_home: Path, fake: Fake) -> None:
     fake("cv2", "raise ImportError('libGL.so.1: cannot open shared object file')\n")
-    fake("bitsandbytes", "raise SystemExit(0)\n")  # fast: it is not what this is about
+    fake("bitsandbytes", "raise SystemExit(0)\n")
+    quick(fake)
     result = hdb("doctor", "--json")
     assert result.exit_code == 1
     assert result.stderr == "error: hdb needs what is broken: opencv-python-headless\n"

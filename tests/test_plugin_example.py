@@ -9,12 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hatchling.builders.wheel import WheelBuilder
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from hdbcli import doctor
+from hdbcli.base import Base, load_base, theta_for
 from hdbcli.cli import app
+from hdbcli.create import describe
+from hdbcli.identity import load, save
+from hdbcli.lidb import first_theta
 from registry import store
 from registry.plugins import load_registry
 
@@ -57,6 +63,8 @@ def test_it_is_found_only_where_it_is_installed(
     assert found.problems == [] and found.get("example").family == "example-dit"
     assert found.source("example") == "hdb_example:register (hdb-example 0.1.0)"
     assert "example  " in ok("base", "list").stdout
+    (seen,) = [check for check in doctor.bases(found) if check.name == "example"]
+    assert seen.state == doctor.OK and "without a hypernetwork" in seen.found
     assert json.loads(ok("base", "show", "example", "--json").stdout)["hypernetwork"] is False
 
 
@@ -94,15 +102,37 @@ def test_the_other_commands(installed: None, astronaut: Path, tmp_path: Path) ->
     ):
         result = hdb("gen", "eve", *words, *more)
         assert result.exit_code == 1 and says in result.stderr
-    result = hdb("merge", "eve", "--out", tmp_path / "merged")
-    assert result.exit_code == 1 and "names no files" in result.stderr
 
 
-def test_identities_of_another_family_are_refused(installed: None, astronaut: Path) -> None:
-    ok("new", astronaut, "tim", "--no-refine")
+def test_merging_copies_it(
+    installed: None, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ok("new", astronaut, "eve", "--base", "example", "--steps", 3)
+    merged = tmp_path / "merged"
+    ok("merge", "eve", "--out", merged)
+    base = load_base(load_registry().get("example"), "cpu")
+    theta, _ = theta_for(base, load(store.path_of("eve")))
+    weights = {
+        part: load_file(merged / part / "model.safetensors") for part in ("denoiser", "words")
+    }
+    with base.injected.wearing(theta):
+        for name, layer in base.injected.layers.items():
+            part, _, path = name.partition(".")
+            expected = layer.base.weight + layer.delta()
+            torch.testing.assert_close(weights[part][f"{path}.weight"], expected)
+    assert json.loads((merged / "model_index.json").read_text()).keys() > weights.keys()
+    monkeypatch.setattr(type(base.backbone), "save", lambda self, folder: None)
+    result = hdb("merge", "eve", "--out", tmp_path / "none")
+    assert result.exit_code == 1 and "no model_index.json" in result.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_identities_of_another_family_are_refused(installed: None, tiny: Base) -> None:
+    theta = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b)
+    save(describe(tiny, theta, ""), store.path_of("tim"), "fp16")
     result = hdb("gen", "tim", "a [V] face", "--base", "example")
     assert result.exit_code == 1 and "family" in result.stderr
-    assert store.names() == ["tim"]
+    ok("gen", "tim", "a [V] face", "-n", 1, "--steps", 1, "-o", store.root())  # the control
 
 
 def read(path: Path) -> np.ndarray:

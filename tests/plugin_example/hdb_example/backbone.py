@@ -5,6 +5,7 @@ Rectified flow (Liu et al. 2022): x_t = (1 - t) x + t noise, and the network pre
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,12 @@ class RectifiedFlow:
         return [(self.words.embedding, rows[0])]
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        kind = type(self).__name__
         for name, module in self.components.items():
-            save_file(module.state_dict(), folder / f"{name}.safetensors", {"format": "pt"})
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            save_file(module.state_dict(), folder / name / "model.safetensors", {"format": "pt"})
+        index = {"_class_name": kind, **{name: ["hdb_example", kind] for name in self.components}}
+        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
     def _velocity(self, x: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         dtype = self.denoiser.last.weight.dtype
