@@ -28,10 +28,12 @@ from hdbcli.identity import save
 from hdbcli.lidb import Theta, first_theta
 from registry import store
 from registry.diffusion import _scheduler
+from registry.families import CONFIGS
 from registry.plugins import load_registry
 from registry.spec import SampleSettings
 from registry.tiny import WEIGHTS
 
+SDXL = CONFIGS / "sdxl" / "unet"
 PROMPT = ("a [V] face", "-n", 1, "--seed", 3, "--steps", 4)
 
 
@@ -183,6 +185,29 @@ def test_names_of_the_original_network() -> None:
     old = "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out"
     path = old.replace(".processor", "") + ".0"
     assert {old, f"unet.{old}", f"unet.{path}"} < set(lora_stack._names("tiny", "unet", path))
+
+
+def test_diffusers_reads_the_same_names_of_the_original_network() -> None:
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SDXL))
+    paths = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    paths = [path for path in paths if ".attentions." in path]  # what it maps in every version
+    kohya = {}
+    for path in paths:
+        original = lora_stack._original("sdxl", path)
+        assert original
+        key = f"lora_unet_{original.replace('.', '_')}.alpha"
+        kohya[key] = f"lora_unet_{path.replace('.', '_')}.alpha"
+    assert len(kohya) == len(paths) > 700
+    read = _maybe_map_sgm_blocks_to_diffusers(dict(kohya), unet.config)
+    assert len(read) == len(kohya)
+    for key, path in read.items():  # its next step renames the three rows of blocks
+        for old, new in (("input_b", "down_b"), ("middle_b", "mid_b"), ("output_b", "up_b")):
+            key = key.replace(old, new)
+        assert key == path
 
 
 def test_strength_is_after_the_last_equals_sign() -> None:

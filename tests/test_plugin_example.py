@@ -57,6 +57,7 @@ def ok(*words: object) -> Result:
 def test_it_is_found_only_where_it_is_installed(
     site: Path, hdb_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert not [path for path in EXAMPLE.rglob("*.py") if "hdbcli" in path.read_text()]
     assert "example" not in load_registry().names()
     monkeypatch.syspath_prepend(str(site))
     found = load_registry()
