@@ -30,8 +30,10 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-a": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+LCM_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class StableDiffusion:
         side = self._side(settings.size)
         schedule = self.pipeline.scheduler
         if settings.scheduler:
-            self.pipeline.scheduler = _scheduler(settings.scheduler, schedule.config)
+            self.pipeline.scheduler = _scheduler(settings, schedule.config)
         self.pipeline.set_progress_bar_config(disable=True)
 
         def told(_pipeline: Any, step: int, _t: Any, kept: dict[str, Any]) -> dict[str, Any]:
@@ -193,9 +195,12 @@ def _exact(vae: Any) -> Iterator[None]:
             vae.half()
 
 
-def _scheduler(name: str, config: Mapping[str, Any]) -> Any:
+def _scheduler(settings: SampleSettings, config: Mapping[str, Any]) -> Any:
     import diffusers
 
+    name = settings.scheduler or ""
     if name not in SCHEDULERS:
         raise RegistryError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+    # LCM draws its steps out of those that it was distilled on, and refuses to take more.
+    more = {"original_inference_steps": max(LCM_STEPS, settings.steps)} if name == "lcm" else {}
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **more)
