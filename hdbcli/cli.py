@@ -16,7 +16,8 @@ import typer
 from hdbcli import __version__, render
 from hdbcli.cli_algebra import compose, export, inspect, relax, shrink
 from hdbcli.cli_bases import base_app
-from hdbcli.cli_measure import compare, score
+from hdbcli.cli_doctor import doctor
+from hdbcli.cli_measure import bench, compare, score
 from hdbcli.cli_merge import merge
 from hdbcli.cli_options import (
     BaseName,
@@ -26,6 +27,7 @@ from hdbcli.cli_options import (
     Force,
     Identity,
     Json,
+    Loras,
     Memory,
     More,
     Optimizer,
@@ -37,6 +39,7 @@ from hdbcli.cli_options import (
     new_path,
     open_on,
     spec_of,
+    stack,
     wear,
     within_memory,
 )
@@ -53,6 +56,7 @@ from registry.spec import SampleSettings
 if TYPE_CHECKING:
     from hdbcli.base import Base
     from hdbcli.create import Created
+    from hdbcli.lora_stack import Stacked
     from hdbcli.memory import MemoryPlan
     from registry.spec import BaseSpec
 
@@ -157,8 +161,10 @@ def gen(
     strength: Annotated[float, typer.Option(help="Weight of the identity; 0 is the base.")] = 1.0,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the base's.")] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="ddim, dpm++, euler, euler-a or unipc; default: the base's.")
+        str | None,
+        typer.Option(help="ddim, dpm++, euler, euler-a, lcm or unipc; default: the base's."),
     ] = None,
+    lora: Loras = None,
     base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
     device: Device = None,
     memory: Memory = "auto",
@@ -173,7 +179,7 @@ def gen(
     The same seed gives the same picture. Prompt and negative prompt both wear the identity. Several
     people are drawn in one pass, each with the same seeds.
     """
-    from hdbcli import sample
+    from hdbcli import lora_stack, sample
     from hdbcli.identity import load
 
     first = int.from_bytes(os.urandom(4), "big") if seed is None else seed
@@ -182,26 +188,27 @@ def gen(
     jobs = [(path.stem, first + i) for path in paths for i in range(count)]
     names, seeds = [name for name, _ in jobs], [number for _, number in jobs]
     targets = sample.plan_outputs(out, [f"{name}-{number}" for name, number in jobs], grid)
+    loras = [lora_stack.read(each) for each in lora or []]  # a bad one is told before the work
     spec = spec_of(base or load(paths[0]).base)
+    if "[V]" not in prompt:
+        render.note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
 
-    def draw(plan: MemoryPlan) -> list[sample.Picture]:
+    def draw(plan: MemoryPlan) -> tuple[list[sample.Picture], list[Stacked]]:
         loaded, people = wear(paths, spec.name, device, plan)
-        if "[V]" not in prompt:
-            render.note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
+        stacked = stack(loaded, loras)
         theta = people.scaled(strength)
         if len(paths) > 1:  # each wears their own; one person alone serves all pictures
             theta = theta[[i for i in range(len(paths)) for _ in range(count)]]
         with render.progress() as tell:
-            return sample.generate(loaded, theta, prompt, seeds, settings, tell)
+            return sample.generate(loaded, theta, prompt, seeds, settings, tell), stacked
 
     work = sample.work_of(len(seeds), size or spec.resolution)
-    pictures = within_memory(spec, device, memory, work, draw)
-    saved = sample.save_all(pictures, names, targets, prompt, settings, spec.name, strength)
-    if as_json:
-        label = ",".join(path.stem for path in paths)
-        render.document({"name": label, "base": spec.name, "prompt": prompt, **saved})
-    else:
-        render.show_pictures(saved)
+    pictures, stacked = within_memory(spec, device, memory, work, draw)
+    more = lora_stack.parameters(stacked)
+    saved = sample.save_all(pictures, names, targets, prompt, settings, spec.name, strength, more)
+    values = {"name": ",".join(path.stem for path in paths), "base": spec.name, **saved}
+    values |= {"prompt": prompt, "loras": [each.facts() for each in stacked]}
+    _show_drawn(values, as_json)
 
 
 @app.command("list")
@@ -232,10 +239,10 @@ def show(identity: Identity, as_json: Json = False) -> None:
         render.facts(summary)
 
 
-for command in (merge, inspect, relax, shrink, compose, export, score, compare):
+for command in (merge, inspect, relax, shrink, compose, export, score, compare, bench):
     app.command()(command)
 app.command("import")(import_identity)  # a word that Python keeps for itself
-for keeping in (cp, mv, rm, verify, gc):
+for keeping in (cp, mv, rm, verify, gc, doctor):
     app.command()(keeping)
 app.add_typer(base_app, name="base")
 app.add_typer(train_app, name="train")
@@ -302,6 +309,17 @@ def _store(created: Created, name: str, path: Path, budget: int, as_json: bool) 
         render.note(f"warning: {warning}")
     values = render.created_facts(name, str(path), size, dtype, created)
     (render.document if as_json else render.show_created)(values)
+
+
+def _show_drawn(values: dict[str, Any], as_json: bool) -> None:
+    """Say where the pictures are."""
+    if as_json:
+        render.document(values)
+        return
+    for picture in values["pictures"]:
+        render.say(f"{picture['path'] or 'in the sheet'}  seed {picture['seed']}")
+    if values["grid"]:
+        render.say(values["grid"])
 
 
 main: Callable[[], None] = app

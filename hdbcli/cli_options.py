@@ -3,7 +3,7 @@ identities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -20,6 +20,7 @@ from registry.errors import RegistryError
 if TYPE_CHECKING:
     from hdbcli.base import Base
     from hdbcli.lidb import Theta
+    from hdbcli.lora_stack import Lora, Stacked
     from hdbcli.memory import MemoryPlan, Work
     from registry.plugins import Registry
     from registry.settings import Added
@@ -69,6 +70,14 @@ More = Annotated[
 ]
 FaceNumber = Annotated[
     int | None, typer.Option("--face", help="Which face, from the left, where there are several.")
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[=STRENGTH]",
+        help="A LoRA of a style, or of few steps, to add to the base first; repeatable.",
+    ),
 ]
 NewName = Annotated[str, typer.Argument(help="The new name.")]
 Steps = Annotated[int, typer.Option(min=1, help="Iterations of refinement.")]
@@ -152,6 +161,17 @@ def open_on(
     for note in loaded.notes:
         render.note(f"warning: {note}")
     return loaded
+
+
+def stack(base: Base, loras: Sequence[Lora]) -> list[Stacked]:
+    """Add LoRA files to a loaded base, saying what of them found no place."""
+    from hdbcli import lora_stack
+
+    stacked = lora_stack.stack(base, loras)
+    for each in stacked:
+        if each.unread:
+            render.note(f"warning: {each.problem}")
+    return stacked
 
 
 def within_memory(

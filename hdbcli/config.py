@@ -46,7 +46,7 @@ class RefineConfig:
 
     steps: int = 40
     rank: int = 4
-    lr: float = 2e-3
+    lr: float = 5e-4
     batch: int = 8
     seed: int = 0
     optimizer: str = "adamw8bit"
@@ -80,7 +80,7 @@ UNPREDICTED_LR = BankConfig.lr
 class PretrainConfig:
     """How to train a hypernetwork; its shape is HyperConfig's."""
 
-    steps: int = 3400
+    steps: int = 4500
     lr: float = 4e-4
     batch: int = 32
     beta: float = 0.1  # weight of the distance from the bank, where there is one

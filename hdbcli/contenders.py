@@ -51,7 +51,7 @@ CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("hyperdreambooth", "predict, relax, 40 iterations", *_HDB, predicted=True),
-        Contender("no-hypernetwork", "relax theta_0, 40 iterations", *_HDB),
+        Contender("no-hypernetwork", "theta_0, 40 iterations", *_HDB[:2], 5e-3, _DEFAULT.rank),
         Contender("hypernetwork-only", "predict", "lidb", 0, 0.0, 1, predicted=True),
         Contender("one-pass", "predict with k = 1", *_HDB, predicted=True, iterations=1),
         Contender("no-relaxation", "predict, 40 iterations at rank 1", *_HDB[:3], 1, True),

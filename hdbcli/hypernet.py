@@ -24,6 +24,8 @@ from hdbcli.lidb import Theta, first_theta
 # this brake theta runs off before the faces have a say in it, and everybody gets the same.
 HEAD_SCALE = 4.0
 
+TRAITS = 128  # numbers of the face recogniser
+
 # Two people's embeddings differ by 0.04 a number: made to be about 1.
 TRAIT_SCALE = 25.0
 
@@ -53,7 +55,7 @@ class HyperConfig:
     encoder_layers: int = 4
     decoder_layers: int = 2
     iterations: int = 3
-    traits: int = 128  # numbers of a face recogniser
+    traits: int = TRAITS
 
 
 class HyperNetwork(nn.Module):

@@ -38,7 +38,8 @@ class Merge:
         self.cores = dict(zip(checkpoint.places, cores, strict=True))
         self.targets: dict[tuple[Path, str], dict[str, Place]] = {}
         for name, place in checkpoint.places.items():
-            self.targets.setdefault((place.file, place.key), {})[name] = place
+            if self.cores[name].any():  # W + 0 would turn -0 into 0
+                self.targets.setdefault((place.file, place.key), {})[name] = place
 
     def items(self, file: Path) -> list[Item]:
         """List what becomes of a file's tensors, in its own order."""
@@ -128,4 +129,4 @@ def _with_prefix(component: str, key: str) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()  # a single number has no axis

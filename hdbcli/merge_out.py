@@ -139,6 +139,10 @@ def with_files(spec: BaseSpec, form: str) -> Iterator[BaseSpec]:
         dtype = str(DTYPES[checkpoint.info(place).dtype]).removeprefix("torch.")
     with tempfile.TemporaryDirectory(prefix="hdb-") as folder:
         spec.load("cpu", dtype).save(Path(folder))
+        if not (Path(folder) / "model_index.json").is_file():
+            raise HdbError(
+                f"base model {spec.name} wrote no model_index.json; ask who made its plug-in"
+            )
         yield replace(spec, files=Path(folder))
 
 

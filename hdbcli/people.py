@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from hdbcli.config import Tell
+from hdbcli.config import PLACEHOLDER, Tell
 from hdbcli.errors import HdbError
 from hdbcli.photo import crop_face, read_photo
 from registry.spec import BaseSpec
@@ -17,16 +18,22 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True, eq=False)
 class People:
-    """Aligned crops (N, S, S, 3) uint8 of P people; `members[p]` indexes the crops of person p."""
+    """Aligned crops (N, S, S, 3) uint8 of P people.
+
+    `members[p]` indexes the photos of person p, `styled[p]` pictures of them with a caption of
+    their own, which are drawn in training and never read.
+    """
 
     crops: np.ndarray
     names: tuple[str, ...]
     members: tuple[tuple[int, ...], ...]
-    skipped: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+    styled: tuple[tuple[int, ...], ...] = ()
+    captions: Mapping[int, str] = field(default_factory=dict)  # of the styled
 
     def first(self, count: int | None) -> People:
         """Return the first so many people, or all."""
-        return People(self.crops, self.names[:count], self.members[:count], self.skipped)
+        return self._part(slice(count))
 
     def hold_out(self, wanted: int) -> tuple[People, People | None]:
         """Divide into those to train on and the last `wanted`, at most a tenth: None if that is
@@ -35,15 +42,20 @@ class People:
         if last < 2:  # one alone has no other's theta to compare with
             return self, None
         keep = len(self.names) - last
-        first = People(self.crops, self.names[:keep], self.members[:keep], self.skipped)
-        return first, People(self.crops, self.names[keep:], self.members[keep:], self.skipped)
+        return self._part(slice(keep)), self._part(slice(keep, None))
+
+    def _part(self, part: slice) -> People:
+        return replace(
+            self, names=self.names[part], members=self.members[part], styled=self.styled[part]
+        )
 
 
 def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell: Tell) -> People:
     """Read and crop every photo matching `pattern`; photos without one clear face are skipped and
     named.
 
-    `aligned` says that the pictures already are crops of the base's size and framing.
+    `aligned` says that the pictures already are crops of the base's size and framing. A picture
+    with a caption beside it (PICTURE.txt, as trainers have it) shows its person in that style.
     """
     if folder.is_file():
         persons = {folder.stem: [folder]}
@@ -55,7 +67,9 @@ def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell:
         raise HdbError(f"no photo in {folder} matches {pattern!r} ({', '.join(SUFFIXES)})")
     total = sum(len(files) for files in persons.values())
     crops: list[np.ndarray] = []
-    members: dict[str, list[int]] = {}
+    members: dict[str, list[int]] = {name: [] for name in persons}
+    styled: dict[str, list[int]] = {name: [] for name in persons}
+    captions: dict[int, str] = {}
     skipped = []
     done = 0
     for name, files in persons.items():
@@ -63,17 +77,42 @@ def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell:
             done += 1
             tell("read", done, total)
             try:
-                crop = _read(file, spec, aligned)
+                crop, caption = _read(file, spec, aligned), _caption(file)
             except HdbError as error:
                 skipped.append(str(error))
                 continue
-            members.setdefault(name, []).append(len(crops))
+            if caption:
+                captions[len(crops)] = caption
+            (styled if caption else members)[name].append(len(crops))
             crops.append(crop)
-    if not crops:
-        raise HdbError(f"none of the {total} photos in {folder} can be used; first: {skipped[0]}")
+    names = tuple(name for name in persons if members[name])
+    if not names:
+        reason = f"; first: {skipped[0]}" if skipped else ": all have captions of their own"
+        raise HdbError(f"none of the {total} photos in {folder} can be used{reason}")
     return People(
-        np.stack(crops), tuple(members), tuple(tuple(m) for m in members.values()), tuple(skipped)
+        np.stack(crops),
+        names,
+        tuple(tuple(members[name]) for name in names),
+        tuple(skipped),
+        tuple(tuple(styled[name]) for name in names),
+        captions,
     )
+
+
+def _caption(file: Path) -> str | None:
+    """Return the caption beside a picture, with [V] for the person; None without one."""
+    beside = file.with_suffix(".txt")
+    if not beside.exists():
+        return None
+    try:
+        caption = " ".join(beside.read_text(encoding="utf-8").split())
+    except (OSError, ValueError) as error:
+        raise HdbError(
+            f"{beside} cannot be read as a caption ({error}); mend or remove it"
+        ) from None
+    if PLACEHOLDER not in caption:
+        raise HdbError(f"{beside} says {caption[:60]!r}; put {PLACEHOLDER} where the person is")
+    return caption
 
 
 def _persons(folder: Path, pattern: str) -> dict[str, list[Path]]:

@@ -4,7 +4,8 @@ theta.
 HyperDreamBooth §3.3, eq. 4: the diffusion loss, and with a bank of optimised LiDBs beta times the
 distance from them, taken between residuals, since factors are only defined up to a scale. The face
 that is read and the face that is drawn are different photos of a person where there are two, so
-that pose and light are not taken for identity. A share of the samples has an empty prompt and
+that pose and light are not taken for identity. Pictures with captions of their own, the person in
+a style, teach theta to serve every prompt. A share of the samples has an empty prompt and
 anybody's face: what the identity changes is tied to "[V]", which guidance then enlarges (prior
 preservation, DreamBooth §3.3).
 """
@@ -23,7 +24,7 @@ from hdbcli.base import Base
 from hdbcli.config import PORTRAIT, PretrainConfig, Tell
 from hdbcli.device import ALONE, Workers, autocast, make_optimizer
 from hdbcli.errors import HdbError
-from hdbcli.hypernet import Faces, HyperConfig, HyperNetwork
+from hdbcli.hypernet import TRAITS, Faces, HyperConfig, HyperNetwork
 from hdbcli.lidb import Theta, inner
 from hdbcli.people import People
 from hdbcli.refine import draw_times
@@ -72,7 +73,7 @@ def pretrain(
     latents = encode_crops(base, people.crops, tell)
     base.free_autoencoder()
     images = torch.from_numpy(people.crops).permute(0, 3, 1, 2)
-    traits = recognise(base, people.crops, tell)
+    traits = recognise(base, people, tell)
     material = _Material(people, images, traits, latents, known)
     parameters = dict(model.named_parameters())
     averages = {name: p.detach().clone() for name, p in parameters.items()}
@@ -137,7 +138,7 @@ def _loss(
 ) -> Tensor:
     """Return the loss of one batch, drawn from the generator."""
     people, images, traits, latents, known = material
-    device, portrait = base.device, base.prompt(PORTRAIT)
+    device = base.device
     # Every process draws the batch of all and takes its part: N processes are one with N times the
     # batch.
     whole = draw_batch(people, config.batch * workers.count, latents.shape[2:], generator)
@@ -152,7 +153,10 @@ def _loss(
     drawn = torch.where(prior, batch.anybody.T.flatten(), drawn)
     noise = batch.noise.transpose(0, 1).flatten(0, 1).to(device)
     clean = latents[mirrored.long().repeat(DRAWS), drawn].float().to(device)
-    prompts = ["" if free else portrait for free in prior]
+    captions = [people.captions.get(index, PORTRAIT) for index in drawn.tolist()]
+    prompts = [
+        "" if free else base.prompt(each) for free, each in zip(prior, captions, strict=True)
+    ]
     with autocast(device, config.precision):
         theta = model(Faces(faces, traits[batch.read].to(device)))
         if not base.plan.at_once:
@@ -236,7 +240,7 @@ class Batch(NamedTuple):
     person: Tensor  # (P,)
     read: Tensor  # (P,) the photo that the hypernetwork reads
     mirror: Tensor  # (P,) in 0..1: half of the people are read and drawn mirrored
-    drawn: Tensor  # (P, K) other photos of the person, where there are some
+    drawn: Tensor  # (P, K) others of the person; the last half in styles, where there are such
     anybody: Tensor  # (P, K) photos of whomever
     chance: Tensor  # (P, K) in 0..1: low ones keep the empty prompt as it is
     noise: Tensor  # (P, K, c, h, w)
@@ -249,13 +253,19 @@ def draw_batch(
     """Draw `count` people and DRAWS pictures of each; `shape` is that of a latent."""
     person = torch.randint(len(people.names), (count,), generator=generator)
     read, drawn = [], []
-    for photos in (people.members[index] for index in person.tolist()):
+    for index in person.tolist():
+        photos = people.members[index]
         first, turn = torch.randint(1 << 30, (2,), generator=generator).tolist()
         others = max(1, len(photos) - 1)
         steps = [1 + (turn + k) % others for k in range(DRAWS)]
+        pictures = [photos[(first + step) % len(photos)] for step in steps]
+        styled = people.styled[index] if people.styled else ()
+        if styled:
+            plain = DRAWS - DRAWS // 2
+            pictures[plain:] = [styled[(turn + k) % len(styled)] for k in range(DRAWS // 2)]
         read.append(photos[first % len(photos)])
-        drawn.append([photos[(first + step) % len(photos)] for step in steps])
-    everything = torch.tensor([photo for photos in people.members for photo in photos])
+        drawn.append(pictures)
+    everything = torch.tensor([p for group in (*people.members, *people.styled) for p in group])
     many = count, DRAWS
     return Batch(
         person,
@@ -292,13 +302,15 @@ def _known(bank: Mapping[str, Theta], people: People, device: str) -> Theta:
     )
 
 
-def recognise(base: Base, crops: np.ndarray, tell: Tell) -> Tensor:
-    """Return what the face recogniser says of all crops (N, 128), on the CPU."""
-    parts = []
-    for start in range(0, len(crops), 100):
-        parts.append(base.faces(list(crops[start : start + 100])).traits.cpu())
-        tell("recognise", start, len(crops))
-    return torch.cat(parts)
+def recognise(base: Base, people: People, tell: Tell) -> Tensor:
+    """Return what the face recogniser says of all photos (N, 128), on the CPU; 0 of other crops."""
+    photos = [photo for group in people.members for photo in group]
+    found = torch.zeros(len(people.crops), TRAITS)
+    for start in range(0, len(photos), 100):
+        part = photos[start : start + 100]
+        found[part] = base.faces(list(people.crops[part])).traits.cpu()
+        tell("recognise", start, len(photos))
+    return found
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hdbcli.config import CAPTIONS, Tell
 
 if TYPE_CHECKING:
+    from hdbcli.bench import Row
     from hdbcli.contest import Contest
     from hdbcli.create import Created
     from hdbcli.evaluate import Evaluation, Interval
@@ -264,6 +265,18 @@ def show_contest(result: Contest) -> None:
             for i, p in enumerate(CAPTIONS)
         ]
         table(("AUC of faces in a style", *names, "true pictures"), aucs)
+
+
+def show_bench(rows: Sequence[Row], where: str) -> None:
+    """Print figures beside what they have to be."""
+    lines = []
+    for row in rows:
+        bound = f"< {row.below:.3g}" if row.below is not None else ""
+        bound = f">= {row.above:.3g}" if row.above is not None else bound
+        kept = "" if row.kept is None else "yes" if row.kept else "NO"
+        lines.append((row.name, f"{row.value:.3g} {row.unit}", bound, kept))
+    table(("benchmark", "measured", "promised", "kept"), lines)
+    say(where)
 
 
 def show_inspection(summary: Mapping[str, Any], result: Inspection) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,11 +123,12 @@ def save_all(
     settings: SampleSettings,
     base: str,
     strength: float,
+    more: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write what was planned, picture i showing `names[i]`; return it as `hdb gen --json` prints
-    it."""
+    it. `more` joins the parameters of each."""
     texts = [
-        parameters_text(prompt, settings, picture, base, f"{name} {strength:g}")
+        parameters_text(prompt, settings, picture, base, f"{name} {strength:g}", more)
         for picture, name in zip(pictures, names, strict=True)
     ]
     for picture, path, text in zip(pictures, outputs.pictures, texts, strict=False):
@@ -170,7 +171,12 @@ class _NotNeeded(Exception):
 
 
 def parameters_text(
-    prompt: str, settings: SampleSettings, picture: Picture, base: str, identity: str
+    prompt: str,
+    settings: SampleSettings,
+    picture: Picture,
+    base: str,
+    identity: str,
+    more: Mapping[str, str] | None = None,
 ) -> str:
     """Describe a picture in A1111's form: prompt, negative prompt, one line of `key: value`
     pairs."""
@@ -183,6 +189,7 @@ def parameters_text(
         "Size": f"{width}x{height}",
         "Model": base,
         "Identity": identity,
+        **(more or {}),
         "Version": f"hdb {__version__}",
     }
     lines = [prompt]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ def write_tensors(
             assert written == item.bytes, f"{item.key}: {written} bytes, {item.bytes} announced"
         file.seek(header.index(b"0x" + b"0" * 64) + 2)
         file.write(digest.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
     return digest.hexdigest()
 
 

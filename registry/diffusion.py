@@ -30,8 +30,10 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-a": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+LCM_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class StableDiffusion:
         _ = self.autoencoder  # read again if need be: the pipeline decodes with it
         schedule = self.pipeline.scheduler
         if settings.scheduler:
-            self.pipeline.scheduler = _scheduler(settings.scheduler, schedule.config)
+            self.pipeline.scheduler = _scheduler(settings, schedule.config)
         self.pipeline.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -252,9 +254,12 @@ def _exact(vae: Any) -> Iterator[None]:
             vae.half()
 
 
-def _scheduler(name: str, config: Mapping[str, Any]) -> Any:
+def _scheduler(settings: SampleSettings, config: Mapping[str, Any]) -> Any:
     import diffusers
 
+    name = settings.scheduler or ""
     if name not in SCHEDULERS:
         raise RegistryError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+    # LCM draws its steps out of those that it was distilled on, and refuses to take more.
+    more = {"original_inference_steps": max(LCM_STEPS, settings.steps)} if name == "lcm" else {}
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **more)

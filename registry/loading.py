@@ -118,7 +118,8 @@ def out_of_memory(error: BaseException) -> bool:
 def _reading(source: Path) -> Iterator[None]:
     """Turn what the libraries raise for a bad model into one line; keep their advice off the
     terminal."""
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    with quiet():
+        from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     bad = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
     try:

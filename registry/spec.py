@@ -81,7 +81,11 @@ class Backbone(Protocol):
         """
 
     def save(self, folder: Path) -> None:
-        """Write the model as it is now, residuals fused or not, as a diffusers folder."""
+        """Write the model as it is now, residuals fused or not, as a diffusers folder.
+
+        Merging asks it for `model_index.json`, with the name of each component, and for
+        `COMPONENT/model.safetensors`, named by module path.
+        """
 
 
 @runtime_checkable

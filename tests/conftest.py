@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,3 +79,28 @@ def narrow(_narrow: Narrow, monkeypatch: pytest.MonkeyPatch) -> Narrow:
     """Give the test cut-down checkpoints, and let single files be read as narrow as they are."""
     monkeypatch.setattr("registry.families.CONFIGS", _narrow.configs)
     return _narrow
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, astronaut: Path) -> Path:
+    """Make one identity for all tests; return its file."""
+    from commands import QUICK, ok
+
+    from registry import store
+
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HDB_HOME", str(home))
+        ok("new", astronaut, "alice", *QUICK)
+        return store.path_of("alice")
+
+
+@pytest.fixture
+def alice(made: Path, hdb_home: Path) -> Path:
+    """Put that identity into a store of the test's own."""
+    from registry import store
+
+    path = store.path_of("alice")
+    path.parent.mkdir(parents=True)
+    shutil.copy(made, path)
+    return path

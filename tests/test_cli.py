@@ -13,57 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import QUICK, hdb, ok, refused
 from PIL import Image
-from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
-from hdbcli.cli import app
 from registry import store
 from registry.plugins import load_registry
 from registry.settings import customised, settings_path
-
-QUICK = ["--steps", "2"]
-
-
-def hdb(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def ok(*words: object) -> Result:
-    result = hdb(*words)
-    assert result.exit_code == 0, result.stderr
-    return result
-
-
-def refused(*words: object, says: str) -> None:
-    """Assert exit 1 and one line that says what, after the plan, and no change in the store."""
-    before = sorted(str(p) for p in store.root().rglob("*") if p.is_file())
-    result = hdb(*words)
-    assert result.exit_code == 1, (result.exit_code, result.output)
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("memory: ")]
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    assert says in result.stderr, result.stderr
-    assert not result.stdout
-    assert sorted(str(p) for p in store.root().rglob("*") if p.is_file()) == before
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, astronaut: Path) -> Path:
-    """Make one identity for the whole module; return its file."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HDB_HOME", str(home))
-        ok("new", astronaut, "alice", *QUICK)
-        return store.path_of("alice")
-
-
-@pytest.fixture
-def alice(made: Path, hdb_home: Path) -> Path:
-    """Put that identity into a store of the test's own."""
-    path = store.path_of("alice")
-    path.parent.mkdir(parents=True)
-    shutil.copy(made, path)
-    return path
 
 
 def test_new_json(hdb_home: Path, astronaut: Path) -> None:
@@ -175,52 +130,6 @@ def test_gen_schedulers_negative_and_size(alice: Path, tmp_path: Path) -> None:
     assert not (a == b).all() and not (a == c).all() and d.shape == (128, 128, 3)
     refused(*base, tmp_path / "e.png", "--scheduler", "nope", says="ddim, dpm++")
     refused(*base, tmp_path / "e.png", "--size", 65, says="multiple of 16")
-
-
-def test_merge_gives_the_same_picture_with_stock_diffusers(alice: Path, tmp_path: Path) -> None:
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    ok("merge", "alice", "--out", tmp_path / "m")
-    refused("merge", "alice", "--out", tmp_path / "m", says="not empty")
-    settings = {"num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "np"}
-    args = ["-n", 1, "--seed", 3, "--steps", 5, "-o", tmp_path / "mine.png"]
-    ok("gen", "alice", "a [V] face", *args)
-    mine = np.asarray(Image.open(tmp_path / "mine.png")) / 255
-
-    def stock(folder: Path) -> np.ndarray:
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-        generator = torch.Generator().manual_seed(3)
-        return pipeline("a sks face", generator=generator, **settings).images[0]
-
-    def psnr(a: np.ndarray, b: np.ndarray) -> float:
-        return -10 * np.log10(((a - b) ** 2).mean() + 1e-12)
-
-    from registry.tiny import WEIGHTS
-
-    assert psnr(stock(tmp_path / "m"), mine) > 40
-    ok("merge", "alice", "--out", tmp_path / "m", "--dtype", "fp32", "--force")
-    assert psnr(stock(tmp_path / "m"), mine) > 50
-    assert psnr(stock(WEIGHTS), mine) < 40
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
-
-
-def test_merge_several_and_what_it_refuses(alice: Path, tmp_path: Path) -> None:
-    ok("cp", "alice", "twin")
-    result = json.loads(
-        ok("merge", "alice=0.5", "twin=0.5", "--out", tmp_path / "h", "--json").stdout
-    )
-    assert result["of"] == "0.5 alice + 0.5 twin" and result["format"] == "diffusers"
-    ok("merge", "alice", "--out", tmp_path / "w")
-    unet = "unet/diffusion_pytorch_model.safetensors"
-    halves, whole = load_file(tmp_path / "h" / unet), load_file(tmp_path / "w" / unet)
-    assert all((halves[k].float() - whole[k].float()).abs().max() < 1e-3 for k in whole)
-    single = tmp_path / "m.safetensors"
-    refused("merge", "alice", "--out", single, says="tiny has no single-file layout")
-    refused("merge", "alice", "--out", tmp_path / "x", "--format", "onnx", says="single-file")
-    refused("merge", "alice", "--out", tmp_path / "x", "--dtype", "int8", says="bf16")
-    refused("merge", "alice=much", "--out", tmp_path / "x", says="has no weight")
-    assert not single.exists() and not (tmp_path / "x").exists()
 
 
 def test_list_show_rm(alice: Path) -> None:

@@ -113,10 +113,10 @@ def first_sentence(docstring: str) -> str:
 
 
 def file_table(text: str) -> dict[str, str]:
-    """Return README's rows `path` | sentence for the modules of both packages."""
+    """Return a page's rows `path` | sentence for the modules of both packages."""
     rows = re.findall(r"^\|?\s*`([\w./]+\.py)`\s*\|\s*(.+?)\s*\|?\s*$", text, re.MULTILINE)
     ours = [(path, line) for path, line in rows if path.split("/")[0] in PACKAGES]
-    assert len(ours) == len(dict(ours)), "README's file table names a file twice"
+    assert len(ours) == len(dict(ours)), "the table names a file twice"
     return {path: " ".join(line.replace(r"\|", "|").split()).rstrip(".") for path, line in ours}
 
 
@@ -203,7 +203,7 @@ def test_only_the_edge_prints_or_exits() -> None:
     assert not {path: calls for path, calls in loud.items() if calls}
 
 
-def test_readme_names_every_module_by_its_own_first_sentence() -> None:
+def test_a_page_names_every_module_by_its_own_first_sentence() -> None:
     silent = [name_of(path) for path in MODULES if not ast.get_docstring(tree_of(path))]
     assert not silent, "modules without a docstring"
     wanted = {
@@ -211,7 +211,7 @@ def test_readme_names_every_module_by_its_own_first_sentence() -> None:
         for path in MODULES
         if needs_row(path)
     }
-    assert file_table(readme()) == wanted
+    assert file_table((ROOT / "docs" / "files.md").read_text(encoding="utf-8")) == wanted
 
 
 def commands(command: Any, words: tuple[str, ...] = ("hdb",)) -> Iterator[tuple[str, Any]]:

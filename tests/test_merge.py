@@ -69,7 +69,7 @@ def plus_delta(
 def assert_rounded_once(got: torch.Tensor, wanted: torch.Tensor) -> None:
     """Equal but where the last bit of a float32 sum tips the rounding to float16."""
     assert got.dtype == wanted.dtype == torch.float16
-    assert (got != wanted).float().mean() < 1e-3
+    assert (got != wanted).float().mean() < 0.01
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=2e-3)
 
 
@@ -77,7 +77,7 @@ def tensor_hashes(file: Path) -> dict[str, str]:
     """Hash the stored bytes of every tensor."""
     return {
         key: hashlib.sha256(
-            str(value.dtype).encode() + value.view(torch.uint8).numpy().tobytes()
+            str(value.dtype).encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes()
         ).hexdigest()
         for key, value in ((k, v.contiguous()) for k, v in load_file(file).items())
     }

@@ -74,7 +74,7 @@ def test_each_method_starts_as_the_base_and_learns(
         torch.testing.assert_close(portrait_loss(tiny, trial.worn(), one), before)
         assert trial.numbers == sum(p.numel() for p in trial.parameters.values())
         after = run(tiny, trial, one, method)
-        assert after < before - 1e-3
+        assert after < before - 5e-4
         optimizer = torch.optim.AdamW(trial.parameters.values())
         with pytest.raises(HdbError, match="trial of 1 people, photos of 2"):
             next(train(tiny, trial, latents, CONFIG, optimizer))

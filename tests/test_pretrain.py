@@ -73,6 +73,32 @@ def test_pairs_are_two_photos_of_one_person() -> None:
     assert all(len(each) == 200 for each in batch) and batch.noise.shape == (200, 2, 2, 4, 4)
 
 
+def test_pictures_in_styles_are_drawn_with_their_captions_and_never_read(
+    tiny: Base, tmp_path: Path
+) -> None:
+    for name in ("ann", "ben"):
+        (tmp_path / name).mkdir()
+        for file in ("photo-0", "photo-1", "bark-0"):
+            Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / name / f"{file}.png")
+    caption = tmp_path / "ann" / "bark-0.txt"
+    caption.write_text("a [V] face with\n bark skin\n")
+    people = read_people(tmp_path, tiny.spec, "*", True, quiet)  # ann: bark, 0, 1; ben: all photos
+    assert people.members == ((1, 2), (3, 4, 5)) and people.styled == ((0,), ())
+    assert people.captions == {0: "a [V] face with bark skin"}
+    batch = draw_batch(people, 100, (2, 4, 4), torch.Generator().manual_seed(0))
+    ann = batch.person == 0
+    assert ann.any() and (batch.drawn[ann] == 0).tolist() == [[False, True]] * int(ann.sum())
+    assert 0 not in batch.read and 0 not in batch.drawn[~ann]
+    kept, held = people.hold_out(1)
+    assert held is None and kept.first(1).styled == ((0,),)
+    caption.write_text("bark skin")
+    people = read_people(tmp_path, tiny.spec, "*", True, quiet)
+    assert "put [V] where" in people.skipped[0] and people.styled == ((), ())
+    with pytest.raises(HdbError, match="all have captions"):
+        caption.write_text("a [V] face")
+        read_people(tmp_path / "ann", tiny.spec, "bark*", True, quiet)
+
+
 def test_times_lie_late_and_one_in_each_part() -> None:
     generator = torch.Generator().manual_seed(0)
     times = torch.stack([draw_times(8, generator) for _ in range(200)])

@@ -31,7 +31,8 @@ from hdbcli.inject import inject
 from hdbcli.lidb import Theta, first_theta
 from hdbcli.readers import a1111, comfyui, invokeai, layout_of, replay
 from registry import store
-from registry.diffusion import StableDiffusion, quiet
+from registry.diffusion import StableDiffusion
+from registry.loading import quiet
 from registry.plugins import load_registry
 from registry.tiny import WEIGHTS
 

@@ -14,7 +14,7 @@ from registry.tiny.recipe.assets import Assets
 from registry.tiny.recipe.draw import Renderer
 from registry.tiny.recipe.head import Head, slider_signs
 from registry.tiny.recipe.person import sample_person
-from registry.tiny.recipe.styles import STYLED, render_style
+from registry.tiny.recipe.styles import CAPTIONS, STYLED, render_style
 
 # Seeds of people kept out of every training step; the two ranges never meet.
 HELD_OUT_SEED = 900_000
@@ -45,6 +45,8 @@ def render_people(
             for style, take in _takes(seed, rng):
                 picture = render_style(renderer, person, style, rng)
                 cv2.imwrite(str(beside / f"{style}-{take}.png"), picture[:, :, ::-1])
+                if style in STYLED:
+                    (beside / f"{style}-{take}.txt").write_text(CAPTIONS[style] + "\n")
             renderer.forget(person)
             os.replace(beside, folder)
         yield count, time.perf_counter() - start

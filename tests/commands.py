@@ -1,0 +1,32 @@
+"""Run hdb's commands in the test's own process, and say what they must answer."""
+
+from __future__ import annotations
+
+from typer.testing import CliRunner, Result
+
+from hdbcli.cli import app
+from registry import store
+
+QUICK = ["--steps", "2"]
+
+
+def hdb(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def ok(*words: object) -> Result:
+    result = hdb(*words)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def refused(*words: object, says: str) -> None:
+    """Assert exit 1 and one line that says what, after the plan, and no change in the store."""
+    before = sorted(str(p) for p in store.root().rglob("*") if p.is_file())
+    result = hdb(*words)
+    assert result.exit_code == 1, (result.exit_code, result.output)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("memory: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert says in result.stderr, result.stderr
+    assert not result.stdout
+    assert sorted(str(p) for p in store.root().rglob("*") if p.is_file()) == before

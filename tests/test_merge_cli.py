@@ -1,0 +1,57 @@
+"""`hdb merge` on the embedded base, end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from commands import ok, refused
+from PIL import Image
+from safetensors.torch import load_file
+
+
+def test_merge_gives_the_same_picture_with_stock_diffusers(alice: Path, tmp_path: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    ok("merge", "alice", "--out", tmp_path / "m")
+    refused("merge", "alice", "--out", tmp_path / "m", says="not empty")
+    settings = {"num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "np"}
+    args = ["-n", 1, "--seed", 3, "--steps", 5, "-o", tmp_path / "mine.png"]
+    ok("gen", "alice", "a [V] face", *args)
+    mine = np.asarray(Image.open(tmp_path / "mine.png")) / 255
+
+    def stock(folder: Path) -> np.ndarray:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        generator = torch.Generator().manual_seed(3)
+        return pipeline("a sks face", generator=generator, **settings).images[0]
+
+    def psnr(a: np.ndarray, b: np.ndarray) -> float:
+        return -10 * np.log10(((a - b) ** 2).mean() + 1e-12)
+
+    from registry.tiny import WEIGHTS
+
+    assert psnr(stock(tmp_path / "m"), mine) > 40
+    ok("merge", "alice", "--out", tmp_path / "m", "--dtype", "fp32", "--force")
+    assert psnr(stock(tmp_path / "m"), mine) > 50
+    assert psnr(stock(WEIGHTS), mine) < 40
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_merge_several_and_what_it_refuses(alice: Path, tmp_path: Path) -> None:
+    ok("cp", "alice", "twin")
+    result = json.loads(
+        ok("merge", "alice=0.5", "twin=0.5", "--out", tmp_path / "h", "--json").stdout
+    )
+    assert result["of"] == "0.5 alice + 0.5 twin" and result["format"] == "diffusers"
+    ok("merge", "alice", "--out", tmp_path / "w")
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    halves, whole = load_file(tmp_path / "h" / unet), load_file(tmp_path / "w" / unet)
+    assert all((halves[k].float() - whole[k].float()).abs().max() < 1e-3 for k in whole)
+    single = tmp_path / "m.safetensors"
+    refused("merge", "alice", "--out", single, says="tiny has no single-file layout")
+    refused("merge", "alice", "--out", tmp_path / "x", "--format", "onnx", says="single-file")
+    refused("merge", "alice", "--out", tmp_path / "x", "--dtype", "int8", says="bf16")
+    refused("merge", "alice=much", "--out", tmp_path / "x", says="has no weight")
+    assert not single.exists() and not (tmp_path / "x").exists()
