@@ -22,6 +22,7 @@ from hdbcli.stream import Item, copy_bytes
 from registry.header import TensorInfo
 from registry.ldm import Renamed, layout_of, rename
 
+ROWS = 1024  # of a weight, computed at a time
 CASTS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
@@ -98,28 +99,37 @@ class Merge:
         if (file, key) not in self.targets and self._dtype(info) == info.dtype:
             start, end = info.offsets
             return copy_bytes(file, header.start + start, header.start + end)
+        if (file, key) in self.targets:
+            return map(_bytes, self._sums(file, key, info))
         return [_bytes(self._tensor(file, key, info))]
 
     def _tensor(self, file: Path, key: str, info: TensorInfo) -> Tensor:
-        """Return a tensor with the identity added wherever a target lies in it."""
-        tensor = tensor_of(self.checkpoint.read(file, key), info)
-        targets = self.targets.get((file, key), {})
-        dtype = DTYPES[self._dtype(info)]
-        if not targets:
-            return tensor.to(dtype)
-        sums = tensor.float()
-        for name, place in targets.items():
-            sums[place.first : place.first + place.shape[0]] += self._delta(name, place.shape)
-        sums = sums.to(dtype)
-        if not sums.isfinite().all():
-            raise HdbError(f"{key} gets numbers that are not finite; is the base damaged?")
-        return sums
+        return tensor_of(self.checkpoint.read(file, key), info).to(DTYPES[self._dtype(info)])
 
-    def _delta(self, name: str, shape: tuple[int, int]) -> Tensor:
-        """Return dW (n, m) float32."""
+    def _sums(self, file: Path, key: str, info: TensorInfo) -> Iterator[Tensor]:
+        """Yield W + dW, some rows at a time, wherever targets lie in a tensor."""
+        tensor = tensor_of(self.checkpoint.read(file, key), info)
+        placed = self.targets[file, key]
+        factors = {name: self._factors(name, place.shape) for name, place in placed.items()}
+        for start in range(0, len(tensor), ROWS):
+            block = tensor[start : start + ROWS].float()
+            for name, place in placed.items():
+                low = max(start, place.first)
+                high = min(start + len(block), place.first + place.shape[0])
+                if low < high:
+                    up, down = factors[name]
+                    rows = up[low - place.first : high - place.first]
+                    block[low - start : high - start] += rows @ down
+            block = block.to(DTYPES[self._dtype(info)])
+            if not block.isfinite().all():
+                raise HdbError(f"{key} gets numbers that are not finite; is the base damaged?")
+            yield block
+
+    def _factors(self, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return the factors (n, b), (b, m) of dW in float32."""
         spec, (n, m) = self.checkpoint.spec, shape
         up = basis.up_basis(spec.basis_seed, name, spec.b, n)
-        return up @ self.cores[name] @ basis.down_basis(spec.basis_seed, name, spec.a, m)
+        return up, self.cores[name] @ basis.down_basis(spec.basis_seed, name, spec.a, m)
 
 
 def _with_prefix(component: str, key: str) -> str:

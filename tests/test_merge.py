@@ -249,7 +249,7 @@ def test_what_cannot_be_merged(
         patched.setattr(shutil, "disk_usage", lambda path: nothing_free)
         with pytest.raises(HdbError, match="free"):
             merge_out.write_single(good, out, "x", quiet)
-    monkeypatch.setattr(Merge, "_delta", _interrupt)
+    monkeypatch.setattr(Merge, "_factors", _interrupt)
     for write, target in ((merge_out.write_single, out), (merge_out.write_folder, tmp_path / "f")):
         with pytest.raises(KeyboardInterrupt):
             write(good, target, "x", quiet)
