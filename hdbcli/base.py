@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from hdbcli.errors import HdbError
 from hdbcli.faces import embed_aligned
 from hdbcli.hyperfile import load_hypernetwork
 from hdbcli.hypernet import Faces, HyperNetwork
-from hdbcli.identity import Identity, check_fits
+from hdbcli.identity import Identity, check_fits, home_of
 from hdbcli.inject import Injected, inject
 from hdbcli.lidb import Factors, Theta
 from hdbcli.tokens import Tokens
@@ -109,20 +109,9 @@ def load_predictor(base: Base) -> tuple[HyperNetwork, str]:
     return model.to(base.device), digest
 
 
-def home_of(base: Base) -> dict[str, Any]:
-    """Return what `check_fits` asks of a base; it hashes all targeted weights, so ask once."""
-    return {
-        "base": base.spec.name,
-        "family": base.spec.family,
-        "base_digest": base.injected.weights_digest(),
-        "targets_digest": base.injected.targets_digest(),
-        "basis": base.injected.fingerprint(),
-    }
-
-
 def theta_for(base: Base, identity: Identity) -> tuple[Theta, str | None]:
     """Return an identity's theta for this base, and a warning if it was made on another of the
     family."""
-    warning = check_fits(identity, **home_of(base))
+    warning = check_fits(identity, **home_of(base.spec, base.injected))
     theta = Theta(identity.down[None].to(base.device), identity.up[None].to(base.device))
     return theta, warning

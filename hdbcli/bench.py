@@ -21,7 +21,7 @@ from hdbcli.basis import down_basis, up_basis
 from hdbcli.config import PORTRAIT, BankConfig, Tell
 from hdbcli.device import make_optimizer
 from hdbcli.errors import HdbError
-from hdbcli.identity import Identity, save
+from hdbcli.identity import Identity, home_of, save
 from hdbcli.lidb import Theta, first_theta
 from hdbcli.places import open_checkpoint
 from hdbcli.random_model import target_shapes, write_random
@@ -157,11 +157,7 @@ def _random_identity(base: str) -> None:
     identity = Identity(
         down=torch.randn(count, 4, spec.a) * 0.1,
         up=torch.randn(count, spec.b, 4) * 0.1,
-        base=spec.name,
-        family=spec.family,
-        base_digest=checkpoint.weights_digest(),
-        targets_digest=checkpoint.targets_digest(),
-        basis=checkpoint.fingerprint(),
+        **home_of(spec, checkpoint),
         identifier=spec.identifier,
         steps=0,
         optimizer="",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -25,9 +25,6 @@ from hdbcli.config import (
     METHODS,
 )
 from registry import store
-
-if TYPE_CHECKING:
-    pass
 
 
 def score(

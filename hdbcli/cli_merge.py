@@ -34,9 +34,9 @@ def merge(
     A folder in the layout of diffusers, or one file as A1111, Forge and ComfyUI load it.
     """
     from hdbcli import derive, merge_out
-    from hdbcli.identity import load
+    from hdbcli.identity import check_fits, home_of, load
     from hdbcli.merge import Merge
-    from hdbcli.places import check_identity, open_checkpoint
+    from hdbcli.places import open_checkpoint
 
     chosen = form or ("single-file" if out.suffix.casefold() == ".safetensors" else "diffusers")
     if chosen not in merge_out.FORMATS:
@@ -54,7 +54,7 @@ def merge(
     with render.progress() as tell, merge_out.with_files(spec, chosen) as copied:
         checkpoint = open_checkpoint(copied)
         merge_out.check_apart(out, checkpoint.root)
-        warning = check_identity(identity, checkpoint)
+        warning = check_fits(identity, **home_of(spec, checkpoint))
         if warning:
             render.note(f"warning: {warning}")
         merged = Merge(checkpoint, derive.theta_of(identity), dtype)

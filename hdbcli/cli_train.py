@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -28,10 +28,6 @@ from hdbcli.config import (
     BankConfig,
     PretrainConfig,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 train_app = new_app("Train and measure the hypernetwork of a base model.")
 

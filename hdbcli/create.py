@@ -19,7 +19,7 @@ from hdbcli.budget import rank_within
 from hdbcli.config import PORTRAIT, UNPREDICTED_LR, UNPREDICTED_STEPS, RefineConfig, Tell
 from hdbcli.errors import HdbError
 from hdbcli.faces import embed
-from hdbcli.identity import Identity
+from hdbcli.identity import Identity, home_of
 from hdbcli.lidb import Theta, first_theta
 from hdbcli.photo import Crop, crop_face
 from hdbcli.refine import portrait_loss, refine
@@ -152,11 +152,7 @@ def describe(base: Base, theta: Theta, hypernetwork: str) -> Identity:
     return Identity(
         down=theta.down[0].cpu(),
         up=theta.up[0].cpu(),
-        base=base.spec.name,
-        family=base.spec.family,
-        base_digest=base.injected.weights_digest(),
-        targets_digest=base.injected.targets_digest(),
-        basis=base.injected.fingerprint(),
+        **home_of(base.spec, base.injected),
         identifier=base.spec.identifier,
         steps=0,
         optimizer="",

@@ -13,6 +13,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from registry.header import (
     read_facts,
     read_header,
 )
+from registry.spec import BaseSpec
 from registry.store import write_beside
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
@@ -143,6 +145,28 @@ def load(path: Path) -> Identity:
         lineage=facts.lineage,
         likeness=facts.likeness,
     )
+
+
+class Weights(Protocol):
+    """A base's targets, loaded or still in their files."""
+
+    def weights_digest(self) -> str: ...
+
+    def targets_digest(self) -> str: ...
+
+    def fingerprint(self) -> Fingerprint: ...
+
+
+def home_of(spec: BaseSpec, weights: Weights) -> dict[str, Any]:
+    """Return what an identity remembers of its base, and `check_fits` asks; it hashes all targeted
+    weights, so ask once."""
+    return {
+        "base": spec.name,
+        "family": spec.family,
+        "base_digest": weights.weights_digest(),
+        "targets_digest": weights.targets_digest(),
+        "basis": weights.fingerprint(),
+    }
 
 
 def check_fits(

@@ -165,7 +165,8 @@ def in_order(names: Iterable[str], targets: Mapping[str, tuple[str, ...]]) -> li
 def canonical(component: str, path: str) -> str:
     """Name a module so that the name lasts: newer transformers dropped `text_model.` from CLIP's
     paths."""
-    if component.startswith("text_encoder") and not path.startswith("text_model."):
+    own = path.startswith(("text_model.", "text_projection"))
+    if component.startswith("text_encoder") and not own:
         return f"text_model.{path}"
     return path
 

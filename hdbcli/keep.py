@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hdbcli.base import Base, home_of
+from hdbcli.base import Base
 from hdbcli.errors import HdbError
-from hdbcli.identity import Identity, check_fits, load
+from hdbcli.identity import Identity, check_fits, home_of, load
 from registry import store
 from registry.errors import RegistryError
 from registry.foreign import lora_style
@@ -60,7 +60,8 @@ def fits_here(open_base: Open) -> Callable[[Identity], tuple[bool | None, str | 
     def check(identity: Identity) -> tuple[bool | None, str | None]:
         if identity.base not in homes:
             try:
-                homes[identity.base] = home_of(open_base(identity.base))
+                base = open_base(identity.base)
+                homes[identity.base] = home_of(base.spec, base.injected)
             except RegistryError as error:
                 homes[identity.base] = error
         home = homes[identity.base]

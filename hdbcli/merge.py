@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hdbcli import basis
 from hdbcli.errors import HdbError
+from hdbcli.inject import canonical
 from hdbcli.lidb import Theta
 from hdbcli.places import DTYPES, Checkpoint, Place, tensor_of
 from hdbcli.stream import Item, copy_bytes
@@ -60,7 +61,7 @@ class Merge:
         for component, files in self.checkpoint.files.items():
             for file in files:
                 for key in self.checkpoint.headers[file].tensors:
-                    place = rename(component, _with_prefix(component, key), layout)
+                    place = rename(component, canonical(component, key), layout)
                     if place:
                         parts.setdefault(place.key, {})[place.part] = (file, key, place)
         items = [
@@ -130,12 +131,6 @@ class Merge:
         spec, (n, m) = self.checkpoint.spec, shape
         up = basis.up_basis(spec.basis_seed, name, spec.b, n)
         return up, self.cores[name] @ basis.down_basis(spec.basis_seed, name, spec.a, m)
-
-
-def _with_prefix(component: str, key: str) -> str:
-    """Keep `text_model.` in a text encoder's names; newer files lack it."""
-    own = key.startswith(("text_model.", "text_projection."))
-    return key if own or not component.startswith("text_encoder") else f"text_model.{key}"
 
 
 def _bytes(tensor: Tensor) -> bytes:

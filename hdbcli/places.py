@@ -6,7 +6,6 @@ it is asked for, so that memory stays small whatever the size of the model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from hdbcli.basis import Fingerprint, fingerprint
 from hdbcli.errors import HdbError
-from hdbcli.identity import Identity, check_fits
 from hdbcli.inject import canonical, digest_names, digest_weights, in_order, matches
+from registry.checkpoint import WEIGHTS, weight_files
 from registry.errors import RegistryError
 from registry.header import Header, TensorInfo, read_header
 from registry.ldm import layout_of, linear_layers
@@ -25,6 +24,7 @@ from registry.spec import BaseSpec
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LARGEST = 2**40  # bytes of a file
+STEMS = tuple(dict.fromkeys(WEIGHTS.values()))
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,6 @@ class Checkpoint:
             yield whole[place.first : place.first + place.shape[0]]
 
 
-def check_identity(identity: Identity, checkpoint: Checkpoint) -> str | None:
-    """Return None, or a warning if the base is a fine-tune of the identity's; HdbError if it does
-    not fit."""
-    return check_fits(
-        identity,
-        base=checkpoint.spec.name,
-        family=checkpoint.spec.family,
-        base_digest=checkpoint.weights_digest(),
-        targets_digest=checkpoint.targets_digest(),
-        basis=checkpoint.fingerprint(),
-    )
-
-
 def tensor_of(data: bytearray, info: TensorInfo) -> Tensor:
     """View bytes as the tensor they are."""
     return torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(info.shape)
@@ -138,18 +125,10 @@ def open_checkpoint(spec: BaseSpec) -> Checkpoint:
 
 
 def _component_files(folder: Path) -> tuple[Path, ...]:
-    """Return the weights that diffusers would load: shards of an index, or one file."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if any(Path(shard).name != shard for shard in shards):
-                raise ValueError("a shard lies elsewhere")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise HdbError(f"{index} cannot be read ({error}); get the model again") from error
-        return tuple(folder / shard for shard in shards)
-    for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
-        if (folder / name).exists():
-            return (folder / name,)
+    """Return the weights that diffusers would load: one file, or the shards of an index."""
+    for stem in STEMS:
+        if any((folder / f"{stem}.safetensors{end}").exists() for end in ("", ".index.json")):
+            return tuple(weight_files(folder, stem))
     return ()
 
 

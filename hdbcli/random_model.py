@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hdbcli.inject import find_targets
+from hdbcli.inject import canonical, find_targets
 from hdbcli.stream import Item, write_tensors
 from registry.families import FAMILIES, Family
 from registry.ldm import layout_of, rename
@@ -50,8 +50,7 @@ def write_random(name: str, path: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for component, network in empty_networks(FAMILIES[name]).items():
         for key, value in network.state_dict().items():
-            long = key if component in ("unet", "vae") or "." not in key else _long(key)
-            place = rename(component, long, layout)
+            place = rename(component, canonical(component, key), layout)
             if place is None:
                 continue
             shape = tuple(value.shape)
@@ -60,10 +59,6 @@ def write_random(name: str, path: Path) -> None:
             shapes[place.key] = (*shape, 1, 1)[:4] if place.conv else shape
     items = [Item(key, "F16", shape, partial(_random, shape)) for key, shape in shapes.items()]
     write_tensors(path, items, {"format": "pt"}, lambda _: None)
-
-
-def _long(key: str) -> str:
-    return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
 
 
 def _random(shape: tuple[int, ...]) -> Iterable[bytes]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hdbcli.base import Base
 from hdbcli.inject import canonical
+from registry.ldm import unet_name
 
 # Transformer blocks at each level of a UNet in Stable Diffusion's layout; two layers a level.
 DEPTHS = {"Stable Diffusion 1.x or 2.x": (1, 1, 1, 0), "Stable Diffusion XL": (0, 2, 10)}
@@ -141,21 +142,13 @@ def layout_of(base: Base) -> tuple[int, ...] | None:
 
 def ldm_blocks(depths: Sequence[int]) -> dict[str, str]:
     """Map each transformer block of a UNet from diffusers' path to the original network's."""
-    pairs = {}
-    levels = len(depths)
+    stacks = {"mid_block.attentions.0": max(depths)}
     for level, depth in enumerate(depths):
-        for t in range(depth):
-            for i in range(2):
-                path = f"down_blocks.{level}.attentions.{i}.transformer_blocks.{t}"
-                pairs[path] = f"input_blocks.{1 + 3 * level + i}.1.transformer_blocks.{t}"
-            for i in range(3):
-                up = levels - 1 - level
-                path = f"up_blocks.{up}.attentions.{i}.transformer_blocks.{t}"
-                pairs[path] = f"output_blocks.{3 * up + i}.1.transformer_blocks.{t}"
-    for t in range(max(depths)):
-        path = f"mid_block.attentions.0.transformer_blocks.{t}"
-        pairs[path] = f"middle_block.1.transformer_blocks.{t}"
-    return pairs
+        up = len(depths) - 1 - level
+        stacks |= {f"down_blocks.{level}.attentions.{i}": depth for i in range(2)}
+        stacks |= {f"up_blocks.{up}.attentions.{i}": depth for i in range(3)}
+    paths = [f"{s}.transformer_blocks.{t}" for s, depth in stacks.items() for t in range(depth)]
+    return {path: unet_name(path) for path in paths}
 
 
 def context_width(base: Base) -> int | None:

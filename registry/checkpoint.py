@@ -11,6 +11,7 @@ from typing import Any
 
 from registry.errors import RegistryError
 from registry.header import TensorInfo, read_header
+from registry.ldm import LAYOUTS, UNET, VAE
 
 LARGEST = 2**38  # bytes of one file; SDXL in fp32 has 14e9
 INDEX = "model_index.json"
@@ -23,16 +24,13 @@ WEIGHTS = {
 }
 
 # Where an original single file keeps the components of a pipeline.
-PREFIXES = {
-    "model.diffusion_model.": "unet",
-    "first_stage_model.": "vae",
-    "cond_stage_model.transformer.": "text_encoder",
-    "cond_stage_model.model.": "text_encoder",
-    "conditioner.embedders.0.transformer.": "text_encoder",
-    "conditioner.embedders.0.model.": "text_encoder_2",  # of the refiner, which has no first
-    "conditioner.embedders.1.model.": "text_encoder_2",
+_TEXT = {
+    text.prefix: component for layout in LAYOUTS.values() for component, text in layout.text.items()
 }
-UNUSED = "cond_stage_model.model.transformer.resblocks.23."  # Stable Diffusion 2.x stops before it
+_REFINER = {"conditioner.embedders.0.model.": "text_encoder_2"}  # which has no first
+PREFIXES = {UNET: "unet", VAE: "vae", **_TEXT, **_REFINER}
+_SD2 = LAYOUTS["sd2"].text["text_encoder"]
+UNUSED = f"{_SD2.prefix}transformer.resblocks.{_SD2.layers}."  # Stable Diffusion 2.x stops before
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def _read_folder(path: Path) -> Checkpoint:
     files = [path / INDEX]
     for component, stem in WEIGHTS.items():
         if (path / component).is_dir():
-            weights = _weights(path / component, stem)
+            weights = weight_files(path / component, stem)
             components[component] = {}
             for file in weights:
                 components[component] |= read_header(file, LARGEST).tensors
@@ -108,7 +106,7 @@ def _read_folder(path: Path) -> Checkpoint:
     return Checkpoint(path, components, tuple(files), {}, called)
 
 
-def _weights(folder: Path, stem: str) -> list[Path]:
+def weight_files(folder: Path, stem: str) -> list[Path]:
     """Return a component's weights, one file or all shards of its index."""
     whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if whole.is_file():

@@ -148,6 +148,11 @@ def rename(component: str, key: str, layout: Layout) -> Renamed | None:
     return _open_clip(text.prefix, key) if text.open_clip else Renamed(text.prefix + key)
 
 
+def unet_name(block: str) -> str:
+    """Return the original path of a transformer block of the UNet, the same in all families."""
+    return _unet(f"{block}.", LAYOUTS["sd1"]).removesuffix(".")
+
+
 def _unet(key: str, layout: Layout) -> str:
     block = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", key)
     if block:
