@@ -22,10 +22,13 @@ from hdbcli.hypernet import Faces, HyperNetwork
 from hdbcli.identity import Identity, check_fits, home_of
 from hdbcli.inject import Injected, inject
 from hdbcli.lidb import Factors, Theta
+from hdbcli.memory import NORMAL, MemoryPlan
+from hdbcli.places import open_checkpoint
+from hdbcli.quantise import quantise
 from hdbcli.tokens import Tokens
 from registry.plugins import load_registry
 from registry.settings import customised
-from registry.spec import Backbone, BaseSpec
+from registry.spec import Backbone, BaseSpec, Frugal
 
 Worn: TypeAlias = Theta | Factors | Tokens
 
@@ -38,6 +41,8 @@ class Base:
     backbone: Backbone
     injected: Injected
     device: str
+    plan: MemoryPlan = NORMAL
+    notes: tuple[str, ...] = ()  # what of the plan could not be done
 
     def prompt(self, text: str) -> str:
         """Put the base's rare token where the user wrote [V]."""
@@ -53,6 +58,11 @@ class Base:
             with self.injected.wearing(worn):
                 yield
 
+    def free_autoencoder(self) -> None:
+        """Let go of the autoencoder until it is needed again, if the plan is to save memory."""
+        if self.plan.frugal and isinstance(self.backbone, Frugal):
+            self.backbone.free_autoencoder()
+
     def images(self, crops: list[np.ndarray]) -> Tensor:
         """Stack uint8 crops (S, S, 3) as (B, 3, S, S) in -1..1 on the device."""
         stacked = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
@@ -64,19 +74,29 @@ class Base:
         return Faces(self.images(crops), traits)
 
 
-def load_base(spec: BaseSpec, device: str, dtype: str = "float32") -> Base:
-    """Load a base model and put LiDB layers on its targets."""
-    backbone = spec.load(device, dtype)
+def load_base(spec: BaseSpec, device: str, plan: MemoryPlan = NORMAL) -> Base:
+    """Load a base model as a plan holds it and put LiDB layers on its targets."""
+    backbone = spec.load(device, plan.dtype)
+    if plan.frugal and isinstance(backbone, Frugal):
+        backbone.save_memory(plan.recompute)
+    note = quantise(backbone.components.values(), plan.quantised) if plan.quantised else None
     injected = inject(backbone.components, spec.targets, spec.a, spec.b, spec.basis_seed)
-    return Base(spec, backbone, injected, device)
+    if plan.dtype != NORMAL.dtype:  # identities know the base by its weights before any rounding
+        injected = replace(injected, digest=open_checkpoint(spec).weights_digest())
+    return Base(spec, backbone, injected, device, plan, (note,) if note else ())
 
 
-def open_base(name: str, device: str | None = None, hypernetwork: Path | None = None) -> Base:
+def open_base(
+    name: str,
+    device: str | None = None,
+    hypernetwork: Path | None = None,
+    plan: MemoryPlan = NORMAL,
+) -> Base:
     """Find a base model by name, with what the user set for it, and load it on a device."""
     spec = customised(load_registry().get(name))
     if hypernetwork:
         spec = replace(spec, hypernetwork=hypernetwork)
-    return load_base(spec, choose_device(device))
+    return load_base(spec, choose_device(device), plan)
 
 
 def open_pair(
@@ -106,7 +126,20 @@ def load_predictor(base: Base) -> tuple[HyperNetwork, str]:
             f"{model.config.basis_digest[:12]}), {base.spec.name} has {mine[:12]}, {basis[:12]}; "
             "train a hypernetwork for this base"
         )
-    return model.to(base.device), digest
+    model.to(base.device)
+    if base.plan.quantised:
+        _quantise_encoder(model, base.plan.quantised)
+    return model, digest
+
+
+def _quantise_encoder(model: HyperNetwork, kind: str) -> None:
+    """Hold the wide layers of the face encoder in few bits.
+
+    Without dropout training mode changes no number; in evaluation mode torch would hand the weights
+    to a fused kernel that takes them for floats. A note is not needed: the base gave it.
+    """
+    quantise([layer for layer in model.encoder.layers], kind)
+    model.encoder.train()
 
 
 def theta_for(base: Base, identity: Identity) -> tuple[Theta, str | None]:

@@ -28,6 +28,7 @@ from hdbcli.cli_options import (
     Identity,
     Json,
     Loras,
+    Memory,
     More,
     Optimizer,
     Photo,
@@ -40,6 +41,7 @@ from hdbcli.cli_options import (
     spec_of,
     stack,
     wear,
+    within_memory,
 )
 from hdbcli.cli_store import cp, gc, import_identity, mv, rm, verify
 from hdbcli.cli_train import train_app
@@ -54,6 +56,8 @@ from registry.spec import SampleSettings
 if TYPE_CHECKING:
     from hdbcli.base import Base
     from hdbcli.create import Created
+    from hdbcli.lora_stack import Stacked
+    from hdbcli.memory import MemoryPlan
     from registry.spec import BaseSpec
 
 
@@ -96,6 +100,7 @@ def new(
     optimizer: Optimizer = RefineConfig.optimizer,
     force: Force = False,
     device: Device = None,
+    memory: Memory = "auto",
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
@@ -109,7 +114,7 @@ def new(
 
     wanted = partial(settle, steps=steps, rank=rank, seed=seed, optimizer=optimizer)
     spec, photos = spec_of(base), [photo, *(more or [])]
-    created = _make(spec, device, photos, face, None if no_refine else wanted)
+    created = _make(spec, device, memory, photos, face, None if no_refine else wanted)
     _store(created, name, path, spec.budget, as_json)
 
 
@@ -125,6 +130,7 @@ def refine(
     face: FaceNumber = None,
     optimizer: Optimizer = RefineConfig.optimizer,
     device: Device = None,
+    memory: Memory = "auto",
     as_json: Json = False,
 ) -> None:
     """Give an existing identity more iterations on a photo; its file is replaced at the end."""
@@ -135,7 +141,7 @@ def refine(
     config = RefineConfig(steps, rank or identity.rank, seed=seed, optimizer=optimizer)
     photos = [photo, *(more or [])]
     spec = spec_of(base or identity.base)
-    created = _make(spec, device, photos, face, lambda _: config, identity)
+    created = _make(spec, device, memory, photos, face, lambda _: config, identity)
     _store(created, path.stem, path, spec.budget, as_json)
 
 
@@ -161,6 +167,7 @@ def gen(
     lora: Loras = None,
     base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
     device: Device = None,
+    memory: Memory = "auto",
     out: Annotated[Path | None, typer.Option("-o", help="A folder, or one .png file.")] = None,
     grid: Annotated[
         bool, typer.Option("--grid", help="Save a contact sheet too; with -o FILE.png, only that.")
@@ -173,6 +180,7 @@ def gen(
     people are drawn in one pass, each with the same seeds.
     """
     from hdbcli import lora_stack, sample
+    from hdbcli.identity import load
 
     first = int.from_bytes(os.urandom(4), "big") if seed is None else seed
     settings = SampleSettings(steps, guidance, negative, size, scheduler)
@@ -181,20 +189,24 @@ def gen(
     names, seeds = [name for name, _ in jobs], [number for _, number in jobs]
     targets = sample.plan_outputs(out, [f"{name}-{number}" for name, number in jobs], grid)
     loras = [lora_stack.read(each) for each in lora or []]  # a bad one is told before the work
-    loaded, people = wear(paths, base, device)
-    stacked = stack(loaded, loras)
+    spec = spec_of(base or load(paths[0]).base)
     if "[V]" not in prompt:
         render.note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
-    theta = people.scaled(strength)
-    if len(paths) > 1:  # each wears their own; one person alone serves all pictures
-        theta = theta[[i for i in range(len(paths)) for _ in range(count)]]
-    with render.progress() as tell:
-        pictures = sample.generate(loaded, theta, prompt, seeds, settings, tell)
+
+    def draw(plan: MemoryPlan) -> tuple[list[sample.Picture], list[Stacked]]:
+        loaded, people = wear(paths, spec.name, device, plan)
+        stacked = stack(loaded, loras)
+        theta = people.scaled(strength)
+        if len(paths) > 1:  # each wears their own; one person alone serves all pictures
+            theta = theta[[i for i in range(len(paths)) for _ in range(count)]]
+        with render.progress() as tell:
+            return sample.generate(loaded, theta, prompt, seeds, settings, tell), stacked
+
+    work = sample.work_of(len(seeds), size or spec.resolution)
+    pictures, stacked = within_memory(spec, device, memory, work, draw)
     more = lora_stack.parameters(stacked)
-    saved = sample.save_all(
-        pictures, names, targets, prompt, settings, loaded.spec.name, strength, more
-    )
-    values = {"name": ",".join(path.stem for path in paths), "base": loaded.spec.name, **saved}
+    saved = sample.save_all(pictures, names, targets, prompt, settings, spec.name, strength, more)
+    values = {"name": ",".join(path.stem for path in paths), "base": spec.name, **saved}
     values |= {"prompt": prompt, "loras": [each.facts() for each in stacked]}
     _show_drawn(values, as_json)
 
@@ -246,6 +258,7 @@ def _ask_consent(yes: bool) -> None:
 def _make(
     spec: BaseSpec,
     device: str | None,
+    memory: str,
     photos: list[Path],
     face: int | None,
     config: Callable[[Base], RefineConfig] | None,
@@ -256,24 +269,30 @@ def _make(
     `config` may depend on the base; None keeps the prediction.
     """
     from hdbcli import create
+    from hdbcli.memory import Work
 
     start = time.perf_counter()
     with render.progress() as tell:
         crops = create.crop_photos(photos, spec, face, tell)
-        cropped = time.perf_counter() - start
-        tell("load", 0, 1)
-        loaded = open_on(spec.name, device)
-        settled = config and config(loaded)
-        if identity is not None and settled:
-            created = create.continue_refining(identity, crops, loaded, settled, tell)
-        else:
+    cropped = time.perf_counter() - start
+
+    def make(plan: MemoryPlan) -> Created:
+        with render.progress() as tell:
+            tell("load", 0, 1)
+            loaded = open_on(spec.name, device, plan=plan)
+            settled = config and config(loaded)
+            if identity is not None and settled:
+                return create.continue_refining(identity, crops, loaded, settled, tell)
             if settled and spec.hypernetwork is None:
                 render.note(
                     f"hint: {spec.name} has no hypernetwork, so this starts from nobody and takes "
                     f"{settled.steps} iterations; once hdb train hypernetwork has made one: "
                     f"hdb base set-hypernetwork {spec.name} FILE"
                 )
-            created = create.create(crops, loaded, settled, tell)
+            return create.create(crops, loaded, settled, tell)
+
+    work = Work(RefineConfig.batch, spec.resolution, trains=config is not None)
+    created = within_memory(spec, device, memory, work, make)
     total = time.perf_counter() - start
     return replace(created, seconds={"crop": cropped, **created.seconds, "total": total})
 

@@ -3,9 +3,9 @@ identities."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from hdbcli.base import Base
     from hdbcli.lidb import Theta
     from hdbcli.lora_stack import Lora, Stacked
+    from hdbcli.memory import MemoryPlan, Work
     from registry.plugins import Registry
     from registry.settings import Added
     from registry.spec import BaseSpec
+
+T = TypeVar("T")
 
 
 class Boundary(typer.core.TyperGroup):
@@ -79,6 +82,9 @@ Loras = Annotated[
 NewName = Annotated[str, typer.Argument(help="The new name.")]
 Steps = Annotated[int, typer.Option(min=1, help="Iterations of refinement.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the refinement's noise.")]
+Memory = Annotated[
+    str, typer.Option(help="auto (what fits into the free memory), low (the least) or normal.")
+]
 Optimizer = Annotated[str, typer.Option(help=f"{' or '.join(OPTIMIZERS)}.")]
 As = Annotated[str | None, typer.Option("--as", help="Name of the new one; default: replace.")]
 Dtype = Annotated[str, typer.Option(help="fp16, fp32 or int8.")]
@@ -140,11 +146,21 @@ def added_of(base: str) -> Added | None:
     return read_settings(settings_path(base)).added
 
 
-def open_on(base: str | None, device: str | None, hypernetwork: Path | None = None) -> Base:
-    """Load a base model, or the default one, on a device."""
+def open_on(
+    base: str | None,
+    device: str | None,
+    hypernetwork: Path | None = None,
+    plan: MemoryPlan | None = None,
+) -> Base:
+    """Load a base model, or the default one, on a device; say what of a memory plan cannot be
+    done."""
     from hdbcli.base import open_base  # imports torch
+    from hdbcli.memory import NORMAL
 
-    return open_base(base_name(base), device, hypernetwork)
+    loaded = open_base(base_name(base), device, hypernetwork, plan or NORMAL)
+    for note in loaded.notes:
+        render.note(f"warning: {note}")
+    return loaded
 
 
 def stack(base: Base, loras: Sequence[Lora]) -> list[Stacked]:
@@ -158,7 +174,26 @@ def stack(base: Base, loras: Sequence[Lora]) -> list[Stacked]:
     return stacked
 
 
-def wear(paths: list[Path], base: str | None, device: str | None) -> tuple[Base, Theta]:
+def within_memory(
+    spec: BaseSpec,
+    device: str | None,
+    memory: str,
+    work: Work,
+    attempt: Callable[[MemoryPlan], T],
+) -> T:
+    """Choose a memory plan, say it, and run the attempt on it: out of memory, once more on the next
+    smaller one."""
+    from hdbcli.device import choose_device
+    from hdbcli.memory import choose, run_within
+
+    choice = choose(spec, choose_device(device), memory, work)
+    render.note(choice.line)
+    return run_within(choice, attempt, render.note)
+
+
+def wear(
+    paths: list[Path], base: str | None, device: str | None, plan: MemoryPlan | None = None
+) -> tuple[Base, Theta]:
     """Load identities and the base to wear them on; say so where it is not the one they were made
     on."""
     from hdbcli.base import theta_for
@@ -166,7 +201,7 @@ def wear(paths: list[Path], base: str | None, device: str | None) -> tuple[Base,
     from hdbcli.relax import stack
 
     identities = [load(path) for path in paths]
-    loaded = open_on(base or identities[0].base, device)
+    loaded = open_on(base or identities[0].base, device, plan=plan)
     thetas = []
     for path, identity in zip(paths, identities, strict=True):
         theta, warning = theta_for(loaded, identity)

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,17 +17,26 @@ from hdbcli.cli_options import (
     Data,
     Device,
     Json,
+    Memory,
     Optimizer,
     Pattern,
     Seed,
     new_app,
     open_on,
+    spec_of,
+    within_memory,
 )
 from hdbcli.config import (
     PRECISIONS,
     BankConfig,
     PretrainConfig,
+    Tell,
 )
+
+if TYPE_CHECKING:
+    from hdbcli.base import Base
+    from hdbcli.memory import MemoryPlan
+    from hdbcli.people import People
 
 train_app = new_app("Train and measure the hypernetwork of a base model.")
 
@@ -99,38 +108,62 @@ def train_hypernetwork(
     pattern: Pattern = "*",
     aligned: Aligned = False,
     device: Device = None,
+    memory: Memory = "auto",
 ) -> None:
     """Train the hypernetwork of a base model; interrupted, the same command goes on.
 
     On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
     processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
+    from hdbcli.memory import Work
+    from hdbcli.people import read_people
+    from hdbcli.pretrain import DRAWS
+
+    checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
+    shared = (steps, lr, batch, beta, prior, seed, optimizer, precision, save_seconds, look)
+    config = PretrainConfig(*shared, held_out, checkpoint)
+    spec = spec_of(base)
+
+    def learn(plan: MemoryPlan) -> None:
+        loaded = open_on(base, device, start, plan)
+        with render.progress() as tell:
+            people = read_people(data, loaded.spec, pattern, aligned, tell)
+            render.show_skipped(people.skipped)
+            _learn(loaded, people, config, bank, start is not None, out, tell)
+
+    work = Work(batch * DRAWS, spec.resolution, trains=True, exact=True)
+    within_memory(spec, device, memory, work, learn)
+
+
+def _learn(
+    loaded: Base,
+    people: People,
+    config: PretrainConfig,
+    bank: Path | None,
+    goes_on: bool,
+    out: Path,
+    tell: Tell,
+) -> None:
+    """Train, and write the hypernetwork: in the first process, if there are several."""
     from hdbcli import pretrain
     from hdbcli.bank import read_bank
     from hdbcli.base import load_predictor
     from hdbcli.device import join_workers
     from hdbcli.hyperfile import save_hypernetwork
-    from hdbcli.people import read_people
     from hdbcli.watch import Watch
 
-    loaded = open_on(base, device, start)
-    checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
-    shared = (steps, lr, batch, beta, prior, seed, optimizer, precision, save_seconds, look)
-    config = PretrainConfig(*shared, held_out, checkpoint)
     known = read_bank(bank, loaded) if bank else None
     workers = join_workers()
-    model = load_predictor(loaded)[0] if start else pretrain.new_hypernetwork(loaded, seed)
-    with render.progress() as tell:
-        people = read_people(data, loaded.spec, pattern, aligned, tell)
-        render.show_skipped(people.skipped)
-        people, held = people.hold_out(held_out)
-        watch = Watch(loaded, held, out, tell) if held and not workers.rank else None
-        look_at = watch.look if watch else None
-        steps_done = pretrain.pretrain(loaded, model, people, config, tell, known, workers, look_at)
-        if workers.rank:
-            deque(steps_done, maxlen=0)
-            return
-        render.follow(steps_done, tell)
+    fresh = pretrain.new_hypernetwork
+    model = load_predictor(loaded)[0] if goes_on else fresh(loaded, config.seed)
+    people, held = people.hold_out(config.held_out)
+    watch = Watch(loaded, held, out, tell) if held and not workers.rank else None
+    look_at = watch.look if watch else None
+    steps = pretrain.pretrain(loaded, model, people, config, tell, known, workers, look_at)
+    if workers.rank:
+        deque(steps, maxlen=0)
+        return
+    render.follow(steps, tell)
     save_hypernetwork(model, out)
     if watch:
         render.note(f"curves and portraits of people held out: {watch.picture}")

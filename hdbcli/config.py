@@ -9,6 +9,7 @@ from pathlib import Path
 DEVICES = ("cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw8bit", "adamw")
 PRECISIONS = ("auto", "fp32")
+MEMORIES = ("auto", "low", "normal")
 PLACEHOLDER = "[V]"
 PORTRAIT = "a [V] face"  # the one prompt of training: HyperDreamBooth §3.3
 CAPTIONS = (  # of HyperDreamBooth's project page

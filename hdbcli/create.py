@@ -110,6 +110,7 @@ def _refined(
     seconds: dict[str, float],
 ) -> Created:
     latents = [base.backbone.encode_images(base.images([crop.image for crop in crops]))]
+    base.free_autoencoder()
     warnings = tuple(w for crop in crops for w in crop.warnings)
     start = time.perf_counter()
     if config is None:

@@ -24,6 +24,7 @@ class Injected:
     a: int
     b: int
     seed: int
+    digest: str | None = None  # of the weights as they are stored, where they were rounded since
 
     def wear(self, worn: Theta | Factors | None) -> None:
         """Put identities on every target at once: a batch of them, one for all, or None to take
@@ -76,7 +77,9 @@ class Injected:
 
     def weights_digest(self) -> str:
         """Hash the targeted weights as float16, so that fp32 and fp16 copies of one base agree."""
-        return digest_weights(layer.base.weight.detach() for layer in self.layers.values())
+        return self.digest or digest_weights(
+            layer.base.weight.detach() for layer in self.layers.values()
+        )
 
 
 def digest_names(names: Iterable[str]) -> str:

@@ -107,6 +107,10 @@ def stack(base: Base, loras: Sequence[Lora]) -> list[Stacked]:
 
     One-way: the base in memory keeps them.
     """
+    if loras and base.plan.quantised:
+        raise HdbError(
+            f"LoRA files cannot be added to weights in {base.plan.quantised}; pass --memory normal"
+        )
     layers = named_layers(base) if loras else {}
     return [_add(base, lora, layers) for lora in loras]
 

@@ -13,7 +13,7 @@ preservation, DreamBooth §3.3).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from hdbcli.hypernet import TRAITS, Faces, HyperConfig, HyperNetwork
 from hdbcli.lidb import Theta, inner
 from hdbcli.people import People
 from hdbcli.refine import draw_times
-from registry.training import Plan, Step, fit, short_attention
+from registry.training import Plan, Step, closing, fit, short_attention
 
 AVERAGE = 0.998
 DRAWS = 2  # pictures of a person a step, each with its noise: a prediction costs more than two
@@ -71,6 +71,7 @@ def pretrain(
     known = None if bank is None else _known(bank, people, base.device)
     model.to(base.device).train()
     latents = encode_crops(base, people.crops, tell)
+    base.free_autoencoder()
     images = torch.from_numpy(people.crops).permute(0, 3, 1, 2)
     traits = recognise(base, people, tell)
     material = _Material(people, images, traits, latents, known)
@@ -86,21 +87,25 @@ def pretrain(
         checkpoint_seconds=config.save_seconds,
     )
 
+    on = ExitStack()
+
     def loss(generator: torch.Generator) -> Tensor:
+        on.enter_context(short_attention(base.device, latents[0, 0, 0].numel()))
         return _loss(base, model, material, config, workers, generator)
 
+    steps = fit(
+        parameters,
+        loss,
+        optimizer,
+        plan,
+        averages,
+        config.checkpoint,
+        workers.share,
+        writes=workers.rank == 0,
+    )
     with base.injected.wearing(None):
         yield from _watched(
-            fit(
-                parameters,
-                loss,
-                optimizer,
-                plan,
-                averages,
-                config.checkpoint,
-                workers.share,
-                writes=workers.rank == 0,
-            ),
+            closing(steps, on),
             lambda: _averaged(parameters, averages),
             model,
             config.look,
@@ -152,13 +157,49 @@ def _loss(
     prompts = [
         "" if free else base.prompt(each) for free, each in zip(prior, captions, strict=True)
     ]
-    with autocast(device, config.precision), short_attention(device, clean[0, 0].numel()):
+    with autocast(device, config.precision):
         theta = model(Faces(faces, traits[batch.read].to(device)))
-        base.injected.wear(theta)
-        value = base.backbone.loss(clean, prompts, noise, t.to(device)).mean()
+        if not base.plan.at_once:
+            base.injected.wear(theta)
+            value = base.backbone.loss(clean, prompts, noise, t.to(device)).mean()
+    if base.plan.at_once:
+        samples = Samples(clean, prompts, noise, t.to(device))
+        value = in_parts(base, theta, samples, config.precision)
     if known is not None:
         value = value + config.beta * weight_loss(theta, known[batch.person.to(device)]).mean()
     return value
+
+
+class Samples(NamedTuple):
+    """What the base is asked to draw for P people, DRAWS pictures of each, people fastest."""
+
+    clean: Tensor  # (P DRAWS, c, h, w)
+    prompts: Sequence[str]
+    noise: Tensor
+    t: Tensor  # (P DRAWS,)
+
+
+def in_parts(base: Base, theta: Theta, samples: Samples, precision: str) -> Tensor:
+    """Return the mean loss of all samples, with its gradient for theta, a few people at a time.
+
+    The gradient of each part is taken at once, so that only one part's activations are held.
+    """
+    clean, prompts, noise, t = samples
+    people, size = len(theta), max(1, (base.plan.at_once or len(clean)) // DRAWS)
+    leaf = Theta(*(core.detach().requires_grad_(True) for core in (theta.down, theta.up)))
+    total = torch.zeros((), device=clean.device)
+    for some in torch.arange(people).split(size):
+        rows = (people * torch.arange(DRAWS)[:, None] + some).flatten()
+        base.injected.wear(leaf[some])
+        theirs = [prompts[row] for row in rows.tolist()]
+        with autocast(base.device, precision):
+            losses = base.backbone.loss(clean[rows], theirs, noise[rows], t[rows])
+        part = losses.sum() / len(clean)
+        part.backward()
+        total += part.detach()
+    assert leaf.down.grad is not None and leaf.up.grad is not None
+    slope = (theta.down * leaf.down.grad).sum() + (theta.up * leaf.up.grad).sum()
+    return slope + (total - slope).detach()
 
 
 def _watched(

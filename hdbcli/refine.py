@@ -8,6 +8,7 @@ side through the per-sample layer, each exactly as if alone: same noise, no shar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from hdbcli.config import PORTRAIT, RefineConfig, Tell
 from hdbcli.device import autocast, make_optimizer
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta, pack, unpack
-from registry.training import Plan, Step, fit, short_attention
+from registry.training import Plan, Step, closing, fit, short_attention
 
 PAIRS = 64  # (timestep, noise) pairs that the loss is reported on, the same before and after
 PAIRS_SEED = 0
@@ -87,20 +88,30 @@ def train(
     """Run the iterations on "a [V] face", yielding after each."""
     _check(trial, latents)
 
+    on = ExitStack()
+    size = _at_once(base, trial.people, config.batch)
+
     def loss(generator: torch.Generator) -> Tensor:
         noise = torch.randn((config.batch, *latents[0].shape[1:]), generator=generator)
         t = draw_times(config.batch, generator)
-        tokens = noise[0, 0].numel()
-        with (
-            base.wearing(trial.worn()),
-            autocast(base.device),
-            short_attention(base.device, tokens),
-        ):
-            value = _losses(base, latents, noise, t).mean(0).sum()
-        return value if trial.prior is None else value + trial.prior(generator)
+        prior = None if trial.prior is None else trial.prior(generator)
+        past = torch.zeros(())
+        for first in range(0, config.batch, size):
+            on.close()
+            on.enter_context(base.wearing(trial.worn()))
+            on.enter_context(short_attention(base.device, noise[0, 0].numel()))
+            part = slice(first, first + size)
+            with autocast(base.device):
+                losses = _losses(base, latents, noise[part], t[part], first)
+            value = losses.mean(0).sum() * (len(losses) / config.batch)
+            if first + size < config.batch:  # the gradients of the last part are left to the loop
+                value.backward()
+                past = past + value.detach().cpu()
+        value = value + past.to(value.device)
+        return value if prior is None else value + prior
 
     plan = Plan(config.steps, config.lr, warmup=3, decay=0.5, clip=None, seed=config.seed)
-    yield from fit(trial.parameters, loss, optimizer, plan)
+    yield from closing(fit(trial.parameters, loss, optimizer, plan), on)
 
 
 def draw_times(count: int, generator: torch.Generator) -> Tensor:
@@ -123,9 +134,10 @@ def portrait_loss(
     noise = torch.randn((pairs, *latents[0].shape[1:]), generator=generator)
     t = ((torch.arange(pairs) + 0.5) / pairs)[torch.randperm(pairs, generator=generator)]
     size = max(1, POSITIONS // (len(latents) * noise[0, 0].numel()))
+    size = _at_once(base, len(latents), size)
     with base.wearing(worn), autocast(base.device):
         parts = [
-            _losses(base, latents, noise[i : i + size], t[i : i + size])
+            _losses(base, latents, noise[i : i + size], t[i : i + size], i)
             for i in range(0, pairs, size)
         ]
     return torch.cat(parts).mean(0).cpu()
@@ -136,15 +148,22 @@ def _check(trial: Trial, latents: Sequence[Tensor]) -> None:
         raise HdbError(f"a trial of {trial.people} people, photos of {len(latents)}")
 
 
-def _losses(base: Base, latents: Sequence[Tensor], noise: Tensor, t: Tensor) -> Tensor:
-    """Return the loss of pair k for person p, (K, P): noise (K, c, h, w) and t (K,) serve
-    everybody.
+def _at_once(base: Base, people: int, pairs: int) -> int:
+    """Return how many pairs go in one pass, everybody's: all of them, or what the plan allows."""
+    return min(pairs, max(1, (base.plan.at_once or pairs * people) // people))
+
+
+def _losses(base: Base, latents: Sequence[Tensor], noise: Tensor, t: Tensor, first: int) -> Tensor:
+    """Return the loss of pair k for person p, (K, P), k counted from `first`: noise (K, c, h, w)
+    and t (K,) serve everybody.
 
     Person p is drawn from their photos in turn. Samples lie pair by pair, people fastest: the order
     in which the layer deals out P identities.
     """
     people = len(latents)
-    clean = torch.stack([each[k % len(each)] for k in range(len(t)) for each in latents])
+    clean = torch.stack(
+        [each[k % len(each)] for k in range(first, first + len(t)) for each in latents]
+    )
     noise = noise.to(clean).repeat_interleave(people, 0)
     times = t.to(clean.device).repeat_interleave(people)
     prompts = [base.prompt(PORTRAIT)] * len(clean)

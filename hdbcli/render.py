@@ -156,6 +156,14 @@ def show_created(values: Mapping[str, Any]) -> None:
     )
 
 
+def show_pictures(saved: Mapping[str, Any]) -> None:
+    """Print where each picture is and its seed, and then the sheet of them."""
+    for picture in saved["pictures"]:
+        say(f"{picture['path'] or 'in the sheet'}  seed {picture['seed']}")
+    if saved["grid"]:
+        say(saved["grid"])
+
+
 def show_entries(entries: Sequence[Entry]) -> None:
     """Print the identities, one a line; a damaged file says so in its line."""
     rows: list[tuple[object, ...]] = []

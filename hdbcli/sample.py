@@ -17,6 +17,7 @@ from hdbcli import __version__
 from hdbcli.base import Base, Worn
 from hdbcli.config import Tell
 from hdbcli.errors import HdbError
+from hdbcli.memory import Work
 from registry.errors import RegistryError
 from registry.spec import SampleSettings
 from registry.store import write_beside
@@ -49,7 +50,7 @@ def generate(
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else prompt
     texts = [base.prompt(each) for each in prompts]
     side = settings.size or base.spec.resolution
-    at_once = max(1, min(32, AT_ONCE * 512**2 // side**2))
+    at_once = base.plan.at_once or _at_once(side)
     passes = -(-len(seeds) // at_once)
     for done in range(passes):
         part = slice(done * at_once, (done + 1) * at_once)
@@ -66,6 +67,15 @@ def generate(
                 raise HdbError(str(error)) from error
         pictures += [Picture(image, seed) for image, seed in zip(images, batch, strict=True)]
     return pictures
+
+
+def work_of(pictures: int, side: int) -> Work:
+    """Say what drawing asks of a base: guidance runs every picture twice."""
+    return Work(2 * min(pictures, _at_once(side)), side, trains=False)
+
+
+def _at_once(side: int) -> int:
+    return max(1, min(32, AT_ONCE * 512**2 // side**2))
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,32 @@ class StableDiffusion:
 
     pipeline: Pipeline
     condition: Condition = last_states
+    read_autoencoder: Callable[[], Any] | None = None  # from its files, onto the device
+
+    @property
+    def autoencoder(self) -> Any:
+        """Return the autoencoder, read again if it was let go of."""
+        if self.pipeline.vae is None and self.read_autoencoder:
+            self.pipeline.register_modules(vae=self.read_autoencoder())
+            _slice(self.pipeline.vae)
+        return self.pipeline.vae
+
+    def free_autoencoder(self) -> None:
+        if self.read_autoencoder:
+            self.pipeline.register_modules(vae=None)
+
+    def save_memory(self, recompute: bool) -> None:
+        from registry.loading import quiet
+
+        _slice(self.pipeline.vae)
+        if not recompute:
+            return
+        self.pipeline.unet.enable_gradient_checkpointing()
+        encoders: list[Any] = [m for n, m in self.components.items() if n != "unet"]
+        with quiet():
+            for encoder in encoders:
+                encoder.gradient_checkpointing_enable({"use_reentrant": False})
+                _recompute(encoder)
 
     @property
     def components(self) -> Mapping[str, nn.Module]:
@@ -80,7 +106,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+        vae = self.autoencoder
         with _exact(vae):
             encoded = vae.encode(images.to(vae.device, vae.dtype))
         distribution = getattr(encoded, "latent_dist", None)
@@ -89,7 +115,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> np.ndarray:
-        vae = self.pipeline.vae
+        vae = self.autoencoder
         with _exact(vae):
             scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
             decoded = vae.decode(scaled).sample
@@ -135,10 +161,12 @@ class StableDiffusion:
         progress: Callable[[int, int], None],
     ) -> np.ndarray:
         side = self._side(settings.size)
+        _ = self.autoencoder  # read again if need be: the pipeline decodes with it
         schedule = self.pipeline.scheduler
         if settings.scheduler:
             self.pipeline.scheduler = _scheduler(settings, schedule.config)
         self.pipeline.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def told(_pipeline: Any, step: int, _t: Any, kept: dict[str, Any]) -> dict[str, Any]:
             progress(step + 1, settings.steps)
@@ -153,7 +181,8 @@ class StableDiffusion:
                 guidance_scale=settings.guidance,
                 # None where there is none: Stable Diffusion XL then reads zeros, not "".
                 negative_prompt=[settings.negative] * len(prompts) if settings.negative else None,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                generator=generators,
+                latents=self._noise(side, generators),
                 output_type="np",
                 callback_on_step_end=told,
             ).images
@@ -169,6 +198,14 @@ class StableDiffusion:
     def save(self, folder: Path) -> None:
         self.pipeline.save_pretrained(folder)
 
+    def _noise(self, side: int, generators: Sequence[torch.Generator]) -> Tensor:
+        """Draw what each picture starts from, in float32, so that a seed means the same in every
+        number format."""
+        unet, small = self.pipeline.unet, side // self.pipeline.vae_scale_factor
+        shape = (1, unet.config.in_channels, small, small)
+        noise = torch.cat([torch.randn(shape, generator=each) for each in generators])
+        return noise.to(unet.device, unet.dtype)
+
     def _side(self, size: int | None) -> int:
         """Return the side in pixels; RegistryError unless the network can halve it often enough."""
         scale = self.pipeline.vae_scale_factor
@@ -180,6 +217,28 @@ class StableDiffusion:
                 f"--size {size} does not fit this model; use a multiple of {multiple}"
             )
         return size
+
+
+def _slice(vae: Any) -> None:
+    """Decode pictures one by one, and what is larger than the model's own size in tiles.
+
+    Not in an AutoencoderTiny: diffusers' tiles have four channels there, whatever the model has.
+    """
+    vae.enable_slicing()
+    if type(vae).__name__ == "AutoencoderKL":
+        vae.enable_tiling()
+
+
+def _recompute(encoder: nn.Module) -> None:
+    """Let the layers of a text encoder recompute: they do so in training mode only.
+
+    Not what lies inside them, so that no dropout starts.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for layer in encoder.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
 
 
 @contextmanager

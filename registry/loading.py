@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,14 @@ def load_folder(folder: Path, device: str, dtype: str, double: bool = False) -> 
             use_safetensors=True,
             **_no_checker(double),
         )
-    return _backbone(pipeline, folder, device, dtype, double)
+    again = partial(
+        type(pipeline.vae).from_pretrained,
+        folder / "vae",
+        torch_dtype=getattr(torch, dtype),
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    return _backbone(pipeline, folder, device, dtype, double, again)
 
 
 def load_single(
@@ -43,19 +51,20 @@ def load_single(
 
     names = ("tokenizer", "tokenizer_2")
     tokenizers = {n: clip_tokenizer(pad) for n, pad in zip(names, family.pads, strict=False)}
+    options = {
+        "config": str(family.configs(prediction)),
+        "torch_dtype": getattr(torch, dtype),
+        "local_files_only": True,
+    }
     with _reading(file):
         pipeline = _class(family.double).from_single_file(
-            file,
-            config=str(family.configs(prediction)),
-            torch_dtype=getattr(torch, dtype),
-            local_files_only=True,
-            **tokenizers,
-            **_no_checker(family.double),
+            file, **options, **tokenizers, **_no_checker(family.double)
         )
     schedule = pipeline.scheduler
     if schedule.config.prediction_type != prediction:
         pipeline.scheduler = schedule.from_config(schedule.config, prediction_type=prediction)
-    return _backbone(pipeline, file, device, dtype, family.double)
+    again = partial(type(pipeline.vae).from_single_file, file, subfolder="vae", **options)
+    return _backbone(pipeline, file, device, dtype, family.double, again)
 
 
 def _class(double: bool) -> Any:
@@ -69,10 +78,21 @@ def _no_checker(double: bool) -> dict[str, Any]:
 
 
 def _backbone(
-    pipeline: Any, source: Path, device: str, dtype: str, double: bool
+    pipeline: Any,
+    source: Path,
+    device: str,
+    dtype: str,
+    double: bool,
+    autoencoder: Callable[[], Any],
 ) -> StableDiffusion:
-    """Check that every weight was there, and move the pipeline where it is wanted."""
-    backbone = StableDiffusion(pipeline, two_encoders if double else last_states)
+    """Check that every weight was there, and move the pipeline where it is wanted; `autoencoder`
+    reads that part once more."""
+
+    def again() -> Any:
+        with _reading(source):
+            return autoencoder().to(device).eval()
+
+    backbone = StableDiffusion(pipeline, two_encoders if double else last_states, again)
     for name, module in {**backbone.components, "vae": pipeline.vae}.items():
         missing = [key for key, value in module.named_parameters() if value.is_meta]
         if missing:
@@ -84,6 +104,14 @@ def _backbone(
     with quiet():
         pipeline.to(device, getattr(torch, dtype))
     return backbone
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Say whether this is how torch, a device or Python says that memory ran out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 @contextmanager
@@ -102,6 +130,8 @@ def _reading(source: Path) -> Iterator[None]:
             f"{source} lacks tensors that the model needs; download it in full"
         ) from error
     except bad as error:
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise RegistryError(
             f"the model in {source} is missing or damaged ({reason}); install it again"

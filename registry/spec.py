@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from registry.errors import RegistryError
 
@@ -86,6 +86,19 @@ class Backbone(Protocol):
         Merging asks it for `model_index.json`, with the name of each component, and for
         `COMPONENT/model.safetensors`, named by module path.
         """
+
+
+@runtime_checkable
+class Frugal(Protocol):
+    """What a backbone may offer beside, for little memory; one that does not works as it always
+    does."""
+
+    def save_memory(self, recompute: bool) -> None:
+        """From now on decode picture by picture, and with `recompute` compute what the backward
+        pass needs again instead of keeping it (gradient checkpointing)."""
+
+    def free_autoencoder(self) -> None:
+        """Let go of the autoencoder until something is encoded or decoded again."""
 
 
 @dataclass(frozen=True)

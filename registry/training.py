@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,15 @@ def fit(
             saved = now
         left = (now - start) / (number + 1 - first) * (plan.steps - number - 1)
         yield Step(number + 1, plan.steps, value.item(), left)
+
+
+def closing(steps: Iterator[Step], on: ExitStack) -> Iterator[Step]:
+    """Close after every step what its loss left open for the backward pass, which with gradient
+    checkpointing runs parts of the model again."""
+    with on:
+        for step in steps:
+            on.close()
+            yield step
 
 
 def short_attention(device: str, tokens: int) -> AbstractContextManager:

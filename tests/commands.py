@@ -21,11 +21,12 @@ def ok(*words: object) -> Result:
 
 
 def refused(*words: object, says: str) -> None:
-    """Assert exit 1 and one line that says what, and no change in the store."""
+    """Assert exit 1 and one line that says what, after the plan, and no change in the store."""
     before = sorted(str(p) for p in store.root().rglob("*") if p.is_file())
     result = hdb(*words)
     assert result.exit_code == 1, (result.exit_code, result.output)
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("memory: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert says in result.stderr, result.stderr
     assert not result.stdout
     assert sorted(str(p) for p in store.root().rglob("*") if p.is_file()) == before

@@ -262,5 +262,15 @@ def refused(out: Path, lora: object, says: str) -> None:
     """Assert exit 1, one line that says what, and no picture."""
     result = hdb("gen", "bob", *PROMPT, "-o", out, "--lora", lora)
     assert result.exit_code == 1 and not result.stdout, result.output
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("memory: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert says in result.stderr and not out.exists()
+
+
+def test_quantised_weights_take_no_lora(people: None, tmp_path: Path) -> None:
+    ok("export", "alice", "-o", tmp_path / "l.safetensors")
+    words = ["gen", "bob", *PROMPT, "--lora", tmp_path / "l.safetensors", "-o", tmp_path / "p.png"]
+    low = hdb(*words, "--memory", "low")
+    assert low.exit_code == 1 and "pass --memory normal" in low.stderr
+    assert not (tmp_path / "p.png").exists()
+    ok(*words)

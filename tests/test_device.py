@@ -1,0 +1,62 @@
+"""8-bit optimizers: what they hold is really 8 bits, and they learn as 32 bits do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hdbcli.base import Base
+from hdbcli.config import RefineConfig
+from hdbcli.device import make_optimizer
+from hdbcli.lidb import first_theta
+from hdbcli.pretrain import new_hypernetwork
+from hdbcli.refine import lidb_trial, portrait_loss, train
+
+FACE = Path(__file__).parent / "data" / "heldout" / "900000" / "photo-0.jpg"
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> set[torch.dtype]:
+    """Return the number formats of Adam's state that is as large as its parameter."""
+    state = optimizer.state[parameter].values()
+    return {v.dtype for v in state if isinstance(v, Tensor) and v.numel() == parameter.numel()}
+
+
+def learnt(base: Base, optimizer: str) -> tuple[list[float], torch.dtype]:
+    """Refine from theta_0: the loss of every step with those at the start and the end around them,
+    and the format of the optimizer's state."""
+    trial = lidb_trial(base, first_theta(len(base.injected.layers), base.spec.a, base.spec.b))
+    face = np.asarray(Image.open(FACE).convert("RGB").resize((64, 64)))
+    latents = [base.backbone.encode_images(base.images([face]))]
+    chosen, name, note = make_optimizer(optimizer, trial.parameters.values(), 5e-3)
+    assert name == optimizer and note is None
+    losses = [float(portrait_loss(base, trial.worn(), latents))]
+    config = RefineConfig(steps=15, rank=1, lr=5e-3)
+    losses += [step.loss for step in train(base, trial, latents, config, chosen)]
+    (held,) = moments(chosen, trial.parameters["theta"])
+    return [*losses, float(portrait_loss(base, trial.worn(), latents))], held
+
+
+def test_theta_learns_in_8_bits_as_in_32(tiny: Base) -> None:
+    eight, held = learnt(tiny, "adamw8bit")
+    whole, format = learnt(tiny, "adamw")
+    assert held == torch.uint8 and format == torch.float32
+    assert max(abs(a / b - 1) for a, b in zip(eight, whole, strict=True)) < 0.02
+    assert eight != whole and whole[-1] < 0.95 * whole[0]  # something was learnt
+
+
+def test_hypernetwork_is_held_in_8_bits(tiny: Base) -> None:
+    model = new_hypernetwork(tiny, 0)
+    optimizer, _, _ = make_optimizer("adamw8bit", model.parameters(), 1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for parameter in model.parameters():
+        wanted = torch.uint8 if parameter.numel() >= 4096 else torch.float32
+        assert moments(optimizer, parameter) == {wanted}
+    numbers = sum(p.numel() for p in model.parameters())
+    held = sum(p.numel() for p in model.parameters() if p.numel() >= 4096)
+    assert held > 0.98 * numbers

@@ -1,0 +1,237 @@
+"""Memory plans: which is chosen and why, and what happens when memory runs out all the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from hdbcli.cli import app
+from hdbcli.errors import HdbError
+from hdbcli.memory import (
+    NORMAL,
+    PLANS,
+    Choice,
+    MemoryPlan,
+    Size,
+    Work,
+    choose,
+    describe,
+    estimate,
+    free_ram,
+    measure,
+    run_within,
+)
+from registry import store
+from registry.diffusion import StableDiffusion
+from registry.loading import out_of_memory
+from registry.plugins import load_registry
+
+if TYPE_CHECKING:
+    from cutdown import Narrow
+
+TINY = load_registry().get("tiny")
+SD15 = Size(400_000_000, 580_000_000, 84_000_000, 320)
+REFINING = Work(8, 512, trains=True)
+NEW = Work(8, 64, trains=True)
+GIGABYTE = 10**9
+
+
+@pytest.fixture(autouse=True)
+def one_portrait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the likeness of new identities on one portrait: drawing is most of the time."""
+    monkeypatch.setattr("hdbcli.create.LIKENESS_SEEDS", (1,))
+
+
+def hdb(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_plans_go_from_generous_to_frugal() -> None:
+    for work in (REFINING, replace(REFINING, trains=False)):
+        needs = [estimate(SD15, plan, work) for plan in PLANS]
+        assert needs == sorted(needs, reverse=True) and needs[0] > needs[-1]
+    needs = [estimate(SD15, plan, REFINING) for plan in PLANS]
+    assert len(set(needs)) == len(PLANS) and needs[-2] < 5e9  # int8
+    assert PLANS[0] == NORMAL and len({plan.name for plan in PLANS}) == len(PLANS)
+
+
+def test_size_is_read_from_headers(narrow: Narrow) -> None:
+    size = measure(TINY)
+    assert size is not None and size.width == 128 and size.autoencoder == 1_418_779
+    assert size.linear + size.others == 344_832 + 11_061_720
+    folder, single = (
+        measure(replace(TINY, files=path)) for path in (narrow.folder("sd1"), narrow.single("sd1"))
+    )
+    assert folder is not None and single is not None and folder.width == single.width == 128
+    assert single.linear == pytest.approx(folder.linear, rel=0.05)
+    assert measure(replace(TINY, files=None)) is measure(replace(TINY, files=Path("x"))) is None
+
+
+def test_choice_follows_the_free_memory() -> None:
+    def chosen(free: int | None, asked: str = "auto", work: Work = NEW) -> str:
+        return choose(TINY, "cpu", asked, work, free).plan.name
+
+    assert chosen(16 * GIGABYTE) == "normal" and chosen(GIGABYTE // 10) == "nf4"
+    assert chosen(GIGABYTE // 10, "normal") == "normal" and chosen(16 * GIGABYTE, "low") == "nf4"
+    exact = replace(NEW, exact=True)
+    assert chosen(1, work=exact) == chosen(16 * GIGABYTE, "low", exact) == "recompute"
+    choice = choose(TINY, "cpu", "auto", NEW, 8 * GIGABYTE)
+    assert choice.line.startswith("memory: normal, float32 weights; about 0.")
+    assert choice.line.endswith("of 8.0 GB free on cpu") and choice.smaller == PLANS[1:]
+    assert "(normal: " in choose(TINY, "cpu", "auto", NEW, 1).line
+    with pytest.raises(HdbError, match="unknown --memory 'lots'"):
+        chosen(1, "lots")
+    unknown = choose(replace(TINY, files=None), "cpu", "low", NEW, 1)
+    assert unknown.plan == NORMAL and "names no files" in unknown.line
+
+
+def test_several_processes_keep_to_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose(TINY, "cpu", "auto", NEW, 8 * GIGABYTE).smaller == ()
+
+
+def test_free_ram_knows_containers(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemFree: 1 kB\nMemAvailable:    4000000 kB\n")
+    assert free_ram(tmp_path) == 4_096_000_000
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("1500\n")
+    (group / "memory.stat").write_text("anon 1000\ninactive_file 400\n")
+    assert free_ram(tmp_path) == 4_096_000_000
+    (group / "memory.max").write_text("2000\n")
+    assert free_ram(tmp_path) == 2000 - 1500 + 400
+    assert (free_ram(tmp_path / "elsewhere") or 1) > 0 and (free_ram() or 1) > 0
+
+
+def test_words_for_running_out() -> None:
+    assert all(map(out_of_memory, (MemoryError(), torch.OutOfMemoryError("CUDA"))))
+    assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not any(map(out_of_memory, (RuntimeError("shapes"), ValueError("out of memory"))))
+
+
+def test_one_step_down_and_no_further() -> None:
+    said: list[str] = []
+    tried: list[str] = []
+
+    def attempt(plan: MemoryPlan) -> str:
+        tried.append(plan.name)
+        if len(tried) <= failures:
+            raise MemoryError
+        return plan.name
+
+    choice = Choice(PLANS[1], "because", PLANS[2:])
+    failures = 1
+    assert run_within(choice, attempt, said.append) == "recompute"
+    assert said == [f"warning: out of memory with plan half; trying {describe(PLANS[2])}"]
+    tried.clear()
+    failures = 9
+    with pytest.raises(HdbError, match="out of memory with plan recompute"):
+        run_within(choice, attempt, said.append)
+    assert tried == ["half", "recompute"]
+    tried.clear()
+    with pytest.raises(HdbError, match="plan half"):
+        run_within(replace(choice, smaller=()), attempt, said.append)
+
+    def bug(_: MemoryPlan) -> None:
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_within(choice, bug, said.append)
+
+
+def test_low_memory_end_to_end(hdb_home: Path, astronaut: Path, tmp_path: Path) -> None:
+    made = hdb("new", astronaut, "low", "--memory", "low", "--steps", 3, "--json")
+    assert made.exit_code == 0, made.stderr
+    line = made.stderr.splitlines()[0]
+    assert line.startswith("memory: nf4, bfloat16 weights, linear layers in nf4, gradient ")
+    values = json.loads(made.stdout)
+    assert values["loss"]["end"] < values["loss"]["start"]
+    again = hdb("refine", "low", astronaut, "--memory", "normal", "--steps", 2, "--json")
+    assert again.exit_code == 0 and again.stderr.startswith("memory: normal, float32 weights")
+    assert "likeness may suffer" not in again.stderr  # it is at home on the whole base
+    for memory in ("low", "auto"):
+        words = ["a [V] face", "-n", 2, "--seed", 1, "--steps", 4, "--memory", memory]
+        drawn = hdb("gen", "low", *words, "-o", tmp_path / memory)
+        assert drawn.exit_code == 0 and drawn.stderr.startswith("memory: "), drawn.stderr
+        assert "fine-tune" not in drawn.stderr
+    assert near(tmp_path / "low" / "low-1.png", tmp_path / "auto" / "low-1.png")
+    assert not near(tmp_path / "low" / "low-1.png", tmp_path / "auto" / "low-2.png")
+    wrong = hdb("gen", "low", "a [V] face", "--memory", "lots")
+    assert wrong.exit_code == 1 and wrong.stderr.startswith("error: unknown --memory 'lots'")
+
+
+def near(one: Path, other: Path) -> bool:
+    """Say whether two pictures show the same: over 20 dB."""
+    a, b = (np.asarray(Image.open(path)) / 255.0 for path in (one, other))
+    return float(-10 * np.log10(((a - b) ** 2).mean() + 1e-12)) > 20
+
+
+def test_hypernetwork_trains_in_little_memory(astronaut: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / "people" / name).mkdir(parents=True)
+        shutil.copy(astronaut, tmp_path / "people" / name)
+    words = ["train", "hypernetwork", tmp_path / "people", "--out", tmp_path / "h.safetensors"]
+    words += ["--steps", 2, "--batch", 2, "--memory", "low"]
+    result = hdb(*words)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.startswith("memory: recompute, bfloat16 weights, gradient")
+    assert (tmp_path / "h.safetensors").exists()
+
+
+@pytest.fixture
+def starved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the diffusion loss run out of memory as many times as the list says."""
+    left, loss = [0], StableDiffusion.loss
+
+    def scarce(self: Any, *words: Any) -> Tensor:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return loss(self, *words)
+
+    monkeypatch.setattr(StableDiffusion, "loss", scarce)
+    return left
+
+
+def test_out_of_memory_takes_the_next_plan_once(
+    hdb_home: Path, astronaut: Path, starved: list[int]
+) -> None:
+    words = ("new", astronaut, "alice", "--steps", 2, "--memory", "normal")
+    starved[0] = 1
+    result = hdb(*words)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("memory: normal, ")
+    assert lines[1].startswith("warning: out of memory with plan normal; trying half, bfloat16")
+    store.path_of("alice").unlink()
+    starved[0] = 99
+    result = hdb(*words)
+    assert result.exit_code == 1 and not result.stdout
+    assert result.stderr.splitlines()[-1].startswith("error: out of memory with plan half (about")
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 3
+    assert not store.names()
+
+
+def test_without_bitsandbytes_weights_stay_whole(
+    hdb_home: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("bitsandbytes.nn", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, module, None)
+    result = hdb("new", astronaut, "alice", "--steps", 2, "--memory", "low")
+    assert result.exit_code == 0, result.stderr
+    notes = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(notes) == 2 and all("bitsandbytes does not work here" in line for line in notes)
+    assert "not quantised" in notes[0] and "AdamW in 32 bits" in notes[1]

@@ -1,0 +1,158 @@
+"""Quantised bases: near the whole ones, differentiable whatever ran before, and told when they
+cannot be had."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from hdbcli.base import Base, load_base, load_predictor
+from hdbcli.config import RefineConfig
+from hdbcli.lidb import Theta, first_theta
+from hdbcli.memory import MemoryPlan
+from hdbcli.quantise import quantise, quantised
+from hdbcli.refine import refine
+from registry.loading import load_folder
+from registry.plugins import load_registry
+
+if TYPE_CHECKING:
+    from cutdown import Narrow
+
+FACE = Path(__file__).parent / "data" / "heldout" / "900000" / "photo-0.jpg"
+KINDS = ("int8", "nf4")
+NEAR = {"int8": 0.02, "nf4": 0.2}  # of a layer's output, root mean square
+
+
+def tiny_in(plan: MemoryPlan) -> Base:
+    return load_base(load_registry().get("tiny"), "cpu", plan)
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_is_near_and_smaller(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 192).to(dtype)
+    layer = quantised(linear, kind)
+    assert layer.weight.element_size() == 1
+    assert layer.weight.numel() * (2 if kind == "nf4" else 1) == linear.weight.numel()
+    x = torch.randn(3, 7, 128, dtype=dtype)
+    with torch.no_grad():
+        assert 0 < far(layer(x).float(), linear(x).float()) < NEAR[kind]
+    assert layer(x).dtype == dtype and not any(p.requires_grad for p in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_flows_after_a_pass_without_one(kind: str) -> None:
+    """Bitsandbytes packs 4-bit weights for a kernel without gradient, if it is left alone."""
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 192)
+    layer = quantised(linear, kind)
+    x = torch.randn(2, 5, 128)
+    with torch.no_grad():
+        before = layer(x)
+    wanted, got = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
+    weights = torch.randn(2, 5, 192)
+    (linear(wanted) * weights).sum().backward()
+    (layer(got) * weights).sum().backward()
+    assert got.grad is not None and wanted.grad is not None
+    assert far(got.grad, wanted.grad) < NEAR[kind]
+    torch.testing.assert_close(layer(x).detach(), before, atol=2e-2, rtol=2e-2)
+
+
+def test_only_plain_layers_are_replaced() -> None:
+    class Own(nn.Linear):
+        """Somebody's layer that does more."""
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.Conv2d(3, 3, 1), Own(64, 64), nn.Embedding(9, 64))
+    kinds = [type(part) for part in model]
+    assert quantise([model], "int8") is None
+    assert type(model[0]) is not nn.Linear and [type(p) for p in model][1:] == kinds[1:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_bitsandbytes_leaves_all_as_it_is(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "bitsandbytes.nn", None)
+        note = quantise([model], kind)
+        assert note and "weights are not quantised" in note and "\n" not in note
+        assert type(model[0]) is nn.Linear
+    assert quantise([model], kind) is None and type(model[0]) is not nn.Linear
+
+
+@pytest.fixture(scope="module")
+def bf16() -> tuple[list[Tensor], dict[str, Any]]:
+    """Refine on tiny with bf16 weights: the latents, and the losses by kind."""
+    base = tiny_in(MemoryPlan("half", "bfloat16"))
+    face = np.asarray(Image.open(FACE).convert("RGB").resize((64, 64)))
+    latents = [base.backbone.encode_images(base.images([face]))]
+    return latents, {"bf16": losses(base, latents)}
+
+
+def losses(base: Base, latents: list[Tensor]) -> tuple[float, float]:
+    first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, 2)
+    config = RefineConfig(steps=12, rank=2, lr=5e-3)
+    result = refine(base, Theta(first.down, first.up), latents, config, lambda *_: None)
+    return float(result.loss_start), float(result.loss_end)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_bases_refine_as_bf16_does(
+    kind: str, bf16: tuple[list[Tensor], dict[str, Any]]
+) -> None:
+    latents, known = bf16
+    start, end = losses(tiny_in(MemoryPlan(kind, "bfloat16", kind)), latents)
+    assert end < 0.95 * start  # something was learnt
+    assert abs(end / known["bf16"][1] - 1) < 0.03, (end, known["bf16"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut_down_stable_diffusion_is_near_its_whole_self(narrow: Narrow, kind: str) -> None:
+    found = []
+    for changed in (False, True):
+        backbone = load_folder(narrow.folder("sd1"), "cpu", "bfloat16")
+        if changed:
+            assert quantise(backbone.components.values(), kind) is None
+        generator = torch.Generator().manual_seed(0)
+        latents, noise = torch.randn((2, 1, 4, 8, 8), generator=generator)
+        with torch.no_grad():
+            found.append(backbone.loss(latents, ["a sks face"], noise, torch.tensor([0.6])))
+        assert backbone.pipeline.unet.dtype == torch.bfloat16
+    assert 0 < abs(float(found[1] / found[0]) - 1) < 0.03
+
+
+def test_identities_know_the_base_whatever_holds_it(tiny: Base) -> None:
+    digest = tiny.injected.weights_digest()
+    for plan in (MemoryPlan("half", "bfloat16"), MemoryPlan("nf4", "bfloat16", "nf4")):
+        base = tiny_in(plan)
+        assert base.injected.weights_digest() == digest
+        bare = replace(base.injected, digest=None)
+        assert bare.weights_digest() != digest  # what rounding would have made of it
+
+
+def test_face_encoder_in_8_bits_predicts_the_same(tiny: Base) -> None:
+    from hdbcli.memory import PLANS
+
+    generator = np.random.default_rng(0)
+    crop = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    faces = tiny.faces([crop])
+    whole = load_predictor(tiny)[0].predict(faces)
+    few, _ = load_predictor(replace(tiny, plan=PLANS[-2]))
+    held = [p.element_size() for p in few.encoder.parameters() if p.dim() == 2]
+    assert held.count(1) == 2 * few.config.encoder_layers
+    eight = few.predict(faces)
+    assert 0 < far(eight.up, whole.up) < 0.05 and far(eight.down, whole.down) < 0.05
