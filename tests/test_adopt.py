@@ -9,46 +9,18 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from commands import hdb, refused, told
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
-
-from hdbcli.cli import app
-from registry import store
 
 if TYPE_CHECKING:
     from cutdown import Narrow
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
-
-
-def hdb(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def ok(*words: object) -> Any:
-    """Run a command that must succeed; return its JSON document."""
-    result = hdb(*words, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def refused(*words: object, says: str) -> str:
-    """Assert exit 1, one line that says what, and no change in the store."""
-
-    def kept() -> dict[str, bytes]:
-        return {str(p): p.read_bytes() for p in store.root().rglob("*") if p.is_file()}
-
-    before, result = kept(), hdb(*words)
-    assert result.exit_code == 1, (result.exit_code, result.output)
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    assert says in result.stderr and not result.stdout, result.stderr
-    assert kept() == before
-    return result.stderr
 
 
 @pytest.fixture
@@ -65,15 +37,15 @@ def edit(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
 
 
 def test_add_a_folder_and_a_single_file_of_the_same_weights(narrow: Narrow, hdb_home: Path) -> None:
-    one = ok("base", "add", "Mine", narrow.folder("sd1"))
+    one = told("base", "add", "Mine", narrow.folder("sd1"))
     assert one["name"] == "Mine" and one["family"] == "sd1" and one["resolution"] == 64
     assert one["a"] == 100 and one["b"] == 50 and one["budget"] == 120_000
     assert one["hypernetwork"] is False and one["path"] == str(narrow.folder("sd1"))
-    two = ok("base", "add", "single", narrow.single("sd1"))
+    two = told("base", "add", "single", narrow.single("sd1"))
     assert two["digest"] == one["digest"]  # one model, whatever its layout
-    names = [base["name"] for base in ok("base", "list")]
+    names = [base["name"] for base in told("base", "list")]
     assert names == ["Mine", "single", "tiny"]
-    assert ok("base", "show", "mine") == one
+    assert told("base", "show", "mine") == one
     assert (
         "px" in hdb("base", "list").stdout and one["digest"] in hdb("base", "show", "Mine").stdout
     )
@@ -90,39 +62,39 @@ def test_add_a_folder_and_a_single_file_of_the_same_weights(narrow: Narrow, hdb_
 def test_add_the_other_families(
     narrow: Narrow, hdb_home: Path, family: str, digest_of: str
 ) -> None:
-    one = ok("base", "add", "folder", narrow.folder(family))
-    two = ok("base", "add", "single", narrow.single(family))
+    one = told("base", "add", "folder", narrow.folder(family))
+    two = told("base", "add", "single", narrow.single(family))
     assert one["family"] == two["family"] == family and one["digest"] == two["digest"]
     assert one["prediction"] == two["prediction"] == digest_of
-    other = ok("base", "add", "other", narrow.single(family), "--prediction", "v")
+    other = told("base", "add", "other", narrow.single(family), "--prediction", "v")
     assert other["prediction"] == "v_prediction" and other["digest"] == one["digest"]
     refused("base", "add", "x", narrow.single(family), "--prediction", "z", says="epsilon or v")
 
 
 def test_default_verify_and_rm(narrow: Narrow, hdb_home: Path, folder: Path) -> None:
-    assert ok("base", "default") == {"default": "tiny"}
-    ok("base", "add", "Mine", folder)
-    assert ok("base", "default", "mine") == {"default": "Mine"}
-    assert [base["name"] for base in ok("base", "list") if base["default"]] == ["Mine"]
+    assert told("base", "default") == {"default": "tiny"}
+    told("base", "add", "Mine", folder)
+    assert told("base", "default", "mine") == {"default": "Mine"}
+    assert [base["name"] for base in told("base", "list") if base["default"]] == ["Mine"]
     assert "Mine  *" in hdb("base", "list").stdout
     refused("base", "default", "nobody", says="Mine, tiny")
-    verified = ok("base", "verify", "Mine")
+    verified = told("base", "verify", "Mine")
     assert verified["files"] == len([p for p in folder.rglob("*") if p.is_file()])
     assert verified["bytes"] == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert ok("base", "rm", "mine") == {"name": "Mine", "path": str(folder)}
+    assert told("base", "rm", "mine") == {"name": "Mine", "path": str(folder)}
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
-    assert ok("base", "default") == {"default": "tiny"}  # the default went with it
+    assert told("base", "default") == {"default": "tiny"}  # the default went with it
     for command in ("rm", "verify"):
         refused("base", command, "Mine", says="unknown base model")
         refused("base", command, "tiny", says="not added")
-    ok("base", "add", "Mine", folder)
-    ok("base", "default", "Mine")
-    assert ok("base", "default", "tiny") == {"default": "tiny"}
+    told("base", "add", "Mine", folder)
+    told("base", "default", "Mine")
+    assert told("base", "default", "tiny") == {"default": "tiny"}
 
 
 def test_names_are_checked_and_taken_once(narrow: Narrow, hdb_home: Path, tmp_path: Path) -> None:
-    ok("base", "add", "mine", narrow.folder("sd1"))
+    told("base", "add", "mine", narrow.folder("sd1"))
     refused("base", "add", "MINE", narrow.folder("sd1"), says="already")
     refused("base", "add", "tiny", narrow.folder("sd1"), says="already")
     for name in ("../x", "a/b", "con", "x.safetensors"):
@@ -138,23 +110,22 @@ def test_files_that_changed_are_refused(
 ) -> None:
     from hdbcli.base import open_base
 
-    ok("base", "add", "mine", folder)
+    told("base", "add", "mine", folder)
     file = folder / UNET
     whole = file.read_bytes()
     os.utime(file, ns=(0, 0))  # touched, not changed
-    assert (
-        open_base("mine", "cpu").injected.weights_digest() == ok("base", "verify", "mine")["digest"]
-    )
+    digest = open_base("mine", "cpu").injected.weights_digest()
+    assert told("base", "verify", "mine")["digest"] == digest
     changed = bytearray(whole)
     changed[-1] ^= 1  # of some tensor
     file.write_bytes(changed)
-    told = refused("new", astronaut, "--base", "mine", says="changed since it was added")
-    assert UNET in told and "hdb base rm mine" in told
+    said = refused("new", astronaut, "--base", "mine", says="changed since it was added")
+    assert UNET in said and "hdb base rm mine" in said
     refused("base", "verify", "mine", says=UNET)
     file.unlink()
     refused("base", "verify", "mine", says="No such file")
     file.write_bytes(whole)
-    ok("base", "verify", "mine")
+    told("base", "verify", "mine")
     open_base("mine", "cpu")
 
 
@@ -173,7 +144,7 @@ def test_pickles_are_refused_by_content_and_by_name(
     refused("base", "add", "x", upper, says="rename it")
     (folder / UNET).rename(folder / UNET.replace(".safetensors", ".bin"))
     refused("base", "add", "x", folder, says="is a pickle")
-    ok("base", "add", "x", narrow.single("sd1"))  # the control
+    told("base", "add", "x", narrow.single("sd1"))  # the control
 
 
 def test_half_a_download(narrow: Narrow, hdb_home: Path, tmp_path: Path, folder: Path) -> None:
@@ -194,9 +165,9 @@ def test_half_a_download(narrow: Narrow, hdb_home: Path, tmp_path: Path, folder:
     index = {"metadata": {}, "weight_map": {k: s for s, keys in shards.items() for k in keys}}
     (folder / f"{UNET}.index.json").write_text(json.dumps(index))
     (folder / UNET).unlink()
-    sharded = ok(*add, folder)
-    assert sharded["digest"] == ok("base", "add", "y", narrow.folder("sd1"))["digest"]
-    ok("base", "rm", "x")
+    sharded = told(*add, folder)
+    assert sharded["digest"] == told("base", "add", "y", narrow.folder("sd1"))["digest"]
+    told("base", "rm", "x")
     (folder / "unet" / "unet-1.safetensors").unlink()
     refused(*add, folder, says="1 of 2 shards, such as unet-1.safetensors")
     index["weight_map"] = {"a": "../../secret.safetensors"}
@@ -212,8 +183,8 @@ def test_components_that_are_missing(narrow: Narrow, hdb_home: Path, folder: Pat
     refused(*add, says="lacks text_encoder, which Stable Diffusion 1.x needs")
     shutil.move(folder / "other", folder / "text_encoder")
     (folder / "aside").rename(folder / TEXT)
-    ok(*add)
-    ok("base", "rm", "x")
+    told(*add)
+    told("base", "rm", "x")
     edit(
         folder / UNET,
         lambda t: t.pop("mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"),
@@ -225,7 +196,7 @@ def test_a_tensor_that_no_target_needs_is_missed_too(
     narrow: Narrow, hdb_home: Path, tmp_path: Path, folder: Path
 ) -> None:
     single = Path(shutil.copy(narrow.single("sd1"), tmp_path / "one.safetensors"))
-    ok("base", "add", "whole", single)
+    told("base", "add", "whole", single)
     edit(single, lambda t: t.pop("first_stage_model.decoder.mid.block_1.conv1.weight"))
     refused("base", "add", "x", single, says="lacks tensors that the model needs")
     edit(folder / UNET, lambda t: t.pop("mid_block.resnets.0.conv1.weight"))
@@ -237,17 +208,17 @@ def test_another_architecture(narrow: Narrow, hdb_home: Path, tmp_path: Path, fo
     save_file({"model.diffusion_model.double_blocks.0.img_attn.x": torch.zeros(1)}, flux)
     save_file({"lora_unet_mid_block.lora_up.weight": torch.zeros(1)}, lora)
     for file, what in ((flux, "Flux"), (lora, "a LoRA")):
-        told = refused("base", "add", "x", file, says=f"but {what}")
-        assert "the nearest is Stable Diffusion 1.x" in told
+        said = refused("base", "add", "x", file, says=f"but {what}")
+        assert "the nearest is Stable Diffusion 1.x" in said
 
     def shallow(tensors: dict[str, torch.Tensor]) -> None:
         for name in [n for n in tensors if n.startswith("mid_block.attentions")]:
             del tensors[name]
 
     edit(folder / UNET, shallow)  # as distilled models are
-    told = refused("base", "add", "x", folder, says="15 transformer blocks")
-    assert "StableDiffusionPipeline" in told and "16 transformer blocks" in told
-    ok("base", "add", "x", narrow.folder("sd1"))
+    said = refused("base", "add", "x", folder, says="15 transformer blocks")
+    assert "StableDiffusionPipeline" in said and "16 transformer blocks" in said
+    told("base", "add", "x", narrow.folder("sd1"))
 
 
 def test_unets_that_read_something_else(narrow: Narrow, hdb_home: Path, folder: Path) -> None:
@@ -262,7 +233,7 @@ def test_unets_that_read_something_else(narrow: Narrow, hdb_home: Path, folder: 
     edit(folder / TEXT, lambda t: t.update({tokens: torch.zeros(9, 130).half()}))
     says = "reads text of width [120], its text encoders write 130"
     refused("base", "add", "x", folder, says=says)
-    ok("base", "add", "x", narrow.folder("sd1"))
+    told("base", "add", "x", narrow.folder("sd1"))
 
 
 def test_weights_that_could_not_be_worked_on(narrow: Narrow, hdb_home: Path, folder: Path) -> None:
@@ -282,8 +253,8 @@ def test_weights_that_could_not_be_worked_on(narrow: Narrow, hdb_home: Path, fol
     refused("base", "add", "x", folder, says=f"not finite in unet.{target.removesuffix('.weight')}")
     (folder / UNET).write_bytes(whole)
     edit(folder / UNET, lambda t: t.update({k: v.float() for k, v in t.items()}))
-    wide = ok("base", "add", "x", folder)  # all of it in float32 is the same model
-    assert wide["digest"] == ok("base", "add", "y", narrow.folder("sd1"))["digest"]
+    wide = told("base", "add", "x", folder)  # all of it in float32 is the same model
+    assert wide["digest"] == told("base", "add", "y", narrow.folder("sd1"))["digest"]
 
 
 def test_a_hypernetwork_of_another_base(narrow: Narrow, hdb_home: Path, tmp_path: Path) -> None:
@@ -292,16 +263,16 @@ def test_a_hypernetwork_of_another_base(narrow: Narrow, hdb_home: Path, tmp_path
     from hdbcli.pretrain import new_hypernetwork
     from registry.tiny import WEIGHTS
 
-    ok("base", "add", "mine", narrow.folder("sd1"))
+    told("base", "add", "mine", narrow.folder("sd1"))
     give = ("base", "set-hypernetwork", "mine")
     refused(*give, WEIGHTS / "hypernetwork.safetensors", says="trained for tiny")
     file = tmp_path / "h.safetensors"
     save_hypernetwork(new_hypernetwork(open_base("mine", "cpu"), 0), file)
     assert hdb(*give, file).exit_code == 0
-    assert ok("base", "show", "mine")["hypernetwork"] is True
-    assert ok("base", "verify", "mine")["name"] == "mine"  # still an added base
+    assert told("base", "show", "mine")["hypernetwork"] is True
+    assert told("base", "verify", "mine")["name"] == "mine"  # still an added base
     assert hdb(*give, "--reset").exit_code == 0
-    assert ok("base", "show", "mine")["hypernetwork"] is False
+    assert told("base", "show", "mine")["hypernetwork"] is False
 
 
 def test_a_model_of_the_hub_comes_from_its_cache(
@@ -314,15 +285,15 @@ def test_a_model_of_the_hub_comes_from_its_cache(
     shutil.copytree(narrow.folder("sd1"), model / "snapshots" / commit)
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(commit)
-    found = ok("base", "add", "x", "some/model")
+    found = told("base", "add", "x", "some/model")
     assert found["origin"] == f"some/model@{commit[:12]}"
     assert found["path"] == str(model / "snapshots" / commit)
     refused("base", "add", "y", "some/model", "--revision", "v9", says="some/model@v9")
 
 
 def test_settings_that_cannot_be_read_spoil_nothing(narrow: Narrow, hdb_home: Path) -> None:
-    ok("base", "add", "mine", narrow.folder("sd1"))
-    ok("base", "add", "other", narrow.folder("sd1"))
+    told("base", "add", "mine", narrow.folder("sd1"))
+    told("base", "add", "other", narrow.folder("sd1"))
     file = hdb_home / "bases" / "mine.json"
     values = json.loads(file.read_text())
     wrong = [[], {**values, "format": 9}, {**values, "added": {**values["added"], "path": 1}}]
@@ -333,4 +304,4 @@ def test_settings_that_cannot_be_read_spoil_nothing(narrow: Narrow, hdb_home: Pa
         assert [base["name"] for base in json.loads(listed.stdout)] == ["other", "tiny"]
         assert "mine" in listed.stderr
     file.write_text(json.dumps(values))
-    assert ok("base", "verify", "mine")["digest"] == values["added"]["digest"]
+    assert told("base", "verify", "mine")["digest"] == values["added"]["digest"]

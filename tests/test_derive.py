@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from commands import hdb
 from PIL import Image
 from torch import Tensor
-from typer.testing import CliRunner
 
 from hdbcli.base import Base
 from hdbcli.basis import Fingerprint
-from hdbcli.cli import app
 from hdbcli.create import describe
 from hdbcli.derive import read_weights, relaxed
 from hdbcli.errors import HdbError
@@ -60,10 +59,6 @@ def keep(hdb_home: Path) -> Keep:
 def core(path: Path) -> Tensor:
     identity = load(path)
     return identity.up @ identity.down
-
-
-def hdb(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def says(result: Result, *texts: str) -> None:

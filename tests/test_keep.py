@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import hdb, ok, refused
 from safetensors.torch import save_file
-from typer.testing import CliRunner, Result
 
 from hdbcli.base import Base
-from hdbcli.cli import app
 from hdbcli.create import describe
 from hdbcli.identity import Identity, load, save
 from hdbcli.lidb import Theta, first_theta
@@ -28,29 +27,8 @@ from registry.settings import set_hypernetwork, settings_path
 Keep = Callable[..., Path]
 
 
-def hdb(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def ok(*words: object) -> Result:
-    result = hdb(*words)
-    assert result.exit_code == 0, result.stderr
-    return result
-
-
 def files() -> list[str]:
     return sorted(str(path) for path in store.root().rglob("*") if path.is_file())
-
-
-def refused(*words: object, says: str) -> str:
-    """Assert exit 1 and one line that says what, and no change in the store."""
-    before = files()
-    result = hdb(*words)
-    assert result.exit_code == 1 and not result.stdout, result.output
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    assert says in result.stderr, result.stderr
-    assert files() == before
-    return result.stderr
 
 
 @pytest.fixture

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import hdb, ok
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typer.testing import CliRunner, Result
 
 from hdbcli import lora_stack
 from hdbcli.base import Base, load_base
-from hdbcli.cli import app
 from hdbcli.create import describe
 from hdbcli.errors import HdbError
 from hdbcli.identity import save
@@ -35,16 +34,6 @@ from registry.tiny import WEIGHTS
 
 SDXL = CONFIGS / "sdxl" / "unet"
 PROMPT = ("a [V] face", "-n", 1, "--seed", 3, "--steps", 4)
-
-
-def hdb(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def ok(*words: object) -> Result:
-    result = hdb(*words)
-    assert result.exit_code == 0, result.stderr
-    return result
 
 
 def draw(out: Path, *words: object) -> np.ndarray:

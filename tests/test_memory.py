@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from commands import hdb
 from PIL import Image
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
-from hdbcli.cli import app
 from hdbcli.errors import HdbError
 from hdbcli.memory import (
     NORMAL,
@@ -51,10 +50,6 @@ GIGABYTE = 10**9
 def one_portrait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the likeness of new identities on one portrait: drawing is most of the time."""
     monkeypatch.setattr("hdbcli.create.LIKENESS_SEEDS", (1,))
-
-
-def hdb(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def test_plans_go_from_generous_to_frugal() -> None:

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from commands import ok
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from hdbcli import merge_out
 from hdbcli.basis import down_basis, up_basis
-from hdbcli.cli import app
 from hdbcli.errors import HdbError
 from hdbcli.inject import canonical
 from hdbcli.lidb import Theta, first_theta
@@ -305,11 +304,6 @@ def test_a_merged_model_is_added_and_draws_the_same(
 
 def picture(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)) / 255
-
-
-def ok(*words: object) -> None:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.stderr
 
 
 def _interrupt(*_: object) -> torch.Tensor:

@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import hdb, ok
 from hatchling.builders.wheel import WheelBuilder
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
 from hdbcli import doctor
 from hdbcli.base import Base, load_base, theta_for
-from hdbcli.cli import app
 from hdbcli.create import describe
 from hdbcli.identity import load, save
 from hdbcli.lidb import first_theta
@@ -42,16 +41,6 @@ def installed(site: Path, hdb_home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(str(site))
     for name in [name for name in sys.modules if name.partition(".")[0] == "hdb_example"]:
         monkeypatch.delitem(sys.modules, name)
-
-
-def hdb(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def ok(*words: object) -> Result:
-    result = hdb(*words)
-    assert result.exit_code == 0, result.stderr
-    return result
 
 
 def test_it_is_found_only_where_it_is_installed(

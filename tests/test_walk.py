@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import hdb
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 from hdbcli.base import Base
-from hdbcli.cli import app
 from hdbcli.create import describe
 from hdbcli.errors import HdbError
 from hdbcli.identity import save
@@ -24,10 +23,6 @@ from registry.diffusion import StableDiffusion
 from registry.spec import SampleSettings
 
 SIDE, STEPS = 64, 3
-
-
-def hdb(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def random_theta(base: Base, seed: int, rank: int) -> Theta:
