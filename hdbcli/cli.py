@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -32,6 +33,7 @@ from hdbcli.cli_options import (
     More,
     Optimizer,
     Photo,
+    Scheduler,
     Seed,
     Steps,
     Yes,
@@ -68,6 +70,8 @@ app = new_app("One photo of a face in, that person in any style out.", cls=Bound
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    # It warns, as soon as diffusers imports it, of kernels that it looked for on the network.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if version:
         render.say(f"hdb {__version__}")
         raise typer.Exit
@@ -160,10 +164,7 @@ def gen(
     ] = "",
     strength: Annotated[float, typer.Option(help="Weight of the identity; 0 is the base.")] = 1.0,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the base's.")] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(help="ddim, dpm++, euler, euler-a, lcm or unipc; default: the base's."),
-    ] = None,
+    scheduler: Scheduler = None,
     lora: Loras = None,
     base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
     device: Device = None,
@@ -291,7 +292,7 @@ def _make(
                 )
             return create.create(crops, loaded, settled, tell)
 
-    work = Work(RefineConfig.batch, spec.resolution, trains=config is not None)
+    work = Work(spec.batch, spec.resolution, trains=config is not None)
     created = within_memory(spec, device, memory, work, make)
     total = time.perf_counter() - start
     return replace(created, seconds={"crop": cropped, **created.seconds, "total": total})

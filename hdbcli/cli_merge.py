@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hdbcli import render
-from hdbcli.cli_options import Force, Json, spec_of
+from hdbcli.cli_options import Force, Json, check_among, spec_of
 from hdbcli.errors import HdbError
 from registry import store
 
@@ -42,6 +42,7 @@ def merge(
     if chosen not in merge_out.FORMATS:
         raise HdbError(f"unknown format {chosen!r}; choose {' or '.join(merge_out.FORMATS)}")
     single = chosen == "single-file"
+    check_among(out)
     (merge_out.check_file if single else merge_out.check_folder)(out, force)
     weights = derive.read_weights(parts)
     loaded = {name: (load(store.resolve(name)), weight) for name, weight in weights.items()}

@@ -71,6 +71,10 @@ More = Annotated[
 FaceNumber = Annotated[
     int | None, typer.Option("--face", help="Which face, from the left, where there are several.")
 ]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(help="ddim, dpm++, euler, euler-a, lcm or unipc; default: the base's."),
+]
 Loras = Annotated[
     list[str] | None,
     typer.Option(
@@ -114,9 +118,14 @@ def check_output(out: Path, *inputs: Path) -> None:
 
     if any(out.exists() and out.samefile(path) for path in inputs):
         raise HdbError(f"{out} is what is read; give another file with -o")
-    if out.absolute().parent.resolve() == store.folder().resolve():
-        raise HdbError(f"{out} lies among the identities of the store; give another place with -o")
+    check_among(out)
     check_writable(out)
+
+
+def check_among(out: Path) -> None:
+    """Refuse an output among the identities of the store, where it would pass for one of them."""
+    if store.folder().resolve() in (out.resolve(), *out.resolve().parents):
+        raise HdbError(f"{out} lies among the identities of the store; give another place")
 
 
 def bases() -> Registry:

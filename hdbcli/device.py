@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -88,8 +87,6 @@ def make_optimizer(
     if name not in OPTIMIZERS:
         raise HdbError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
     if name == "adamw8bit":
-        # It warns about kernels for 4-bit products, which no optimizer uses.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             from bitsandbytes.optim import AdamW8bit
 

@@ -7,7 +7,6 @@ lies before them, not into them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 
 import torch
@@ -20,8 +19,6 @@ def quantise(modules: Iterable[nn.Module], kind: str) -> str | None:
 
     Return None, or a note if bitsandbytes is missing or broken; then nothing was changed.
     """
-    # It warns about kernels that are looked for on the network, and about casts.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     modules = list(modules)
     device = next(parameter.device for module in modules for parameter in module.parameters())
     try:

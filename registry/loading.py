@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,7 +141,6 @@ def _reading(source: Path) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Keep the libraries' bars and advice off the terminal while a model loads; errors still
     raise."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log
 

@@ -53,5 +53,15 @@ def test_merge_several_and_what_it_refuses(alice: Path, tmp_path: Path) -> None:
     refused("merge", "alice", "--out", single, says="tiny has no single-file layout")
     refused("merge", "alice", "--out", tmp_path / "x", "--format", "onnx", says="single-file")
     refused("merge", "alice", "--out", tmp_path / "x", "--dtype", "int8", says="bf16")
+    for among in (alice.parent / "model", alice.parent / "m.safetensors"):
+        refused("merge", "alice", "--out", among, says="lies among the identities")
+    words = ("merge", "alice", "--format", "single-file", "--out")
+    refused(*words, tmp_path / "m.ckpt", says="is not named .safetensors")
+    refused(*words, tmp_path / "h", "--force", says="is not named .safetensors")
+    (tmp_path / "dir.safetensors").mkdir()
+    refused(*words, tmp_path / "dir.safetensors", "--force", says="is a folder")
+    (tmp_path / "old.safetensors").write_bytes(b"old")
+    refused(*words, tmp_path / "old.safetensors", says="exists already")
+    assert (tmp_path / "old.safetensors").read_bytes() == b"old"
     refused("merge", "alice=much", "--out", tmp_path / "x", says="has no weight")
     assert not single.exists() and not (tmp_path / "x").exists()
