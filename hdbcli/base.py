@@ -70,8 +70,13 @@ class Base:
 
     def faces(self, crops: list[np.ndarray]) -> Faces:
         """Return aligned crops as a hypernetwork reads them."""
-        traits = embed_aligned(crops, np.array(self.spec.template)).to(self.device)
-        return Faces(self.images(crops), traits)
+        images = self.images(crops)
+        with torch.no_grad():
+            return Faces(images, self.embed(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return what the face recogniser says (B, 128) of aligned images, with gradients."""
+        return embed_aligned(images, np.array(self.spec.template))
 
 
 def load_base(spec: BaseSpec, device: str, plan: MemoryPlan = NORMAL) -> Base:

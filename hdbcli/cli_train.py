@@ -77,6 +77,9 @@ def train_bank(
 
 
 Prior = Annotated[float, typer.Option(min=0, max=1, help="Share of samples with an empty prompt.")]
+Likeness = Annotated[
+    float, typer.Option(min=0, help="Weight of the likeness of portraits drawn while training.")
+]
 Precision = Annotated[str, typer.Option(help=f"{' or '.join(PRECISIONS)}.")]
 SaveSeconds = Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")]
 Look = Annotated[int, typer.Option(min=1, help="Steps between looks at people held out.")]
@@ -96,6 +99,7 @@ def train_hypernetwork(
     bank: Annotated[Path | None, typer.Option(help="Bank made by hdb train bank.")] = None,
     beta: Annotated[float, typer.Option(help="Weight of the bank.")] = PretrainConfig.beta,
     prior: Prior = PretrainConfig.prior,
+    likeness: Likeness = PretrainConfig.likeness,
     seed: Seed = PretrainConfig.seed,
     optimizer: Optimizer = PretrainConfig.optimizer,
     precision: Precision = PretrainConfig.precision,
@@ -120,8 +124,10 @@ def train_hypernetwork(
     from hdbcli.pretrain import DRAWS
 
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
-    shared = (steps, lr, batch, beta, prior, seed, optimizer, precision, save_seconds, look)
-    config = PretrainConfig(*shared, held_out, checkpoint)
+    goals = (steps, lr, batch, beta, prior, likeness)
+    config = PretrainConfig(
+        *goals, seed, optimizer, precision, save_seconds, look, held_out, checkpoint
+    )
     spec = spec_of(base)
 
     def learn(plan: MemoryPlan) -> None:

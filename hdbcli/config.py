@@ -42,12 +42,13 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """How to refine. `batch` noises and timesteps are drawn a step, over all the crops."""
+    """How to refine. `batch` noises and timesteps are drawn a step, over all the crops; None: as
+    many as the base's spec says."""
 
     steps: int = 40
     rank: int = 4
     lr: float = 5e-4
-    batch: int = 8
+    batch: int | None = None
     seed: int = 0
     optimizer: str = "adamw8bit"
 
@@ -59,7 +60,7 @@ class BankConfig:
     steps: int = 200
     rank: int = 1
     lr: float = 5e-3
-    batch: int = 8
+    batch: int | None = None
     at_once: int = 64
     seed: int = 0
     optimizer: str = "adamw8bit"
@@ -85,6 +86,7 @@ class PretrainConfig:
     batch: int = 32
     beta: float = 0.1  # weight of the distance from the bank, where there is one
     prior: float = 0.1  # share of the samples that teach theta to leave the empty prompt alone
+    likeness: float = 0.0  # weight of the distance of drawn faces from the true one
     seed: int = 0
     optimizer: str = "adamw8bit"
     precision: str = "auto"

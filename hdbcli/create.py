@@ -32,7 +32,7 @@ LIKENESS_SEEDS = (1, 2, 3, 4)
 
 @dataclass(frozen=True, eq=False)
 class Created:
-    """A new identity and what making it took; seconds by stage, losses on the same 64 pairs."""
+    """A new identity and what making it took; seconds by stage, losses on the same pairs."""
 
     identity: Identity
     seconds: dict[str, float]

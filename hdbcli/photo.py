@@ -250,7 +250,7 @@ def align(rgb: np.ndarray, landmarks: np.ndarray, template: np.ndarray, size: in
     `template` is (5, 2) in the unit square. The map is the least-squares similarity: it turns,
     scales and shifts, and never mirrors. What lies outside the photo repeats its border.
     """
-    return _mapped(rgb, *_similarity(landmarks, template * size), size)
+    return _mapped(rgb, *similarity(landmarks, template * size), size)
 
 
 def _mapped(rgb: np.ndarray, turn: complex, shift: complex, size: int) -> np.ndarray:
@@ -273,7 +273,7 @@ def _mapped(rgb: np.ndarray, turn: complex, shift: complex, size: int) -> np.nda
     return cv2.resize(drawn, (size, size), interpolation=cv2.INTER_AREA)
 
 
-def _similarity(points: np.ndarray, goals: np.ndarray) -> tuple[complex, complex]:
+def similarity(points: np.ndarray, goals: np.ndarray) -> tuple[complex, complex]:
     """Fit goal = turn * point + shift, with x and y as one complex number."""
     z, w = (xy[:, 0] + 1j * xy[:, 1] for xy in (points, goals))
     spread = z - z.mean()
@@ -313,7 +313,7 @@ def crop_face(path: Path, template: np.ndarray, size: int, face: int | None = No
             f"{path}: the face is {chosen.side:.0f} px wide, at least {MIN_FACE} are needed; "
             "use a larger photo or one taken from closer"
         )
-    turn, shift = _similarity(chosen.landmarks, template * size)
+    turn, shift = similarity(chosen.landmarks, template * size)
     doubts = []
     if chosen.side < SMALL_FACE and abs(turn) > 1:
         doubts.append(f"the face is only {chosen.side:.0f} px wide: expect less likeness")

@@ -7,7 +7,8 @@ that is read and the face that is drawn are different photos of a person where t
 that pose and light are not taken for identity. Pictures with captions of their own, the person in
 a style, teach theta to serve every prompt. A share of the samples has an empty prompt and
 anybody's face: what the identity changes is tied to "[V]", which guidance then enlarges (prior
-preservation, DreamBooth §3.3).
+preservation, DreamBooth §3.3). With a weight for it, portraits are drawn from noise as well, and
+their distance from the person is a loss.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from hdbcli.device import ALONE, Workers, autocast, make_optimizer
 from hdbcli.errors import HdbError
 from hdbcli.hypernet import TRAITS, Faces, HyperConfig, HyperNetwork
 from hdbcli.lidb import Theta, inner
+from hdbcli.likeness_loss import likeness_loss
 from hdbcli.people import People
 from hdbcli.refine import draw_times
 from registry.training import Plan, Step, closing, fit, short_attention
 
 AVERAGE = 0.998
+SHARE = 4  # one in so many people is drawn from noise, where likeness is a loss
 DRAWS = 2  # pictures of a person a step, each with its noise: a prediction costs more than two
 
 # Whoever wants to look at the model now and then is told (step, training loss since, model).
@@ -71,9 +74,10 @@ def pretrain(
     known = None if bank is None else _known(bank, people, base.device)
     model.to(base.device).train()
     latents = encode_crops(base, people.crops, tell)
-    base.free_autoencoder()
+    if not config.likeness:
+        base.free_autoencoder()
     images = torch.from_numpy(people.crops).permute(0, 3, 1, 2)
-    traits = recognise(base, people, tell)
+    traits = recognise(base, people, tell, all_crops=bool(config.likeness))
     material = _Material(people, images, traits, latents, known)
     parameters = dict(model.named_parameters())
     averages = {name: p.detach().clone() for name, p in parameters.items()}
@@ -165,6 +169,14 @@ def _loss(
     if base.plan.at_once:
         samples = Samples(clean, prompts, noise, t.to(device))
         value = in_parts(base, theta, samples, config.precision)
+    if config.likeness:
+        some = -(-len(batch.person) // SHARE)
+        own = batch.drawn[:some].T.flatten()
+        captions = [base.prompt(people.captions.get(index, PORTRAIT)) for index in own.tolist()]
+        start = batch.noise[:some].transpose(0, 1).flatten(0, 1).to(device)
+        with autocast(device, config.precision):
+            far = likeness_loss(base, theta[:some], captions, start, traits[own].to(device))
+        value = value + config.likeness * far.mean()
     if known is not None:
         value = value + config.beta * weight_loss(theta, known[batch.person.to(device)]).mean()
     return value
@@ -302,9 +314,11 @@ def _known(bank: Mapping[str, Theta], people: People, device: str) -> Theta:
     )
 
 
-def recognise(base: Base, people: People, tell: Tell) -> Tensor:
-    """Return what the face recogniser says of all photos (N, 128), on the CPU; 0 of other crops."""
-    photos = [photo for group in people.members for photo in group]
+def recognise(base: Base, people: People, tell: Tell, all_crops: bool = False) -> Tensor:
+    """Return what the face recogniser says of all photos (N, 128), on the CPU; 0 of other crops,
+    unless they are wanted too."""
+    groups = people.members + (people.styled if all_crops else ())
+    photos = [photo for group in groups for photo in group]
     found = torch.zeros(len(people.crops), TRAITS)
     for start in range(0, len(photos), 100):
         part = photos[start : start + 100]

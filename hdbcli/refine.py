@@ -21,7 +21,7 @@ from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta, pack, unpack
 from registry.training import Plan, Step, closing, fit, short_attention
 
-PAIRS = 64  # (timestep, noise) pairs that the loss is reported on, the same before and after
+PAIRS = 8  # times a step's batch: (timestep, noise) pairs that the loss is reported on
 PAIRS_SEED = 0
 POSITIONS = 16_384  # of latents, measured at once: 256 samples of 8 x 8, 4 of 64 x 64
 
@@ -42,7 +42,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Refined:
-    """What refinement made, and each person's loss (P,) before and after on the same 64 pairs."""
+    """What refinement made, and each person's loss (P,) before and after on the same pairs."""
 
     theta: Theta
     loss_start: Tensor
@@ -87,24 +87,24 @@ def train(
 ) -> Iterator[Step]:
     """Run the iterations on "a [V] face", yielding after each."""
     _check(trial, latents)
-
+    batch = config.batch or base.spec.batch
     on = ExitStack()
-    size = _at_once(base, trial.people, config.batch)
+    size = _at_once(base, trial.people, batch)
 
     def loss(generator: torch.Generator) -> Tensor:
-        noise = torch.randn((config.batch, *latents[0].shape[1:]), generator=generator)
-        t = draw_times(config.batch, generator)
+        noise = torch.randn((batch, *latents[0].shape[1:]), generator=generator)
+        t = draw_times(batch, generator)
         prior = None if trial.prior is None else trial.prior(generator)
         past = torch.zeros(())
-        for first in range(0, config.batch, size):
+        for first in range(0, batch, size):
             on.close()
             on.enter_context(base.wearing(trial.worn()))
             on.enter_context(short_attention(base.device, noise[0, 0].numel()))
             part = slice(first, first + size)
             with autocast(base.device):
                 losses = _losses(base, latents, noise[part], t[part], first)
-            value = losses.mean(0).sum() * (len(losses) / config.batch)
-            if first + size < config.batch:  # the gradients of the last part are left to the loop
+            value = losses.mean(0).sum() * (len(losses) / batch)
+            if first + size < batch:  # the gradients of the last part are left to the loop
                 value.backward()
                 past = past + value.detach().cpu()
         value = value + past.to(value.device)
@@ -127,9 +127,10 @@ def draw_times(count: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def portrait_loss(
-    base: Base, worn: Worn | None, latents: Sequence[Tensor], pairs: int = PAIRS
+    base: Base, worn: Worn | None, latents: Sequence[Tensor], pairs: int | None = None
 ) -> Tensor:
     """Return each person's diffusion loss (P,) of "a [V] face", the mean over fixed pairs."""
+    pairs = pairs or PAIRS * base.spec.batch
     generator = torch.Generator().manual_seed(PAIRS_SEED)
     noise = torch.randn((pairs, *latents[0].shape[1:]), generator=generator)
     t = ((torch.arange(pairs) + 0.5) / pairs)[torch.randperm(pairs, generator=generator)]

@@ -5,6 +5,7 @@ Families differ in how prompts become what the UNet reads, `condition`, and in n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,20 +124,51 @@ class StableDiffusion:
         return pictures.permute(0, 2, 3, 1).cpu().numpy()
 
     def loss(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
-        scheduler = self.pipeline.scheduler
-        signal = scheduler.alphas_cumprod.to(latents.device)
-        steps = (t * len(signal)).long()
-        a = signal[steps].sqrt().view(-1, 1, 1, 1)
-        s = (1 - signal[steps]).sqrt().view(-1, 1, 1, 1)
-        noisy = (a * latents + s * noise).to(self.pipeline.unet.dtype)
+        steps = (t * len(self.pipeline.scheduler.alphas_cumprod)).long()
+        a, s = self._mix(steps, latents)
+        predicted = self._predict(a * latents + s * noise, steps, self._read(prompts, latents))
+        target = a * noise - s * latents if self._velocity else noise
+        return F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))
+
+    def draft(self, prompts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
+        """Take DDIM's deterministic steps (Song et al. 2021, eq. 12)."""
+        read = self._read([*[""] * len(prompts), *prompts], noise)
+        last = len(self.pipeline.scheduler.alphas_cumprod) - 1
+        times = torch.linspace(last, 0, steps + 1).long().to(noise.device)
+        x = noise
+        for now, later in itertools.pairwise(times):
+            a, s = self._mix(now, noise)
+            both = self._predict(torch.cat([x, x]), now.expand(2 * len(x)), read)
+            away, towards = both.chunk(2)
+            predicted = away + guidance * (towards - away)
+            if self._velocity:
+                clean, rest = a * x - s * predicted, s * x + a * predicted
+            else:
+                clean, rest = (x - s * predicted) / a, predicted
+            a, s = self._mix(later, noise)
+            x = a * clean + s * rest
+        vae = self.autoencoder
+        return vae.decode(clean.to(vae.dtype) / vae.config.scaling_factor).sample
+
+    @property
+    def _velocity(self) -> bool:
+        return self.pipeline.scheduler.config.prediction_type == "v_prediction"
+
+    def _mix(self, steps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how much signal and noise there is at so many steps of the schedule."""
+        signal = self.pipeline.scheduler.alphas_cumprod.to(like.device)[steps].view(-1, 1, 1, 1)
+        return signal.sqrt(), (1 - signal).sqrt()
+
+    def _read(self, prompts: Sequence[str], latents: Tensor) -> Conditions:
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[-2:])
-        read = self.condition(self.pipeline, prompts, (height, width))
-        predicted = self.pipeline.unet(
-            noisy, steps, read.states, added_cond_kwargs=read.added
-        ).sample
-        velocity = scheduler.config.prediction_type == "v_prediction"
-        target = a * noise - s * latents if velocity else noise
-        return F.mse_loss(predicted.float(), target, reduction="none").mean((1, 2, 3))
+        return self.condition(self.pipeline, prompts, (height, width))
+
+    def _predict(self, noisy: Tensor, steps: Tensor, read: Conditions) -> Tensor:
+        unet = self.pipeline.unet
+        states = read.states
+        return unet(
+            noisy.to(unet.dtype), steps, states, added_cond_kwargs=read.added
+        ).sample.float()
 
     def token_embeddings(self, word: str) -> list[tuple[nn.Embedding, int]]:
         found = []

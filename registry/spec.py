@@ -101,6 +101,15 @@ class Frugal(Protocol):
         """Let go of the autoencoder until something is encoded or decoded again."""
 
 
+@runtime_checkable
+class Drafting(Protocol):
+    """What a backbone may offer beside, so that a hypernetwork can learn from what is drawn."""
+
+    def draft(self, prompts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
+        """Draw images (B, 3, H, W), about -1..1, in a few steps from noise (B, c, h, w), with
+        gradients to whatever is worn."""
+
+
 @dataclass(frozen=True)
 class BaseSpec:
     """One base model; checked when made, so that a broken plug-in is told at its own door."""
@@ -121,6 +130,7 @@ class BaseSpec:
     files: Path | None = None  # the diffusers folder or single file behind it, which merging copies
     check: Callable[[], None] = _unchanged  # raises RegistryError if those files have changed
     budget: int = 120_000  # bytes that an identity may have by default
+    batch: int = 1  # samples a step of refinement: more where they are cheap
 
     def __post_init__(self) -> None:
         """Raise RegistryError for a spec that could not work."""
@@ -130,8 +140,8 @@ class BaseSpec:
             value = getattr(self, field)
             if not isinstance(value, str) or not value.strip():
                 raise RegistryError(f"base model {self.name}: {field} is {value!r}; give a word")
-        for field, low in (("a", 1), ("b", 1), ("resolution", 1), ("basis_seed", 0), ("budget", 1)):
-            value = getattr(self, field)
+        for field in ("a", "b", "resolution", "basis_seed", "budget", "batch"):
+            value, low = getattr(self, field), 0 if field == "basis_seed" else 1
             if not isinstance(value, int) or value < low:
                 raise RegistryError(
                     f"base model {self.name}: {field} is {value!r}; an integer from {low} is needed"

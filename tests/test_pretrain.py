@@ -94,6 +94,9 @@ def test_pictures_in_styles_are_drawn_with_their_captions_and_never_read(
     caption.write_text("bark skin")
     people = read_people(tmp_path, tiny.spec, "*", True, quiet)
     assert "put [V] where" in people.skipped[0] and people.styled == ((), ())
+    caption.write_bytes(b"\xff\xfe a [V] face")
+    people = read_people(tmp_path, tiny.spec, "*", True, quiet)
+    assert "cannot be read as a caption" in people.skipped[0] and people.styled == ((), ())
     with pytest.raises(HdbError, match="all have captions"):
         caption.write_text("a [V] face")
         read_people(tmp_path / "ann", tiny.spec, "bark*", True, quiet)

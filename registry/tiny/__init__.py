@@ -49,6 +49,7 @@ def register(add: Callable[[BaseSpec], None]) -> None:
             hypernetwork=WEIGHTS / "hypernetwork.safetensors",
             load=load,
             files=WEIGHTS,
+            batch=8,
         )
     )
 

@@ -1,0 +1,160 @@
+"""The likeness loss: pictures drawn with gradients, and faces embedded with gradients."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import ok
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hdbcli.base import Base, load_predictor
+from hdbcli.config import PORTRAIT
+from hdbcli.errors import HdbError
+from hdbcli.faces import aligned_chips, chip, embed_aligned, load_embedding
+from hdbcli.lidb import Theta, first_theta
+from hdbcli.likeness_loss import likeness_loss
+from hdbcli.photo import crop_face
+from hdbcli.sample import generate
+from registry.spec import SampleSettings
+
+HELD_OUT = Path(__file__).parent / "data/heldout"
+PROMPTS = ["a sks face"] * 2
+
+
+@pytest.fixture(scope="module")
+def crops(tiny: Base) -> list[np.ndarray]:
+    photos = [folder / "photo-0.jpg" for folder in sorted(HELD_OUT.iterdir())[:6]]
+    template = np.array(tiny.spec.template)
+    return [crop_face(photo, template, tiny.spec.resolution).image for photo in photos]
+
+
+@pytest.fixture(scope="module")
+def predicted(tiny: Base, crops: list[np.ndarray]) -> Theta:
+    with torch.no_grad():
+        return load_predictor(tiny)[0](tiny.faces(crops))
+
+
+def noise(count: int) -> Tensor:
+    return torch.randn((count, 24, 8, 8), generator=torch.Generator().manual_seed(0))
+
+
+def test_chips_are_those_that_opencv_cuts(tiny: Base, crops: list[np.ndarray]) -> None:
+    template = np.array(tiny.spec.template)
+    ours = aligned_chips(tiny.images(crops), template)
+    theirs = np.stack([chip(crop, template * len(crop)) for crop in crops])
+    theirs = torch.from_numpy(theirs).permute(0, 3, 1, 2).float()
+    assert (ours - theirs).abs().mean() < 1  # of 255
+    assert (aligned_chips(tiny.images(crops), template + 0.02) - theirs).abs().mean() > 3
+    with torch.no_grad():
+        far = (embed_aligned(tiny.images(crops), template) - load_embedding()(theirs)).norm(dim=1)
+    assert far.max() < 0.02  # two people are 0.65 apart
+
+
+def test_chips_of_large_crops_lose_nothing_between_samples(tiny: Base) -> None:
+    """Stripes two pixels wide are grey from afar; read without averaging they are stripes."""
+    stripes = (torch.arange(600) // 2 % 2).float().mul(2).sub(1).expand(1, 3, 600, 600)
+    chips = aligned_chips(stripes, np.array(tiny.spec.template))
+    assert (chips - 127.5).abs().max() < 20
+
+
+def test_a_draft_of_many_steps_is_what_ddim_draws(tiny: Base, predicted: Theta) -> None:
+    settings = SampleSettings(steps=50, scheduler="ddim", guidance=2.0)
+    drawn = generate(tiny, predicted[:1], PORTRAIT, [3], settings, lambda *_: None)[0].image
+    start = torch.randn((1, 24, 8, 8), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), tiny.wearing(predicted[:1]):
+        many, few, other = (
+            _pixels(tiny.backbone.draft([tiny.prompt(PORTRAIT)], each, steps, 2.0))
+            for each, steps in ((start, 50), (start, 4), (start.flip(-1), 50))
+        )
+    far = [np.abs(each - drawn.astype(float)).mean() for each in (many, few, other)]
+    assert far[0] < 8 and far[0] < far[1] / 2 and far[0] < far[2] / 2, far
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    return ((images[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+
+
+def test_loss_knows_who_is_drawn(tiny: Base, crops: list[np.ndarray], predicted: Theta) -> None:
+    true = tiny.faces(crops).traits
+    prompts = [tiny.prompt(PORTRAIT)] * len(crops)
+    with torch.no_grad(), tiny.injected.wearing(None):
+        own = likeness_loss(tiny, predicted, prompts, noise(len(crops)), true)
+        other = likeness_loss(tiny, predicted, prompts, noise(len(crops)), true.roll(1, 0))
+    assert own.shape == (len(crops),) and own.mean() < other.mean() - 0.02
+
+
+def test_gradients_reach_theta_and_nothing_else(tiny: Base, crops: list[np.ndarray]) -> None:
+    first = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b)
+    down = first.down.repeat(2, 1, 1, 1)
+    theta = Theta(down, (0.01 * torch.randn(2, *first.up.shape[1:])).requires_grad_(True))
+    true = tiny.faces(crops[:2]).traits
+    with tiny.injected.wearing(None):
+        far = likeness_loss(tiny, theta, PROMPTS, noise(2), true)
+        far[0].backward()
+    assert theta.up.grad is not None
+    assert theta.up.grad[0].abs().sum(dim=(1, 2)).min() > 0  # every target of the first person
+    assert not theta.up.grad[1].any()
+    frozen = [p for module in tiny.backbone.components.values() for p in module.parameters()]
+    assert all(p.grad is None for p in frozen)
+
+
+def test_a_step_along_the_gradient_brings_the_person_nearer(
+    tiny: Base, crops: list[np.ndarray], predicted: Theta
+) -> None:
+    theta = Theta(
+        *(core[:2].clone().requires_grad_(True) for core in (predicted.down, predicted.up))
+    )
+    true = tiny.faces(crops[:2]).traits
+
+    def far(worn: Theta) -> Tensor:
+        with tiny.injected.wearing(None):
+            return likeness_loss(tiny, worn, PROMPTS, noise(2), true).sum()
+
+    before = far(theta)
+    before.backward()
+    moved = []
+    with torch.no_grad():
+        for sign in (-1, 1):
+            size = 1e-3 * sign
+            new = (c + size * c.grad / c.grad.norm() * c.norm() for c in (theta.down, theta.up))
+            moved.append(far(Theta(*new)))
+    assert moved[0] < before < moved[1]
+
+
+def test_a_base_that_cannot_draft_says_so(tiny: Base, predicted: Theta) -> None:
+    class Plain:
+        pass
+
+    other = replace(tiny, backbone=Plain())  # type: ignore[arg-type]
+    with pytest.raises(HdbError, match="train without --likeness"):
+        likeness_loss(other, predicted, PROMPTS, noise(2), torch.zeros(2, 128))
+
+
+def test_train_with_likeness_and_from_a_file(tiny: Base, hdb_home: Path, tmp_path: Path) -> None:
+    for folder in sorted(HELD_OUT.iterdir())[:4]:
+        shutil.copytree(folder, tmp_path / "people" / folder.name)
+    assert tiny.spec.hypernetwork
+
+    def trained(name: str, *more: object) -> dict[str, Tensor]:
+        out = tmp_path / f"{name}.safetensors"
+        words = ["--steps", 1, "--batch", 4, "--lr", 1e-4, "--held-out", 0, *more]
+        ok("train", "hypernetwork", tmp_path / "people", "--out", out, *words)
+        return load_file(out)
+
+    def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+        return max(float((one[key].float() - other[key].float()).abs().max()) for key in one)
+
+    start = load_file(tiny.spec.hypernetwork)
+    fresh, plain, with_it = (
+        trained("fresh"),
+        trained("plain", "--start", tiny.spec.hypernetwork),
+        trained("with", "--start", tiny.spec.hypernetwork, "--likeness", 100),
+    )
+    assert apart(fresh, start) > 0.1 > 2e-3 > apart(plain, start)
+    assert 0 < apart(plain, with_it) < 2e-3
