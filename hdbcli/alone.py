@@ -4,20 +4,28 @@ memory."""
 from __future__ import annotations
 
 import multiprocessing
+import re
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from hdbcli.config import RefineConfig
 from hdbcli.contenders import Contender
 
-WARM_UP, TIMED = 3, 12  # steps
+
+@dataclass(frozen=True)
+class Rounds:
+    """How many steps are taken before the clock is looked at, and then."""
+
+    warm_up: int = 3
+    timed: int = 12
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,16 @@ class Alone:
 
 
 def time_alone(
-    contender: Contender, load: Callable[[], tuple], crop: np.ndarray, batch: int
+    contender: Contender,
+    load: Callable[[], tuple],
+    crop: np.ndarray,
+    batch: int,
+    rounds: Rounds = Rounds(),
 ) -> Alone:
     """Run a few steps in a fresh process; `load` is picklable and returns (base, hypernetwork)."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_time, contender, load, crop, batch, time.time()).result()
+        return pool.submit(_time, contender, load, crop, batch, rounds, time.time()).result()
 
 
 def _time(
@@ -48,6 +60,7 @@ def _time(
     load: Callable[[], tuple],
     crop: np.ndarray,
     batch: int,
+    rounds: Rounds,
     asked: float,
 ) -> Alone:
     from hdbcli.contenders import entered
@@ -56,7 +69,8 @@ def _time(
 
     base, model = load()
     startup = time.time() - asked
-    config = replace(RefineConfig(batch=batch), steps=WARM_UP + TIMED, lr=max(contender.lr, 1e-12))
+    lr, steps = max(contender.lr, 1e-12), rounds.warm_up + rounds.timed
+    config = RefineConfig(steps, lr=lr, batch=batch, optimizer=contender.optimizer)
     faces = [base.faces([crop])]
     latents = [base.backbone.encode_images(faces[0].crops)]
     began = time.perf_counter()
@@ -64,13 +78,20 @@ def _time(
         prepared = time.perf_counter()
         seconds = []
         if contender.steps:
-            optimizer, _, _ = make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
+            optimizer, _, _ = make_optimizer(config.optimizer, trial.parameters.values(), lr)
             last = time.perf_counter()
             for _ in train(base, trial, latents, config, optimizer):
                 now = time.perf_counter()
                 seconds.append(now - last)
                 last = now
-    step = statistics.median(seconds[WARM_UP:]) if seconds else 0.0
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB elsewhere
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return Alone(startup, prepared - began, step, memory)
+    step = statistics.median(seconds[rounds.warm_up :]) if seconds else 0.0
+    return Alone(startup, prepared - began, step, peak_memory())
+
+
+def peak_memory() -> int:
+    """Return the most memory in bytes that this process has held."""
+    try:  # getrusage counts what the process that started this one held
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

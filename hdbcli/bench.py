@@ -2,56 +2,38 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
+from hdbcli import bench_size
 from hdbcli.base import Base, open_base
 from hdbcli.basis import down_basis, up_basis
 from hdbcli.config import PORTRAIT, BankConfig, Tell
 from hdbcli.device import make_optimizer
 from hdbcli.errors import HdbError
-from hdbcli.identity import Identity, home_of, save
 from hdbcli.lidb import Theta, first_theta
-from hdbcli.places import open_checkpoint
+from hdbcli.measuring import (
+    ROUNDS,
+    Row,
+    hdb,
+    measured,
+    paired,
+    random_identity,
+    scratch,
+    timed,
+)
 from hdbcli.random_model import target_shapes, write_random
 from hdbcli.refine import lidb_trial, train
 from hdbcli.sample import generate
 from registry.families import FAMILIES
-from registry.plugins import load_registry
 from registry.spec import SampleSettings
 
-ROUNDS = 5
 BASE = "tiny"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure, and what it has to stay below or reach, where hdb promises that."""
-
-    name: str
-    value: float
-    unit: str
-    below: float | None = None
-    above: float | None = None
-
-    @property
-    def kept(self) -> bool | None:
-        """Say whether the promise is kept; None without one."""
-        if self.below is None and self.above is None:
-            return None
-        low = self.above is None or self.value >= self.above
-        return low and (self.below is None or self.value < self.below)
 
 
 def run(names: Sequence[str], tell: Tell) -> Iterator[Row]:
@@ -128,7 +110,7 @@ def _merge() -> list[Row]:
         file = folder / "sd15.safetensors"
         write_random("sd1", file)
         hdb("base", "add", "sd15", str(file))
-        _random_identity("sd15")
+        random_identity("sd15", "someone")
         hdb("merge", "someone=0", "--out", str(folder / "folder"))
         hdb("base", "add", "sd15-folder", str(folder / "folder"))
         for base, source in (("sd15", file), ("sd15-folder", folder / "folder")):
@@ -147,72 +129,10 @@ def _merge() -> list[Row]:
     return rows
 
 
-def _random_identity(base: str) -> None:
-    """Store `someone`, an identity of rank 4 that fits an added base."""
-    from registry import store
-
-    spec = load_registry().get(base)
-    checkpoint = open_checkpoint(spec)
-    count = len(checkpoint.places)
-    identity = Identity(
-        down=torch.randn(count, 4, spec.a) * 0.1,
-        up=torch.randn(count, spec.b, 4) * 0.1,
-        **home_of(spec, checkpoint),
-        identifier=spec.identifier,
-        steps=0,
-        optimizer="",
-        hypernetwork="",
-        created="2026-01-01T00:00:00+00:00",
-    )
-    save(identity, store.path_of("someone"), "int8")
-
-
-@contextmanager
-def scratch() -> Iterator[Path]:
-    """Work in a folder, and a store, that go away; on the disk of the current folder."""
-    before = os.environ.get("HDB_HOME")
-    with tempfile.TemporaryDirectory(prefix=".hdb-bench-", dir=".") as folder:
-        os.environ["HDB_HOME"] = str(Path(folder).absolute() / "home")
-        try:
-            yield Path(folder).absolute()
-        finally:
-            os.environ.pop("HDB_HOME")
-            if before is not None:
-                os.environ["HDB_HOME"] = before
-
-
-def hdb(*words: str) -> tuple[float, int]:
-    return measured([sys.executable, "-m", "hdbcli", *words])
-
-
-def measured(command: Sequence[str]) -> tuple[float, int]:
-    """Run a command; return its seconds and its peak of resident memory in bytes."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    said = process.stderr.read().decode(errors="replace")
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if os.waitstatus_to_exitcode(status):
-        raise HdbError(f"{' '.join(command)} failed: {said.strip()[-300:]}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def paired(one: Callable[[], object], other: Callable[[], object]) -> float:
-    """Return the median of time ratios, taken in turns, so that a busy machine slows both."""
-    one(), other()
-    return statistics.median(timed(one) / timed(other) for _ in range(ROUNDS))
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "basis": _basis,
     "people": _people,
     "bank": _bank,
     "merge": _merge,
+    "sd15": bench_size.run,
 }

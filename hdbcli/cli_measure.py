@@ -116,11 +116,11 @@ def compare(
 
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help="basis, people, bank or merge; default: all.")
+        list[str] | None, typer.Argument(help="basis, people, bank, merge or sd15; default: all.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what hdb promises, each beside the plain alternative; needs 15 GB of disk here."""
+    """Measure what hdb promises, each beside the plain alternative; needs 9 GB of disk here."""
     import os
     import platform
     from datetime import datetime, timezone

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +64,9 @@ def new_arena(
         key.update(tensor.cpu().float().numpy().tobytes())
     for crop in given:
         key.update(crop.tobytes())
-    key.update(repr((RefineConfig.batch, sorted(texts), SampleSettings())).encode())
+    key.update(repr((base.spec.batch, sorted(texts), SampleSettings())).encode())
     digest = key.hexdigest()[:12]
-    return Arena(base, model, given, truth, texts, plain, RefineConfig.batch, digest, tell)
+    return Arena(base, model, given, truth, texts, plain, base.spec.batch, digest, tell)
 
 
 def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
@@ -110,9 +110,8 @@ def _group(arena: Arena, contender: Contender, persons: range, file: Path) -> Re
     base = arena.base
     faces = [base.faces([arena.given[p]]) for p in persons]
     latents = [base.backbone.encode_images(each.crops) for each in faces]
-    config = replace(
-        RefineConfig(batch=arena.batch), steps=contender.steps, lr=max(contender.lr, 1e-12)
-    )
+    lr, optimizer = max(contender.lr, 1e-12), contender.optimizer
+    config = RefineConfig(contender.steps, lr=lr, batch=arena.batch, optimizer=optimizer)
     with entered(contender, base, arena.model, faces, arena.tell) as trial:
         marks, portraits = marks_of(contender.steps), []
         for step in _steps(base, trial, latents, config):

@@ -22,8 +22,6 @@ from hdbcli.methods import class_latents, dreambooth_trial, inversion_trial, lor
 from hdbcli.refine import Trial, lidb_trial
 from hdbcli.relax import relax
 
-CLASS_PICTURES = 32  # DreamBooth's prior: pictures of the class that the base draws
-
 
 @dataclass(frozen=True)
 class Contender:
@@ -37,6 +35,8 @@ class Contender:
     rank: int = RefineConfig.rank
     predicted: bool = False  # starts from the hypernetwork, or rests on it
     iterations: int | None = None  # of the hypernetwork's decoder; None is all of them
+    class_pictures: int = 32  # DreamBooth's prior, which the base draws
+    optimizer: str = RefineConfig.optimizer
 
     @property
     def at_once(self) -> int:
@@ -81,7 +81,7 @@ def entered(
 ) -> Iterator[Trial]:
     """Make the trial of P people from the faces on their photos; the base is itself afterwards."""
     if contender.trains == "dreambooth":
-        with dreambooth_trial(base, class_latents(base, CLASS_PICTURES, tell)) as trial:
+        with dreambooth_trial(base, class_latents(base, contender.class_pictures, tell)) as trial:
             yield trial
     elif contender.trains == "inversion":
         yield inversion_trial(base, len(faces))

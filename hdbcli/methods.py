@@ -23,7 +23,6 @@ from hdbcli.tokens import Tokens, own_tokens
 from registry.spec import SampleSettings
 
 CLASS_PROMPT = PORTRAIT.replace(f"{PLACEHOLDER} ", "")  # "a face"
-CLASS_BATCH = 8
 
 
 def lora_trial(base: Base, people: int, rank: int, beneath: Theta | None = None) -> Trial:
@@ -78,12 +77,13 @@ def dreambooth_trial(base: Base, prior: Tensor) -> Iterator[Trial]:
     }
 
     def keep(generator: torch.Generator) -> Tensor:
-        pick = torch.randint(len(prior), (CLASS_BATCH,), generator=generator)
+        count = base.spec.batch
+        pick = torch.randint(len(prior), (count,), generator=generator)
         clean = prior[pick.to(prior.device)]
         noise = torch.randn(clean.shape, generator=generator).to(clean)
-        t = torch.rand(CLASS_BATCH, generator=generator).to(clean)
+        t = torch.rand(count, generator=generator).to(clean)
         with autocast(base.device):
-            return base.backbone.loss(clean, [CLASS_PROMPT] * CLASS_BATCH, noise, t).mean()
+            return base.backbone.loss(clean, [CLASS_PROMPT] * count, noise, t).mean()
 
     try:
         yield Trial(1, parameters, lambda: None, sum(p.numel() for p in parameters.values()), keep)
