@@ -7,10 +7,11 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
-from hdbcli import bench_size
+from hdbcli import bench_derived, bench_device, bench_size
 from hdbcli.base import Base, open_base
 from hdbcli.basis import down_basis, up_basis
 from hdbcli.config import PORTRAIT, BankConfig, Tell
@@ -36,18 +37,21 @@ from registry.spec import SampleSettings
 BASE = "tiny"
 
 
-def run(names: Sequence[str], tell: Tell) -> Iterator[Row]:
-    """Run the benchmarks of these names, all if there are none; HdbError for unknown ones."""
+def run(names: Sequence[str], people: Path | None, tell: Tell) -> Iterator[Row]:
+    """Run the benchmarks of these names, all if there are none; HdbError for unknown ones.
+
+    `people` is a folder of photos that none of them learned from, for those that draw people.
+    """
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         raise HdbError(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
-    chosen = list(names or BENCHMARKS)
+    chosen = list(names or (name for name in BENCHMARKS if people or name != "derived"))
     for done, name in enumerate(chosen):
         tell(name, done, len(chosen))
-        yield from BENCHMARKS[name]()
+        yield from BENCHMARKS[name](people, tell)
 
 
-def _basis() -> list[Row]:
+def _basis(*_: object) -> list[Row]:
     """SD 1.5's basis, which no identity stores, on one core."""
     shapes = target_shapes(FAMILIES["sd1"])
     threads = torch.get_num_threads()
@@ -64,7 +68,7 @@ def _basis() -> list[Row]:
     return [Row(f"basis of SD 1.5's {len(shapes)} targets, one core", seconds, "s", below=2)]
 
 
-def _people() -> list[Row]:
+def _people(*_: object) -> list[Row]:
     """Four people in one pass against four pictures of one person."""
     base = open_base(BASE)
     first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, 4)
@@ -77,7 +81,7 @@ def _people() -> list[Row]:
     return [Row("4 people in a batch / 4 pictures of one person", ratio, "x", below=1.3)]
 
 
-def _bank() -> list[Row]:
+def _bank(*_: object) -> list[Row]:
     """People optimised 64 at a time against one by one."""
     base = open_base(BASE)
     alone, together = (_optimise(base, people) / people for people in (1, 64))
@@ -103,7 +107,7 @@ def _optimise(base: Base, people: int) -> float:
     return statistics.median(after - before for before, after in pairwise(marks[2:]))
 
 
-def _merge() -> list[Row]:
+def _merge(*_: object) -> list[Row]:
     """A checkpoint of SD 1.5's size, merged and, beside it, copied, synced and hashed."""
     rows = []
     with scratch() as folder:
@@ -129,10 +133,12 @@ def _merge() -> list[Row]:
     return rows
 
 
-BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
+BENCHMARKS: dict[str, Callable[[Path | None, Tell], list[Row]]] = {
     "basis": _basis,
     "people": _people,
     "bank": _bank,
     "merge": _merge,
     "sd15": bench_size.run,
+    "derived": bench_derived.run,
+    "device": bench_device.run,
 }

@@ -47,7 +47,7 @@ pipe("a sks face", num_inference_steps=2, guidance_scale=3.0).images[0].save(sys
 """
 
 
-def run() -> list[Row]:
+def run(*_: object) -> list[Row]:
     """Build the checkpoint, and measure everything on it; it goes away at the end."""
     with scratch() as folder:
         file = folder / "sd15.safetensors"

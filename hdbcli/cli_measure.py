@@ -116,7 +116,11 @@ def compare(
 
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help="basis, people, bank, merge or sd15; default: all.")
+        list[str] | None,
+        typer.Argument(help="basis, people, bank, merge, sd15, derived or device; default: all."),
+    ] = None,
+    people: Annotated[
+        Path | None, typer.Option(help="Folder of held-out people, for derived.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -128,7 +132,7 @@ def bench(
     from hdbcli import bench as benchmarks
 
     with render.progress() as tell:
-        rows = list(benchmarks.run(names or [], tell))
+        rows = list(benchmarks.run(names or [], people, tell))
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     date = datetime.now(timezone.utc).date().isoformat()
     if as_json:

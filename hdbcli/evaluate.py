@@ -73,7 +73,7 @@ def evaluate(
     returned = _through_autoencoder(base, latents)
     more = None
     if refined:
-        final = _refined(base, theta[:refined], first[:refined], tell)
+        final = refine_all(base, theta[:refined], first[:refined], tell)
         more = _retrieval_of(base, final, gallery[:refined], tell)
     return Evaluation(
         people=len(people.names),
@@ -107,7 +107,7 @@ def _predict(model: HyperNetwork, faces: Faces) -> Theta:
     return model(faces)
 
 
-def _refined(base: Base, theta: Theta, crops: np.ndarray, tell: Tell) -> Theta:
+def refine_all(base: Base, theta: Theta, crops: np.ndarray, tell: Tell) -> Theta:
     """Relax and refine with the defaults, a few dozen people at once."""
     config = RefineConfig()
     latents = [latent[None] for latent in encode_crops(base, crops, tell)[0].float()]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from commands import refused, told
 
+from hdbcli.bench_derived import spearman
+from hdbcli.bench_device import agreement, speeds
 from hdbcli.errors import HdbError
 from hdbcli.measuring import Row, measured, paired, scratch
+from hdbcli.memory import PLANS
 from registry import store
+from registry.plugins import load_registry
 
 
 def test_rows_keep_what_they_promise() -> None:
@@ -43,8 +50,35 @@ def test_scratch_goes_away_with_its_store(
     assert not folder.exists() and store.root() == hdb_home
 
 
+def test_spearman_is_the_order() -> None:
+    assert spearman(torch.tensor([0.1, 0.2, 5.0, 6.0])) == pytest.approx(1)
+    assert spearman(torch.tensor([6.0, 5.0, 0.2, 0.1])) == pytest.approx(-1)
+    assert spearman(torch.tensor([1.0, 0.0, 3.0, 2.0])) == pytest.approx(0.6)
+
+
+def test_derived_identities_are_measured(hdb_home: Path, tmp_path: Path) -> None:
+    refused("bench", "derived", says="give --people")
+    for folder in sorted((Path(__file__).parent / "data/heldout").iterdir())[:2]:
+        shutil.copytree(folder, tmp_path / "people" / folder.name)
+    rows = {row["name"]: row["value"] for row in _derived(tmp_path / "people")}
+    assert 0.9 < rows["likeness as int8 / as float32"] < 1.1
+    assert -1 <= rows["the same, lowest"] <= 1 and 0 < rows["likeness of 2 people"] < 1
+
+
+def _derived(people: Path) -> list[dict[str, Any]]:
+    return told("bench", "derived", "--people", people)["rows"]
+
+
+def test_a_device_is_checked_against_the_cpu() -> None:
+    rows = agreement("cpu")
+    assert len(rows) == 4 and all(row.kept for row in rows)
+    steps = speeds(load_registry().get("tiny"), "cpu")
+    assert [row.name.split()[2].rstrip(",") for row in steps] == [plan.name for plan in PLANS]
+    assert all(row.value > 0 for row in steps)
+
+
 def test_bench_on_the_command_line(hdb_home: Path) -> None:
-    refused("bench", "speed", says="choose from basis, people, bank, merge, sd15")
+    refused("bench", "speed", says="choose from basis, people, bank, merge, sd15, derived, device")
     result = told("bench", "basis")
     (row,) = result["rows"]
     assert "192 targets" in row["name"] and 0 < row["value"] < 20
