@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -54,9 +56,12 @@ def score(
         render.say("\n".join(measure.words(result)))
 
 
+_METHODS = f"NAME, or NAME:12 for the first 12 people alone, of {', '.join(METHODS)}."
+
+
 def compare(
     photos: Annotated[Path, typer.Argument(help="A photo, a folder of them, or one per person.")],
-    methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}.")] = MAIN_METHODS,
+    methods: Annotated[str, typer.Option(help=_METHODS)] = MAIN_METHODS,
     base: BaseName = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Most steps of any method, for a first look.")
@@ -105,9 +110,11 @@ def compare(
         arena = new_arena(loaded, model, test, metrics, tell)
         styles = contest.true_styles(truth, test, arena) if truth else []
         result, records = contest.run(arena, chosen, styles, out, load)
-    paths = contest.save(result, records, out)
+    command = shlex.join(["hdb", *sys.argv[1:]])
+    facts = contest.document(result, command)
+    paths = contest.save(result, records, facts, out)
     if as_json:
-        render.document(contest.document(result))
+        render.document(facts)
     else:
         render.show_contest(result)
     for path in paths:

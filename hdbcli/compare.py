@@ -49,6 +49,7 @@ class Arena:
     plain: np.ndarray  # (2 P, S, S, 3): prompts without [V], by the base
     batch: int
     key: str  # of all the above: records of another arena are not mistaken for this one's
+    predicted_key: str  # with the hypernetwork, on which some methods rest
     tell: Tell
 
 
@@ -60,23 +61,26 @@ def new_arena(
     truth, _ = embed([people.crops[photos[-1]] for photos in people.members])
     plain = _plain(base, None, range(len(given)), tell)
     key = hashlib.sha256(base.injected.weights_digest().encode())
-    for tensor in (*model.state_dict().values(), truth):
-        key.update(tensor.cpu().float().numpy().tobytes())
+    key.update(truth.numpy().tobytes())
     for crop in given:
         key.update(crop.tobytes())
     key.update(repr((base.spec.batch, sorted(texts), SampleSettings())).encode())
-    digest = key.hexdigest()[:12]
-    return Arena(base, model, given, truth, texts, plain, base.spec.batch, digest, tell)
+    own = key.hexdigest()[:12]
+    for tensor in model.state_dict().values():
+        key.update(tensor.cpu().float().numpy().tobytes())
+    predicted, batch = key.hexdigest()[:12], base.spec.batch
+    return Arena(base, model, given, truth, texts, plain, batch, own, predicted, tell)
 
 
 def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
-    """Let one method learn everybody, groups of people at a time; a group done is not done
-    again."""
+    """Let one method learn its people, groups of them at a time; a group done is not done again."""
     groups = []
-    for start in range(0, len(arena.given), contender.at_once):
-        persons = range(start, min(start + contender.at_once, len(arena.given)))
+    people = min(contender.people or len(arena.given), len(arena.given))
+    key = arena.predicted_key if contender.predicted else arena.key
+    for start in range(0, people, contender.at_once):
+        persons = range(start, min(start + contender.at_once, people))
         settings = f"{contender.name}-{contender.steps}-{contender.lr:g}"
-        stem = f"{settings}-{arena.key}-{start:04d}"
+        stem = f"{settings}-{key}-{start:04d}-{len(persons)}"
         groups.append(_group(arena, contender, persons, folder / f"{stem}.safetensors"))
     return _joined(groups)
 

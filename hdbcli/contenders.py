@@ -37,6 +37,7 @@ class Contender:
     iterations: int | None = None  # of the hypernetwork's decoder; None is all of them
     class_pictures: int = 32  # DreamBooth's prior, which the base draws
     optimizer: str = RefineConfig.optimizer
+    people: int | None = None  # learns only the first so many
 
     @property
     def at_once(self) -> int:
@@ -66,13 +67,19 @@ CONTENDERS = {
 
 
 def choose(names: Sequence[str], most: int | None = None) -> list[Contender]:
-    """Return the contenders of these names, with at most so many steps; HdbError for unknown
-    names."""
-    unknown = [name for name in names if name not in CONTENDERS]
-    if unknown:
-        raise HdbError(f"unknown method {unknown[0]!r}; choose from {', '.join(CONTENDERS)}")
-    chosen = [CONTENDERS[name] for name in dict.fromkeys(names)]
-    return [c if most is None else replace(c, steps=min(c.steps, most)) for c in chosen]
+    """Return the contenders of these names, NAME or NAME:PEOPLE, with at most so many steps;
+    HdbError for unknown names."""
+    chosen: dict[str, Contender] = {}
+    for each in names:
+        name, _, people = each.partition(":")
+        if name not in CONTENDERS:
+            raise HdbError(f"unknown method {name!r}; choose from {', '.join(CONTENDERS)}")
+        if people and not (people.isdecimal() and int(people)):
+            raise HdbError(f"{each!r} asks for no number of people; write {name}:12")
+        contender = replace(CONTENDERS[name], people=int(people) if people else None)
+        steps = contender.steps if most is None else min(contender.steps, most)
+        chosen.setdefault(name, replace(contender, steps=steps))
+    return list(chosen.values())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from hdbcli.base import Base
 from hdbcli.compare import Arena, Record, compete, new_arena
 from hdbcli.config import PROMPTS, Tell
 from hdbcli.contenders import Contender
+from hdbcli.contest_page import page
 from hdbcli.errors import HdbError
 from hdbcli.evaluate import Interval
 from hdbcli.faces import Retrieval, embed, retrieval
@@ -49,9 +50,12 @@ class Contest:
 
     people: int
     standings: tuple[Standing, ...]
+    checkpoint: int | None  # bytes of the base's files
     floor: Interval  # portraits by the base, which knows nobody
     autoencoder: Interval  # the photo that methods learned from, encoded and decoded
     photo: Interval  # that photo itself: another true picture of the person
+    through: Retrieval | None  # how well that photo finds its person, through the autoencoder
+    other_photo: Retrieval | None  # and as it is
     styles: tuple[TrueStyle, ...]  # where true pictures in the styles were given
 
 
@@ -71,8 +75,8 @@ def run(
         best = likeness_of(next(iter(records.values())).portraits[-1], arena.truth)
         first = standings[0] if standings else None
         standings.append(stand(contender.name, record, alone, arena.truth, first, best))
-    bounds = _bounds(arena)
-    return Contest(len(arena.given), tuple(standings), *bounds, tuple(styles)), records
+    size, bounds = _size(arena.base), _bounds(arena)
+    return Contest(len(arena.given), tuple(standings), size, *bounds, tuple(styles)), records
 
 
 def tuned(
@@ -137,7 +141,20 @@ def text_metrics(
     return loaded, missing
 
 
-def _bounds(arena: Arena) -> tuple[Interval, Interval, Interval]:
+def _size(base: Base) -> int | None:
+    """Return the bytes of the weights that a base is loaded from."""
+    files = base.spec.files
+    if files is None:
+        return None
+    weights = files.glob("*/*.safetensors") if files.is_dir() else [files]
+    return sum(file.stat().st_size for file in weights)
+
+
+def _bounds(
+    arena: Arena,
+) -> tuple[Interval, Interval, Interval, Retrieval | None, Retrieval | None]:
+    """Return the likeness of strangers, of the photo through the autoencoder and of the photo; and
+    whom the last two find among all, where there are others."""
     side = arena.plain.shape[1:]
     floor = embed(list(arena.plain.reshape(-1, 2, *side)[:, 0]))[0]
     back = []
@@ -147,23 +164,32 @@ def _bounds(arena: Arena) -> tuple[Interval, Interval, Interval]:
     through, given = embed(back)[0], embed(arena.given)[0]
     rows = (likeness_of(row, arena.truth) for row in (floor, through, given))
     low, middle, high = (bootstrap(row) for row in rows)
-    return low, middle, high
+    if len(given) < 2:
+        return low, middle, high, None, None
+    return low, middle, high, retrieval(through, arena.truth), retrieval(given, arena.truth)
 
 
-def document(contest: Contest) -> dict[str, Any]:
+def document(contest: Contest, command: str) -> dict[str, Any]:
     """Return what `hdb compare --json` prints."""
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "command": command,
         **asdict(contest),
     }
 
 
-def save(contest: Contest, records: dict[str, Record], out: Path) -> tuple[Path, Path, Path]:
-    """Write `compare.json`, `curves.png` and `sheet.png` to a folder."""
-    paths = out / "compare.json", out / "curves.png", out / "sheet.png"
+def save(
+    contest: Contest, records: dict[str, Record], facts: dict[str, Any], out: Path
+) -> list[Path]:
+    """Write document, curves, sheet and page to a folder; `facts` is the document."""
+    names = ("compare.json", "curves.png", "sheet.png", "compare.md")
+    paths = [out / name for name in names]
     with write_beside(paths[0]) as beside:
-        beside.write_text(json.dumps(document(contest), indent=2), encoding="utf-8")
+        beside.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    with write_beside(paths[3]) as beside:
+        text = page(contest, facts["command"], facts["machine"], facts["date"])
+        beside.write_text(text, encoding="utf-8")
     curves = [_curve(s) for s in contest.standings if len(s.curve) > 1]
     x = [second for s in contest.standings for second, _ in s.curve]
     for label, bound in (("photo (ceiling)", contest.photo), ("base (floor)", contest.floor)):
@@ -172,8 +198,8 @@ def save(contest: Contest, records: dict[str, Record], out: Path) -> tuple[Path,
         save_chart(AXES, curves, [], beside)
     rows = [record.pictures[:, 0] for record in records.values()]  # methods x prompts
     pictures = [Picture(image.numpy(), 0) for row in rows for image in row]
-    names = ", ".join(records)
-    save_picture(contact_sheet(pictures, len(PROMPTS)), paths[2], f"rows: {names}")
+    rows_of = ", ".join(records)
+    save_picture(contact_sheet(pictures, len(PROMPTS)), paths[2], f"rows: {rows_of}")
     return paths
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hdbcli.config import CAPTIONS, Tell
+from hdbcli.config import Tell
 
 if TYPE_CHECKING:
     from hdbcli.bench import Row
@@ -230,41 +230,15 @@ def show_evaluation(result: Evaluation) -> None:
 
 
 def show_contest(result: Contest) -> None:
-    """Print one line a method, seconds and memory of one person, likeness between its bounds."""
-    first = result.standings[0]
-    say(f"{result.people} people; likeness of portraits to a photo that no method saw")
-    rows = []
-    for line in result.standings:
-        reached = line.seconds_to_first
-        likeness = line.likeness
-        rows.append(
-            (
-                line.name,
-                line.steps,
-                f"{line.seconds:.1f}",
-                f"{line.seconds / first.seconds:.1f} x" if first.seconds else "-",
-                "never" if reached is None else f"{reached:.1f}",
-                f"{line.memory / 1e6:,.0f}",
-                f"{2 * line.numbers:,}",
-                f"{likeness.mean:.3f} ({likeness.low:.3f} to {likeness.high:.3f})",
-                "-" if line.portraits is None else f"{line.portraits.top1:.0%}",
-                ", ".join(f"{share:.0%}" for share in line.named.values()) or "-",
-                f"{line.found:.0%}",
-                f"{line.drift:.1f}",
-            )
-        )
-    heads = ("method", "steps", "seconds", "ratio", "to first's likeness", "MB", "bytes fp16")
-    table((*heads, "likeness (95 %)", "found first", "style named", "faces", "drift"), rows)
-    bounds = (("base", result.floor), ("autoencoder", result.autoencoder), ("photo", result.photo))
-    say("likeness of " + ", ".join(f"{name} {bound.mean:.3f}" for name, bound in bounds))
-    if result.people > 1:
-        ceilings = {style.prompt: f"{style.portraits.auc:.3f}" for style in result.styles}
-        names = [line.name for line in result.standings]
-        aucs = [
-            (p, *(f"{line.styled[i].auc:.3f}" for line in result.standings), ceilings.get(p, "-"))
-            for i, p in enumerate(CAPTIONS)
-        ]
-        table(("AUC of faces in a style", *names, "true pictures"), aucs)
+    """Print the tables of a comparison and what bounds its likeness."""
+    from hdbcli.contest_page import notes, tables
+
+    for each in tables(result):
+        say(f"{each.title}:")
+        table(each.heads, each.rows)
+        say("")
+    for line in notes(result):
+        say(line)
 
 
 def show_bench(rows: Sequence[Row], where: str) -> None:

@@ -25,6 +25,7 @@ class Standing:
     """One method's line. Seconds are one person's, start-up apart; likeness is 0 to 1."""
 
     name: str
+    people: int  # the first so many
     steps: int
     seconds: float
     startup: float
@@ -35,9 +36,9 @@ class Standing:
     seconds_to_first: float | None  # until the first method's final likeness; None: never
     portraits: Retrieval | None
     styled: tuple[Retrieval, ...]  # a caption each
-    found: float  # share of pictures in which the detector found a face
+    found: tuple[float, ...]  # share of pictures with a face: portraits, and a caption each
     texts: Mapping[str, float]  # metric -> score of each picture against its own prompt
-    named: Mapping[str, float]  # metric -> share whose own prompt scores highest
+    named: Mapping[str, tuple[float, ...]]  # metric -> share whose own prompt scores highest, each
     drift: float
     curve: tuple[tuple[float, Interval], ...]  # (seconds, likeness)
 
@@ -50,8 +51,10 @@ def likeness_of(embeddings: Tensor, truth: Tensor) -> Tensor:
 def stand(
     name: str, record: Record, alone: Alone, truth: Tensor, first: Standing | None, best: Tensor
 ) -> Standing:
-    """Judge one method; `first` and `best` (P,) are the line and final likeness it is held
-    against."""
+    """Judge one method on its people, the first of all; `first` and `best` (P,) are the line and
+    final likeness it is held against."""
+    people = record.portraits.shape[1]
+    truth, best = truth[:people], best[:people]
     steps = int(record.marks[-1])
     at_marks = [likeness_of(row, truth) for row in record.portraits]
     final = at_marks[-1]
@@ -61,13 +64,14 @@ def stand(
         metric: scores.diagonal(dim1=0, dim2=2)  # (P, 1 + S): picture of caption i, text i
         for metric, scores in record.texts.items()
     }
-    named = {
-        metric: float((scores.argmax(2) == torch.arange(len(scores))[:, None]).float().mean())
-        for metric, scores in record.texts.items()
-    }
+    named = {}
+    for metric, scores in record.texts.items():
+        best_text = scores.argmax(2) == torch.arange(len(scores))[:, None]
+        named[metric] = tuple(best_text.float().mean(1).tolist())
     several = len(truth) > 1
     return Standing(
         name=name,
+        people=people,
         steps=steps,
         seconds=seconds[-1],
         startup=alone.startup,
@@ -78,7 +82,7 @@ def stand(
         seconds_to_first=reached(seconds, means, float(best.mean())),
         portraits=retrieval(record.portraits[-1], truth) if several else None,
         styled=tuple(retrieval(row, truth) for row in record.prompted[1:]) if several else (),
-        found=float(record.found.float().mean()),
+        found=tuple(record.found.float().mean(1).tolist()),
         texts={metric: float(score.mean()) for metric, score in own.items()},
         named=named,
         drift=float(record.drift.mean()),

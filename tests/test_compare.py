@@ -53,11 +53,11 @@ def test_a_standing_is_what_the_record_says() -> None:
     assert first.less_than_first is None and first.seconds == 1 + 40 * 0.5
     assert first.seconds_to_first == pytest.approx(first.seconds, abs=1e-3)
     assert first.portraits is not None and first.portraits.top1 == 1.0
-    assert first.named == {"t": 1.0} and first.texts == {"t": 1.0} and first.drift == 2.0
+    assert first.named == {"t": (1.0,) * 6} and first.texts == {"t": 1.0} and first.drift == 2.0
     assert [round(interval.mean, 4) for _, interval in first.curve] == [0.2, 0.5, 0.75]
     worse = replace(best, portraits=best.portraits[[0, 1, 1]], texts={"t": best.texts["t"].flip(2)})
     second = stand("b", worse, ALONE, truth, first, final)
-    assert second.seconds_to_first is None and second.named == {"t": 0.0}
+    assert second.seconds_to_first is None and second.named == {"t": (0.0,) * 6}
     paired = second.less_than_first
     assert paired is not None and paired.low > 0.2 and paired.mean == pytest.approx(0.25, abs=1e-5)
 
@@ -87,6 +87,10 @@ def test_marks_halve_down_from_the_end() -> None:
 def test_methods_are_those_of_the_help() -> None:
     assert tuple(CONTENDERS) == METHODS and set(MAIN_METHODS.split(",")) <= set(METHODS)
     assert [c.steps for c in choose(["lora", "hyperdreambooth", "lora"], 50)] == [50, 40]
+    assert [c.people for c in choose(["lora:12", "dreambooth"])] == [12, None]
+    for bad in ("lora:0", "lora:few", "lora:-1"):
+        with pytest.raises(HdbError, match="asks for no number of people"):
+            choose([bad])
     with pytest.raises(HdbError, match="unknown method 'dreambot'"):
         choose(["lora", "dreambot"])
 
@@ -108,7 +112,7 @@ def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
             Image.open(person / "photo-1.jpg").save(true)
     words = [tmp_path / "people", "--people", 2, "--steps", 2, "-o", tmp_path / "out"]
     words += ["--truth", tmp_path / "truth"]
-    document = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora")
+    document = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora:1")
     assert document["people"] == 2
     only, lora = document["standings"]
     assert only["steps"] == 0 and lora["steps"] == 2 and lora["numbers"] > only["numbers"] > 0
@@ -120,9 +124,13 @@ def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out/sheet.png").size == (6 * 64, 2 * 64)
     assert Image.open(tmp_path / "out/curves.png").size[0] == 800
     assert json.loads((tmp_path / "out/compare.json").read_text()) == document
+    assert document["through"]["auc"] > 0 and document["other_photo"]["top1"] == 1.0
+    assert 1e7 < document["checkpoint"] < 1e8 and document["command"].startswith("hdb ")
+    page = (tmp_path / "out/compare.md").read_text()
+    assert f"| lora | 1 | 2 | {lora['seconds']:.1f} s |" in page and "(sheet.png)" in page
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out/records").iterdir()}
     assert len(kept) == 2 and len(list((tmp_path / "out/tuning").iterdir())) == 4  # 1 and 3 rates
-    again = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora")
+    again = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora:1")
     assert [file.stat().st_mtime_ns for file in kept] == list(kept.values())  # nothing done twice
     assert again["standings"][1]["likeness"] == lora["likeness"]
     fewer = run(*words[:1], "--people", 1, *words[3:], "--methods", "hypernetwork-only")

@@ -1,0 +1,143 @@
+"""Lay a comparison out as tables, and as a page of Markdown with curves, command and date."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hdbcli.config import CAPTIONS, PROMPTS
+
+if TYPE_CHECKING:
+    from hdbcli.contest import Contest
+    from hdbcli.evaluate import Interval
+    from hdbcli.faces import Retrieval
+    from hdbcli.standings import Standing
+
+READING = """\
+Seconds and memory are one person's, in a process of their own, start-up apart. Likeness is
+1 - distance of face embeddings to a photo that no method saw, with 95 % intervals over people.
+Bytes are two a trained number. Drift is the mean change of a pixel, of 255, in pictures of other
+people."""
+
+LIMITS = """\
+What this does not show: how any of it fares on a base model of photographs, on a GPU, or with the
+settings that each method's authors chose for theirs. The recogniser that judges likeness is the one
+whose embedding the hypernetwork reads and, where it was trained with `--likeness`, the one it was
+trained to please."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text below their heads."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        lines = [self.heads, ("---",) * len(self.heads), *self.rows]
+        return f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def page(contest: Contest, command: str, machine: str, date: str) -> str:
+    """Return the page; pictures are `curves.png` and `sheet.png` beside it."""
+    methods, *others = (table.markdown() for table in tables(contest))
+    parts = [
+        f"# {contest.people} people, {len(contest.standings)} methods",
+        f"Made by `{command}` on {machine}, {date}.",
+        READING,
+        methods,
+        *notes(contest),
+        "![Likeness against seconds](curves.png)",
+        *others,
+        f"Rows are methods in the order of the first table, columns: {', '.join(PROMPTS)}.",
+        "![One person by every method](sheet.png)",
+        LIMITS,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def tables(contest: Contest) -> Iterator[Table]:
+    """Yield the methods, and with several people whom pictures find and what styles keep."""
+    heads = ("method", "people", "steps", "seconds", "ratio", "to first's likeness", "start-up")
+    heads += ("memory", "bytes", "likeness", "first's minus this", "drift")
+    rows = tuple(_line(standing, contest.standings[0]) for standing in contest.standings)
+    yield Table("Methods", heads, rows)
+    if contest.people > 1:
+        found = tuple(_found(contest))
+        yield Table(
+            "The right person among all", ("picture", "people", "first", "in five", "AUC"), found
+        )
+    across = ("prompt", *(standing.name for standing in contest.standings), "true pictures")
+    if contest.people > 1:
+        yield Table("Faces in a style, its mean taken away: AUC", across, tuple(_styles(contest)))
+    yield Table("Style named by a classifier, face found", across, tuple(_named(contest)))
+
+
+def notes(contest: Contest) -> list[str]:
+    """Say between what bounds likeness lies, and how small an identity is beside its base."""
+    first = contest.standings[0]
+    bounds = (
+        f"Likeness of the base's own portraits, the floor, is {_interval(contest.floor)}; of the "
+        f"photo through the autoencoder {_interval(contest.autoencoder)}, and of the photo itself, "
+        f"the ceiling, {_interval(contest.photo)}."
+    )
+    if not contest.checkpoint or not first.numbers:
+        return [bounds]
+    size = (
+        f"The base's weights take {contest.checkpoint:,} bytes, "
+        f"{contest.checkpoint / (2 * first.numbers):,.0f} times what the {first.numbers:,} numbers "
+        f"of {first.name} take in half precision."
+    )
+    return [bounds, size]
+
+
+def _line(line: Standing, first: Standing) -> tuple[str, ...]:
+    reached, less = line.seconds_to_first, line.less_than_first
+    return (
+        line.name,
+        str(line.people),
+        f"{line.steps:,}",
+        f"{line.seconds:.1f} s",
+        f"{line.seconds / first.seconds:.1f} x" if first.seconds else "-",
+        "never" if reached is None else f"{reached:.1f} s",
+        f"{line.startup:.1f} s",
+        f"{line.memory / 1e6:,.0f} MB",
+        f"{2 * line.numbers:,}",
+        _interval(line.likeness),
+        "-" if less is None else _interval(less),
+        f"{line.drift:.1f}",
+    )
+
+
+def _found(contest: Contest) -> Iterator[tuple[str, ...]]:
+    rows: list[tuple[str, int, Retrieval | None]] = [
+        (f"portrait, {s.name}", s.people, s.portraits) for s in contest.standings
+    ]
+    rows.append(("true photo through the autoencoder", contest.people, contest.through))
+    rows.append(("another true photo", contest.people, contest.other_photo))
+    for name, people, r in rows:
+        if r is not None:
+            yield name, str(people), f"{r.top1:.0%}", f"{r.top5:.0%}", f"{r.auc:.3f}"
+
+
+def _styles(contest: Contest) -> Iterator[tuple[str, ...]]:
+    true = {style.prompt: f"{style.portraits.auc:.3f}" for style in contest.styles}
+    for i, prompt in enumerate(CAPTIONS):
+        aucs = (f"{s.styled[i].auc:.3f}" if s.styled else "-" for s in contest.standings)
+        yield prompt, *aucs, true.get(prompt, "-")
+
+
+def _named(contest: Contest) -> Iterator[tuple[str, ...]]:
+    true = {style.prompt: f"{style.found:.0%}" for style in contest.styles}
+    for i, prompt in enumerate(PROMPTS):
+        for metric in contest.standings[0].named:
+            shares = (f"{s.named[metric][i]:.0%}" for s in contest.standings)
+            yield f"{prompt}: named ({metric})", *shares, "-"
+        faces = (f"{s.found[i]:.0%}" for s in contest.standings)
+        yield f"{prompt}: face", *faces, true.get(prompt, "-")
+
+
+def _interval(interval: Interval) -> str:
+    return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"
