@@ -126,10 +126,8 @@ def open_checkpoint(spec: BaseSpec) -> Checkpoint:
 
 def _component_files(folder: Path) -> tuple[Path, ...]:
     """Return the weights that diffusers would load: one file, or the shards of an index."""
-    for stem in STEMS:
-        if any((folder / f"{stem}.safetensors{end}").exists() for end in ("", ".index.json")):
-            return tuple(weight_files(folder, stem))
-    return ()
+    stem = next((stem for stem in STEMS if any(folder.glob(f"{stem}*.safetensors*"))), None)
+    return tuple(weight_files(folder, stem)) if stem else ()
 
 
 def _places(

@@ -15,6 +15,8 @@ from registry.ldm import LAYOUTS, UNET, VAE
 
 LARGEST = 2**38  # bytes of one file; SDXL in fp32 has 14e9
 INDEX = "model_index.json"
+INDEXED = ".safetensors.index"
+VARIANT = "fp16"
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
@@ -107,15 +109,31 @@ def _read_folder(path: Path) -> Checkpoint:
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """Return a component's weights, one file or all shards of its index."""
-    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        for other in sorted(folder.iterdir()):
-            _refuse_pickle(other)
-        raise RegistryError(f"{folder} has no {whole.name}; download the model in full")
-    shards = read_config(index).get("weight_map")
+    """Return a component's weights, one file or all shards of its index: the plain ones, or those
+    of the variant fp16 where there is no other."""
+    for ending in ("", f".{VARIANT}"):
+        whole, index = (
+            folder / f"{stem}{ending}.safetensors",
+            folder / f"{stem}{INDEXED}{ending}.json",
+        )
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return _shards(index)
+    for other in sorted(folder.iterdir()):
+        _refuse_pickle(other)
+    raise RegistryError(f"{folder} has no {stem}.safetensors; download the model in full")
+
+
+def variant_of(folder: Path) -> str | None:
+    """Return the variant of a diffusers folder's weights, as diffusers asks for it."""
+    (component, stem), *_ = WEIGHTS.items()
+    files = weight_files(folder / component, stem)
+    return VARIANT if f".{VARIANT}" in files[0].name else None
+
+
+def _shards(index: Path) -> list[Path]:
+    folder, shards = index.parent, read_config(index).get("weight_map")
     names = set(shards.values()) if isinstance(shards, dict) else set()
     if not names or any(type(name) is not str or Path(name).name != name for name in names):
         raise RegistryError(f"{index} names no shards; download the model in full")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from registry.checkpoint import variant_of
 from registry.diffusion import StableDiffusion, last_states
 from registry.errors import RegistryError
 from registry.sdxl import two_encoders
@@ -23,21 +24,15 @@ if TYPE_CHECKING:
 def load_folder(folder: Path, device: str, dtype: str, double: bool = False) -> StableDiffusion:
     """Load a diffusers folder, `double` for Stable Diffusion XL; RegistryError if files are missing
     or damaged."""
+    options = {
+        "torch_dtype": getattr(torch, dtype),
+        "local_files_only": True,
+        "use_safetensors": True,
+        "variant": variant_of(folder),
+    }
     with _reading(folder):
-        pipeline = _class(double).from_pretrained(
-            folder,
-            torch_dtype=getattr(torch, dtype),
-            local_files_only=True,
-            use_safetensors=True,
-            **_no_checker(double),
-        )
-    again = partial(
-        type(pipeline.vae).from_pretrained,
-        folder / "vae",
-        torch_dtype=getattr(torch, dtype),
-        local_files_only=True,
-        use_safetensors=True,
-    )
+        pipeline = _class(double).from_pretrained(folder, **options, **_no_checker(double))
+    again = partial(type(pipeline.vae).from_pretrained, folder / "vae", **options)
     return _backbone(pipeline, folder, device, dtype, double, again)
 
 

@@ -175,6 +175,24 @@ def test_half_a_download(narrow: Narrow, hdb_home: Path, tmp_path: Path, folder:
     refused(*add, folder, says="names no shards")
 
 
+def test_a_folder_of_the_fp16_variant(
+    narrow: Narrow, hdb_home: Path, folder: Path, tmp_path: Path
+) -> None:
+    from hdbcli.measuring import random_identity
+
+    plain = told("base", "add", "plain", narrow.folder("sd1"))
+    for file in list(folder.rglob("*.safetensors")):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert told("base", "add", "x", folder)["digest"] == plain["digest"]
+    out = tmp_path / "merged"
+    random_identity("x", "someone")
+    assert told("merge", "someone", "--out", out)["bytes"] > 0
+    assert {f.relative_to(out) for f in out.rglob("*.safetensors")} == {
+        f.relative_to(folder) for f in folder.rglob("*.safetensors")
+    }
+    assert told("base", "add", "y", out)["digest"] != plain["digest"]
+
+
 def test_components_that_are_missing(narrow: Narrow, hdb_home: Path, folder: Path) -> None:
     add = ("base", "add", "x", folder)
     (folder / TEXT).rename(folder / "aside")
