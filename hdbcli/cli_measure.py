@@ -66,6 +66,9 @@ def compare(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Most steps of any method, for a first look.")
     ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples a step of every method; default: the base's.")
+    ] = None,
     people: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many people.")
     ] = None,
@@ -103,11 +106,11 @@ def compare(
         render.show_skipped(test.skipped)
         if tune:
             others = read_people(tune, loaded.spec, pattern, False, tell)
-            chosen = contest.tuned(loaded, model, others, chosen, out, tell)
+            chosen = contest.tuned(loaded, model, others, chosen, out, batch, tell)
         metrics, missing = contest.text_metrics(load_metrics(), loaded.spec.family)
         for line in missing:
             render.note(f"left out: {line}")
-        arena = new_arena(loaded, model, test, metrics, tell)
+        arena = new_arena(loaded, model, test, metrics, batch, tell)
         styles = contest.true_styles(truth, test, arena) if truth else []
         result, records = contest.run(arena, chosen, styles, out, load)
     command = shlex.join(["hdb", *sys.argv[1:]])

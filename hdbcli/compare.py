@@ -47,14 +47,19 @@ class Arena:
     truth: Tensor  # (P, 128) embeddings of another photo of them, or of the same if there is one
     texts: dict[str, Metric]
     plain: np.ndarray  # (2 P, S, S, 3): prompts without [V], by the base
-    batch: int
+    batch: int  # samples a step, of every method
     key: str  # of all the above: records of another arena are not mistaken for this one's
     predicted_key: str  # with the hypernetwork, on which some methods rest
     tell: Tell
 
 
 def new_arena(
-    base: Base, model: HyperNetwork, people: People, texts: dict[str, Metric], tell: Tell
+    base: Base,
+    model: HyperNetwork,
+    people: People,
+    texts: dict[str, Metric],
+    batch: int | None,
+    tell: Tell,
 ) -> Arena:
     """Take each person's first photo to learn from and the last to be measured on."""
     given = tuple(people.crops[photos[0]] for photos in people.members)
@@ -64,11 +69,12 @@ def new_arena(
     key.update(truth.numpy().tobytes())
     for crop in given:
         key.update(crop.tobytes())
-    key.update(repr((base.spec.batch, sorted(texts), SampleSettings())).encode())
+    batch = batch or base.spec.batch
+    key.update(repr((batch, sorted(texts), SampleSettings())).encode())
     own = key.hexdigest()[:12]
     for tensor in model.state_dict().values():
         key.update(tensor.cpu().float().numpy().tobytes())
-    predicted, batch = key.hexdigest()[:12], base.spec.batch
+    predicted = key.hexdigest()[:12]
     return Arena(base, model, given, truth, texts, plain, batch, own, predicted, tell)
 
 

@@ -85,10 +85,11 @@ def tuned(
     people: People,
     contenders: Sequence[Contender],
     out: Path,
+    batch: int | None,
     tell: Tell,
 ) -> list[Contender]:
     """Choose each method's learning rate by likeness on people who are not in the test."""
-    arena = new_arena(base, model, people, {}, tell)
+    arena = new_arena(base, model, people, {}, batch, tell)
     chosen = []
     for contender in contenders:
         rates = [contender.lr * rate for rate in RATES] if contender.steps else [contender.lr]

@@ -174,8 +174,11 @@ def _loss(
         own = batch.drawn[:some].T.flatten()
         captions = [base.prompt(people.captions.get(index, PORTRAIT)) for index in own.tolist()]
         start = batch.noise[:some].transpose(0, 1).flatten(0, 1).to(device)
+        true = images[own].float().to(device) / 127.5 - 1
+        turned = mirrored[:some].repeat(DRAWS).view(-1, 1, 1, 1).to(device)
+        true, goal = torch.where(turned, true.flip(-1), true), traits[own].to(device)
         with autocast(device, config.precision):
-            far = likeness_loss(base, theta[:some], captions, start, traits[own].to(device))
+            far = likeness_loss(base, theta[:some], captions, start, true, goal)
         value = value + config.likeness * far.mean()
     if known is not None:
         value = value + config.beta * weight_loss(theta, known[batch.person.to(device)]).mean()

@@ -110,7 +110,7 @@ def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
             true = tmp_path / "truth" / person.name / f"{style}-0.png"
             true.parent.mkdir(parents=True, exist_ok=True)
             Image.open(person / "photo-1.jpg").save(true)
-    words = [tmp_path / "people", "--people", 2, "--steps", 2, "-o", tmp_path / "out"]
+    words = [tmp_path / "people", "--people", 2, "--steps", 2, "--batch", 4, "-o", tmp_path / "out"]
     words += ["--truth", tmp_path / "truth"]
     document = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora:1")
     assert document["people"] == 2

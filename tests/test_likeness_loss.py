@@ -18,7 +18,7 @@ from hdbcli.config import PORTRAIT
 from hdbcli.errors import HdbError
 from hdbcli.faces import aligned_chips, chip, embed_aligned, load_embedding
 from hdbcli.lidb import Theta, first_theta
-from hdbcli.likeness_loss import likeness_loss
+from hdbcli.likeness_loss import likeness_loss, mosaic
 from hdbcli.photo import crop_face
 from hdbcli.sample import generate
 from registry.spec import SampleSettings
@@ -81,21 +81,34 @@ def _pixels(images: Tensor) -> np.ndarray:
 
 
 def test_loss_knows_who_is_drawn(tiny: Base, crops: list[np.ndarray], predicted: Theta) -> None:
-    true = tiny.faces(crops).traits
-    prompts = [tiny.prompt(PORTRAIT)] * len(crops)
+    true, traits = tiny.faces(crops)
+    prompts, start = [tiny.prompt(PORTRAIT)] * len(crops), noise(len(crops))
     with torch.no_grad(), tiny.injected.wearing(None):
-        own = likeness_loss(tiny, predicted, prompts, noise(len(crops)), true)
-        other = likeness_loss(tiny, predicted, prompts, noise(len(crops)), true.roll(1, 0))
-    assert own.shape == (len(crops),) and own.mean() < other.mean() - 0.02
+        own, face, colours = (
+            likeness_loss(tiny, predicted, prompts, start, *each)
+            for each in ((true, traits), (true, traits.roll(1, 0)), (true.roll(1, 0), traits))
+        )
+    assert own.shape == (len(crops),) and own.mean() < face.mean() - 0.02
+    assert own.mean() < colours.mean() - 0.02
+
+
+def test_mosaics_see_complexion_and_not_wrinkles() -> None:
+    plain = torch.full((1, 3, 64, 64), 0.2)
+    lines = plain + 0.3 * (torch.arange(64) % 2 * 2 - 1)
+    dark, edge = plain - 0.3, plain.clone()
+    edge[..., :16] = -1
+    assert mosaic(plain).shape == (1, 3, 8, 8)
+    assert (mosaic(lines) - mosaic(plain)).abs().max() < 1e-6
+    assert (mosaic(edge) - mosaic(plain)).abs().max() == 0  # the background is nobody's
+    assert (mosaic(dark) - mosaic(plain)).mean() == pytest.approx(-0.3)
 
 
 def test_gradients_reach_theta_and_nothing_else(tiny: Base, crops: list[np.ndarray]) -> None:
     first = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b)
     down = first.down.repeat(2, 1, 1, 1)
     theta = Theta(down, (0.01 * torch.randn(2, *first.up.shape[1:])).requires_grad_(True))
-    true = tiny.faces(crops[:2]).traits
     with tiny.injected.wearing(None):
-        far = likeness_loss(tiny, theta, PROMPTS, noise(2), true)
+        far = likeness_loss(tiny, theta, PROMPTS, noise(2), *tiny.faces(crops[:2]))
         far[0].backward()
     assert theta.up.grad is not None
     assert theta.up.grad[0].abs().sum(dim=(1, 2)).min() > 0  # every target of the first person
@@ -110,11 +123,11 @@ def test_a_step_along_the_gradient_brings_the_person_nearer(
     theta = Theta(
         *(core[:2].clone().requires_grad_(True) for core in (predicted.down, predicted.up))
     )
-    true = tiny.faces(crops[:2]).traits
+    true = tiny.faces(crops[:2])
 
     def far(worn: Theta) -> Tensor:
         with tiny.injected.wearing(None):
-            return likeness_loss(tiny, worn, PROMPTS, noise(2), true).sum()
+            return likeness_loss(tiny, worn, PROMPTS, noise(2), *true).sum()
 
     before = far(theta)
     before.backward()
@@ -133,7 +146,9 @@ def test_a_base_that_cannot_draft_says_so(tiny: Base, predicted: Theta) -> None:
 
     other = replace(tiny, backbone=Plain())  # type: ignore[arg-type]
     with pytest.raises(HdbError, match="train without --likeness"):
-        likeness_loss(other, predicted, PROMPTS, noise(2), torch.zeros(2, 128))
+        likeness_loss(
+            other, predicted, PROMPTS, noise(2), torch.zeros(2, 3, 64, 64), torch.zeros(2, 128)
+        )
 
 
 def test_train_with_likeness_and_from_a_file(tiny: Base, hdb_home: Path, tmp_path: Path) -> None:
