@@ -38,6 +38,7 @@ class Plan:
     average: float = 0.0  # decay of the moving average of the weights; 0 keeps none
     seed: int = 0
     checkpoint_seconds: float = 120.0
+    of: str = ""  # what else decides the numbers: a checkpoint of another run is refused
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -75,7 +76,7 @@ def fit(
     generator = torch.Generator().manual_seed(plan.seed)
     first = 0
     if checkpoint and checkpoint.exists():
-        first = _resume(checkpoint, parameters, optimizer, generator, averages or {})
+        first = _resume(checkpoint, plan, parameters, optimizer, generator, averages or {})
     start = saved = time.perf_counter()
     for number in range(first, plan.steps):
         for group in optimizer.param_groups:
@@ -93,7 +94,8 @@ def fit(
         now = time.perf_counter()
         last = number + 1 == plan.steps
         if checkpoint and writes and (last or now - saved > plan.checkpoint_seconds):
-            _save(checkpoint, number + 1, parameters, optimizer, generator, averages or {})
+            state = {"step": str(number + 1), "of": plan.of}
+            _save(checkpoint, state, parameters, optimizer, generator, averages or {})
             saved = now
         left = (now - start) / (number + 1 - first) * (plan.steps - number - 1)
         yield Step(number + 1, plan.steps, value.item(), left)
@@ -124,7 +126,7 @@ def _average(averages: Mapping[str, Tensor], parameters: Mapping[str, Tensor], k
 
 def _save(
     path: Path,
-    step: int,
+    state: Mapping[str, str],
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
@@ -140,12 +142,13 @@ def _save(
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     contiguous = {k: v.contiguous().clone() for k, v in tensors.items()}
-    save_file(contiguous, beside, metadata={"format": "pt", "step": str(step)})
+    save_file(contiguous, beside, metadata={"format": "pt", **state})
     os.replace(beside, path)
 
 
 def _resume(
     path: Path,
+    plan: Plan,
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
@@ -153,12 +156,17 @@ def _resume(
 ) -> int:
     try:
         with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
+            step, of = int(file.metadata()["step"]), file.metadata().get("of", "")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RegistryError(
             f"cannot resume from {path} ({error}); delete it to start again"
         ) from error
+    if of != plan.of:
+        raise RegistryError(
+            f"{path} is of another run ({of or 'unknown'}), this is one of ({plan.of}); go on with "
+            "those settings, give another place, or delete it to start again"
+        )
     generator.set_state(tensors.pop("generator"))
     expected = {f"parameter.{k}" for k in parameters} | {f"average.{k}" for k in averages}
     found = {k for k in tensors if not k.startswith("optimizer.")}

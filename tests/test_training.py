@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     parameters, loss, optimizer = problem("adamw")
     with pytest.raises(RegistryError, match="another model"):
         next(fit({"other": parameters["w"]}, loss, optimizer, PLAN, None, path))
+    other = replace(PLAN, of="lr 1")
+    with pytest.raises(RegistryError, match=r"another run \(unknown\), this is one of \(lr 1\)"):
+        next(fit(parameters, loss, optimizer, other, None, path))
     path.write_bytes(b"half")
     with pytest.raises(RegistryError, match="cannot resume"):
         next(fit(parameters, loss, optimizer, PLAN, None, path))
