@@ -4,15 +4,11 @@ memory."""
 from __future__ import annotations
 
 import multiprocessing
-import re
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -30,7 +26,7 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Alone:
-    """What one person costs: seconds, and the peak of resident memory in bytes."""
+    """What one person costs: seconds, and the peak of memory in bytes, resident or on a GPU."""
 
     startup: float  # loading libraries, base and hypernetwork
     prepare: float  # predicting, or drawing pictures of the class
@@ -64,7 +60,7 @@ def _time(
     asked: float,
 ) -> Alone:
     from hdbcli.contenders import entered
-    from hdbcli.device import make_optimizer
+    from hdbcli.device import make_optimizer, peak_memory
     from hdbcli.refine import train
 
     base, model = load()
@@ -85,13 +81,4 @@ def _time(
                 seconds.append(now - last)
                 last = now
     step = statistics.median(seconds[rounds.warm_up :]) if seconds else 0.0
-    return Alone(startup, prepared - began, step, peak_memory())
-
-
-def peak_memory() -> int:
-    """Return the most memory in bytes that this process has held."""
-    try:  # getrusage counts what the process that started this one held
-        return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
-    except (OSError, IndexError):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return Alone(startup, prepared - began, step, peak_memory(base.device))

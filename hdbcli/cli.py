@@ -203,13 +203,13 @@ def gen(
         with render.progress() as tell:
             return sample.generate(loaded, theta, prompt, seeds, settings, tell), stacked
 
-    work = sample.work_of(len(seeds), size or spec.resolution)
+    work = sample.work_of(len(seeds), size or spec.resolution, exact=bool(loras))
     pictures, stacked = within_memory(spec, device, memory, work, draw)
     more = lora_stack.parameters(stacked)
     saved = sample.save_all(pictures, names, targets, prompt, settings, spec.name, strength, more)
     values = {"name": ",".join(path.stem for path in paths), "base": spec.name, **saved}
     values |= {"prompt": prompt, "loras": [each.facts() for each in stacked]}
-    _show_drawn(values, as_json)
+    (render.document if as_json else render.show_pictures)(values)
 
 
 @app.command("list")
@@ -271,6 +271,7 @@ def _make(
     """
     from hdbcli import create
     from hdbcli.memory import Work
+    from hdbcli.sample import work_of
 
     start = time.perf_counter()
     with render.progress() as tell:
@@ -292,7 +293,8 @@ def _make(
                 )
             return create.create(crops, loaded, settled, tell)
 
-    work = Work(spec.batch, spec.resolution, trains=config is not None)
+    portraits = work_of(len(create.LIKENESS_SEEDS), spec.resolution)
+    work = Work(spec.batch, spec.resolution, trains=config is not None, then=portraits)
     created = within_memory(spec, device, memory, work, make)
     total = time.perf_counter() - start
     return replace(created, seconds={"crop": cropped, **created.seconds, "total": total})
@@ -310,17 +312,6 @@ def _store(created: Created, name: str, path: Path, budget: int, as_json: bool) 
         render.note(f"warning: {warning}")
     values = render.created_facts(name, str(path), size, dtype, created)
     (render.document if as_json else render.show_created)(values)
-
-
-def _show_drawn(values: dict[str, Any], as_json: bool) -> None:
-    """Say where the pictures are."""
-    if as_json:
-        render.document(values)
-        return
-    for picture in values["pictures"]:
-        render.say(f"{picture['path'] or 'in the sheet'}  seed {picture['seed']}")
-    if values["grid"]:
-        render.say(values["grid"])
 
 
 main: Callable[[], None] = app

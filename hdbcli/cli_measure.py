@@ -58,6 +58,11 @@ def score(
 
 _METHODS = f"NAME, or NAME:12 for the first 12 people alone, of {', '.join(METHODS)}."
 
+_Batch = Annotated[
+    int | None, typer.Option(min=1, help="Samples a step of every method; default: the base's.")
+]
+_People = Annotated[int | None, typer.Option(min=1, help="Only the first so many people.")]
+
 
 def compare(
     photos: Annotated[Path, typer.Argument(help="A photo, a folder of them, or one per person.")],
@@ -66,12 +71,8 @@ def compare(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Most steps of any method, for a first look.")
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Samples a step of every method; default: the base's.")
-    ] = None,
-    people: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many people.")
-    ] = None,
+    batch: _Batch = None,
+    people: _People = None,
     tune: Annotated[
         Path | None, typer.Option(help="Other people, to choose each learning rate on.")
     ] = None,
@@ -113,8 +114,7 @@ def compare(
         arena = new_arena(loaded, model, test, metrics, batch, tell)
         styles = contest.true_styles(truth, test, arena) if truth else []
         result, records = contest.run(arena, chosen, styles, out, load)
-    command = shlex.join(["hdb", *sys.argv[1:]])
-    facts = contest.document(result, command)
+    facts = contest.document(result, shlex.join(["hdb", *sys.argv[1:]]))
     paths = contest.save(result, records, facts, out)
     if as_json:
         render.document(facts)
@@ -127,7 +127,10 @@ def compare(
 def bench(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="basis, people, bank, merge, sd15, derived or device; default: all."),
+        typer.Argument(
+            help="basis, people, bank, merge, sd15, device or derived; default: all, the last "
+            "only with --people."
+        ),
     ] = None,
     people: Annotated[
         Path | None, typer.Option(help="Folder of held-out people, for derived.")
@@ -135,18 +138,17 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure what hdb promises, each beside the plain alternative; needs 9 GB of disk here."""
-    import os
-    import platform
     from datetime import datetime, timezone
 
     from hdbcli import bench as benchmarks
+    from hdbcli.device import choose_device, machine
 
     with render.progress() as tell:
         rows = list(benchmarks.run(names or [], people, tell))
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    where = machine(choose_device(None))
     date = datetime.now(timezone.utc).date().isoformat()
     if as_json:
         values = [asdict(row) | {"kept": row.kept} for row in rows]
-        render.document({"date": date, "machine": machine, "rows": values})
+        render.document({"date": date, "machine": where, "rows": values})
         return
-    render.show_bench(rows, f"{date}, {machine}")
+    render.show_bench(rows, f"{date}, {where}")

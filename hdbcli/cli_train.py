@@ -119,9 +119,11 @@ def train_hypernetwork(
     On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
     processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
+    from hdbcli.likeness_loss import STEPS
     from hdbcli.memory import Work
+    from hdbcli.objective import DRAWS
     from hdbcli.people import read_people
-    from hdbcli.pretrain import DRAWS
+    from hdbcli.pretrain import SHARE
 
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
     goals = (steps, lr, batch, beta, prior, likeness)
@@ -137,7 +139,10 @@ def train_hypernetwork(
             render.show_skipped(people.skipped)
             _learn(loaded, people, config, bank, start is not None, out, tell)
 
-    work = Work(batch * DRAWS, spec.resolution, trains=True, exact=True)
+    drafts = DRAWS * 2 * STEPS * bool(likeness)  # of a person, all in one graph
+    samples = max(batch * DRAWS, -(-batch // SHARE) * drafts)
+    least = max(DRAWS, drafts)
+    work = Work(samples, spec.resolution, trains=True, exact=True, least=least)
     within_memory(spec, device, memory, work, learn)
 
 

@@ -45,6 +45,7 @@ class Arena:
     model: HyperNetwork
     given: tuple[np.ndarray, ...]  # each person's crop (S, S, 3) that methods learn from
     truth: Tensor  # (P, 128) embeddings of another photo of them, or of the same if there is one
+    same_photo: bool  # somebody has but one
     texts: dict[str, Metric]
     plain: np.ndarray  # (2 P, S, S, 3): prompts without [V], by the base
     batch: int  # samples a step, of every method
@@ -75,7 +76,8 @@ def new_arena(
     for tensor in model.state_dict().values():
         key.update(tensor.cpu().float().numpy().tobytes())
     predicted = key.hexdigest()[:12]
-    return Arena(base, model, given, truth, texts, plain, batch, own, predicted, tell)
+    one = any(len(photos) < 2 for photos in people.members)
+    return Arena(base, model, given, truth, one, texts, plain, batch, own, predicted, tell)
 
 
 def compete(arena: Arena, contender: Contender, folder: Path) -> Record:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -17,6 +15,7 @@ from hdbcli.compare import Arena, Record, compete, new_arena
 from hdbcli.config import PROMPTS, Tell
 from hdbcli.contenders import Contender
 from hdbcli.contest_page import page
+from hdbcli.device import machine
 from hdbcli.errors import HdbError
 from hdbcli.evaluate import Interval
 from hdbcli.faces import Retrieval, embed, retrieval
@@ -26,6 +25,7 @@ from hdbcli.photo import read_photo
 from hdbcli.plot import Axes, Curve, save_chart
 from hdbcli.sample import Picture, contact_sheet, save_picture
 from hdbcli.standings import Standing, bootstrap, likeness_of, stand
+from registry.checkpoint import read_checkpoint
 from registry.errors import RegistryError
 from registry.metric import Metric, MetricSpec
 from registry.plugins import Registry
@@ -49,6 +49,8 @@ class Contest:
     """The lines of all methods, and between what likeness must lie."""
 
     people: int
+    machine: str
+    same_photo: bool  # there was but one of each, so methods were judged on what they saw
     standings: tuple[Standing, ...]
     checkpoint: int | None  # bytes of the base's files
     floor: Interval  # portraits by the base, which knows nobody
@@ -76,7 +78,9 @@ def run(
         first = standings[0] if standings else None
         standings.append(stand(contender.name, record, alone, arena.truth, first, best))
     size, bounds = _size(arena.base), _bounds(arena)
-    return Contest(len(arena.given), tuple(standings), size, *bounds, tuple(styles)), records
+    where = machine(arena.base.device)
+    lines = len(arena.given), where, arena.same_photo, tuple(standings)
+    return Contest(*lines, size, *bounds, tuple(styles)), records
 
 
 def tuned(
@@ -144,11 +148,13 @@ def text_metrics(
 
 def _size(base: Base) -> int | None:
     """Return the bytes of the weights that a base is loaded from."""
-    files = base.spec.files
-    if files is None:
+    if base.spec.files is None:
         return None
-    weights = files.glob("*/*.safetensors") if files.is_dir() else [files]
-    return sum(file.stat().st_size for file in weights)
+    try:
+        files = read_checkpoint(base.spec.files).files
+    except RegistryError:  # a plug-in's own layout
+        return None
+    return sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
 
 
 def _bounds(
@@ -174,7 +180,7 @@ def document(contest: Contest, command: str) -> dict[str, Any]:
     """Return what `hdb compare --json` prints."""
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": contest.machine,
         "command": command,
         **asdict(contest),
     }
@@ -189,7 +195,7 @@ def save(
     with write_beside(paths[0]) as beside:
         beside.write_text(json.dumps(facts, indent=2), encoding="utf-8")
     with write_beside(paths[3]) as beside:
-        text = page(contest, facts["command"], facts["machine"], facts["date"])
+        text = page(contest, facts["command"], facts["date"])
         beside.write_text(text, encoding="utf-8")
     curves = [_curve(s) for s in contest.standings if len(s.curve) > 1]
     x = [second for s in contest.standings for second, _ in s.curve]

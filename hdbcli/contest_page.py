@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 READING = """\
 Seconds and memory are one person's, in a process of their own, start-up apart. Likeness is
-1 - distance of face embeddings to a photo that no method saw, with 95 % intervals over people.
+1 - distance of face embeddings to {photo}, with 95 % intervals over people.
 Bytes are two a trained number. Drift is the mean change of a pixel, of 255, in pictures of other
 people."""
+OTHER_PHOTO, SAME_PHOTO = "a photo that no method saw", "the photo that methods learned from"
 
 LIMITS = """\
-What this does not show: how any of it fares on a base model of photographs, on a GPU, or with the
+What this does not show: how any of it fares on another base model, on another machine, or with the
 settings that each method's authors chose for theirs. The recogniser that judges likeness is the one
 whose embedding the hypernetwork reads and, where it was trained with `--likeness`, the one it was
 trained to please."""
@@ -40,13 +41,13 @@ class Table:
         return f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def page(contest: Contest, command: str, machine: str, date: str) -> str:
+def page(contest: Contest, command: str, date: str) -> str:
     """Return the page; pictures are `curves.png` and `sheet.png` beside it."""
     methods, *others = (table.markdown() for table in tables(contest))
     parts = [
         f"# {contest.people} people, {len(contest.standings)} methods",
-        f"Made by `{command}` on {machine}, {date}.",
-        READING,
+        f"Made by `{command}` on {contest.machine}, {date}.",
+        READING.format(photo=SAME_PHOTO if contest.same_photo else OTHER_PHOTO),
         methods,
         *notes(contest),
         "![Likeness against seconds](curves.png)",
@@ -116,7 +117,8 @@ def _found(contest: Contest) -> Iterator[tuple[str, ...]]:
         (f"portrait, {s.name}", s.people, s.portraits) for s in contest.standings
     ]
     rows.append(("true photo through the autoencoder", contest.people, contest.through))
-    rows.append(("another true photo", contest.people, contest.other_photo))
+    label = "the same photo" if contest.same_photo else "another true photo"
+    rows.append((label, contest.people, contest.other_photo))
     for name, people, r in rows:
         if r is not None:
             yield name, str(people), f"{r.top1:.0%}", f"{r.top5:.0%}", f"{r.auc:.3f}"

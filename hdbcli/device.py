@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
+import resource
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -71,8 +76,32 @@ def autocast(device: str, precision: str = "auto") -> AbstractContextManager:
     if kind == "cpu":
         fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     else:
-        fast = kind == "cuda" and torch.cuda.is_bf16_supported()
+        fast = kind == "cuda" and has_bf16()
     return torch.autocast(kind, dtype=torch.bfloat16) if fast else nullcontext()
+
+
+def machine(device: str) -> str:
+    """Name what a measurement was made on."""
+    name = f"{platform.machine()}, {os.cpu_count()} cores"
+    if device.startswith("cuda"):
+        name += f", {torch.cuda.get_device_name(device)}"
+    return name
+
+
+def peak_memory(device: str) -> int:
+    """Return the most memory in bytes that this process has held, on a GPU that of the GPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:  # getrusage counts what the process that started this one held
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def has_bf16() -> bool:
+    """Say whether the GPU computes in bfloat16 itself, not by emulation."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def make_optimizer(

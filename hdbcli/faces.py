@@ -172,6 +172,7 @@ def embed_aligned(images: Tensor, template: np.ndarray) -> Tensor:
 
 def aligned_chips(images: Tensor, template: np.ndarray) -> Tensor:
     """Cut chips (B, 3, 150, 150) from 0 to 255 out of such crops, differentiably."""
+    images = images.float()  # a CPU resizes no bfloat16
     if images.shape[-1] > CHIP:  # the sampling below reads four pixels by four and no more
         images = F.interpolate(images, size=CHIP, mode="bilinear", antialias=True)
     side = images.shape[-1]
@@ -181,10 +182,9 @@ def aligned_chips(images: Tensor, template: np.ndarray) -> Tensor:
     slope, start = CHIP / side / turn, (CHIP * half - 2 * shift) / (turn * side) - half
     matrix = [[slope.real, -slope.imag, start.real], [slope.imag, slope.real, start.imag]]
     where = torch.tensor(matrix, device=images.device).expand(len(images), 2, 3)
-    grid = F.affine_grid(where, [len(images), 3, CHIP, CHIP], align_corners=False)
-    chips = F.grid_sample(
-        images.float(), grid, mode="bicubic", padding_mode="border", align_corners=False
-    )
+    with torch.autocast(images.device.type, enabled=False):  # in bfloat16 points would move
+        grid = F.affine_grid(where, [len(images), 3, CHIP, CHIP], align_corners=False)
+    chips = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
     return ((chips + 1) * 127.5).clamp(0, 255)
 
 

@@ -32,17 +32,22 @@ def likeness_loss(
     colours.
 
     `noise` (B, c, h, w) is what they are drawn from, `true` (B, 3, S, S) the aligned pictures in
-    -1..1 and `traits` (B, 128) their embeddings; B is a multiple of the people in theta, who lie
-    fastest.
+    -1..1 and `traits` (B, 128) the embeddings of their faces; B is a multiple of the people in
+    theta, who lie fastest.
     """
+    base.injected.wear(theta)
+    images = check_drafts(base).draft(prompts, noise, STEPS, GUIDANCE)
+    far = (base.embed(images) - traits).square().sum(1)
+    return far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
+
+
+def check_drafts(base: Base) -> Drafting:
+    """Return the backbone that draws with gradients; HdbError if this base's does not."""
     if not isinstance(base.backbone, Drafting):
         raise HdbError(
             f"base model {base.spec.name} cannot draw with gradients; train without --likeness"
         )
-    base.injected.wear(theta)
-    images = base.backbone.draft(prompts, noise, STEPS, GUIDANCE)
-    far = (base.embed(images) - traits).square().sum(1)
-    return far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
+    return base.backbone
 
 
 def mosaic(images: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 
 from hdbcli.config import MEMORIES
+from hdbcli.device import has_bf16
 from hdbcli.errors import HdbError
 from registry.checkpoint import read_checkpoint
 from registry.errors import RegistryError
@@ -37,8 +38,8 @@ class MemoryPlan:
     dtype: str = "float32"  # of the weights, as they are loaded
     quantised: str | None = None  # the base's linear layers and the face encoder's: int8 or nf4
     recompute: bool = False  # gradient checkpointing
-    at_once: int | None = None  # samples in one pass; None: as many as are fast
-    frugal: bool = False  # the autoencoder is let go of while training, and decodes by slices
+    at_once: int | None = None  # samples in one pass, or the fewest there can be; None: all
+    frugal: bool = False  # the autoencoder is let go of while training, and decodes in tiles
 
 
 NORMAL = MemoryPlan("normal")
@@ -61,7 +62,9 @@ class Work:
     samples: int
     side: int
     trains: bool
-    exact: bool = False  # the base may not be quantised: what learns from it outlives the run
+    exact: bool = False  # the base may not be quantised: what comes of it outlives the run
+    least: int = 1  # samples that no plan can part
+    then: Work | None = None  # what follows in the same run
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,12 @@ def choose(spec: BaseSpec, device: str, asked: str, work: Work, free: int | None
     if size is None:  # a plug-in's own loader: nothing is known of its number formats
         return Choice(NORMAL, f"{spec.name} names no files to plan by", ())
     free = free_memory(device) if free is None else free
+    # Several processes share one computation: none may choose, or turn back, alone.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     needs = [estimate(size, plan, work) for plan in plans]
     if asked == "low":
         index = len(plans) - 1
-    elif asked == "normal" or free is None:
+    elif asked == "normal" or free is None or not alone:
         index = 0
     else:
         fits = [need <= SHARE * free for need in needs]
@@ -124,8 +129,6 @@ def choose(spec: BaseSpec, device: str, asked: str, work: Work, free: int | None
     reason = f"about {gigabytes(needs[index])} of {there} free on {device}"
     if index:
         reason += f" (normal: {gigabytes(needs[0])})"
-    # Of several processes none may turn back alone: they keep step with each other.
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     return Choice(plans[index], reason, tuple(plans[index + 1 :]) if alone else ())
 
 
@@ -191,12 +194,12 @@ def estimate(size: Size, plan: MemoryPlan, work: Work) -> float:
     number = BYTES[plan.dtype]
     weights = size.linear * BYTES[plan.quantised or plan.dtype]
     weights += (size.others + size.autoencoder) * number
-    samples = min(work.samples, plan.at_once or work.samples)
+    samples = max(work.least, min(work.samples, plan.at_once or work.samples))
     positions = samples * (work.side / LATENT) ** 2
     passing = DRAWN if not work.trains else RECOMPUTED if plan.recompute else KEPT
-    pictures = 1 if plan.frugal else max(1, samples // 2)
-    working = max(passing * positions * size.width, DECODED * pictures * work.side**2)
-    return OVERHEAD + weights + number * working
+    working = max(passing * positions * size.width, DECODED * work.side**2)
+    need = OVERHEAD + weights + number * working
+    return max(need, estimate(size, plan, work.then)) if work.then else need
 
 
 def gigabytes(count: float) -> str:
@@ -235,6 +238,6 @@ def free_ram(system: Path = Path("/")) -> int | None:
 
 def _suited(plan: MemoryPlan, device: str, work: Work) -> MemoryPlan:
     """Take float16 where a GPU has no bfloat16: it is exact enough to draw, not to train."""
-    old = device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False)
+    old = device.startswith("cuda") and not has_bf16()
     narrow = old and plan.dtype == "bfloat16" and not work.trains
     return replace(plan, dtype="float16") if narrow else plan

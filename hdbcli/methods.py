@@ -64,7 +64,8 @@ def class_latents(base: Base, count: int, tell: Tell) -> Tensor:
 def dreambooth_trial(base: Base, prior: Tensor) -> Iterator[Trial]:
     """Train all weights of every component for one person; the base is put back at the end.
 
-    `prior` (N, c, h, w) are latents of the class, which must not change: DreamBooth §3.3.
+    `prior` (N, c, h, w) are latents of the class, which must not change (DreamBooth §3.3): as many
+    as the batch are drawn a step.
     """
     modules = base.backbone.components
     before = {name: _copied(module) for name, module in modules.items()}
@@ -76,14 +77,13 @@ def dreambooth_trial(base: Base, prior: Tensor) -> Iterator[Trial]:
         for path, parameter in module.named_parameters()
     }
 
-    def keep(generator: torch.Generator) -> Tensor:
-        count = base.spec.batch
-        pick = torch.randint(len(prior), (count,), generator=generator)
+    def keep(generator: torch.Generator, batch: int) -> Tensor:
+        pick = torch.randint(len(prior), (batch,), generator=generator)
         clean = prior[pick.to(prior.device)]
         noise = torch.randn(clean.shape, generator=generator).to(clean)
-        t = torch.rand(count, generator=generator).to(clean)
+        t = torch.rand(batch, generator=generator).to(clean)
         with autocast(base.device):
-            return base.backbone.loss(clean, [CLASS_PROMPT] * count, noise, t).mean()
+            return base.backbone.loss(clean, [CLASS_PROMPT] * batch, noise, t).mean()
 
     try:
         yield Trial(1, parameters, lambda: None, sum(p.numel() for p in parameters.values()), keep)

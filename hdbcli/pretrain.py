@@ -13,6 +13,7 @@ their distance from the person is a loss.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import NamedTuple
@@ -26,15 +27,23 @@ from hdbcli.config import PORTRAIT, PretrainConfig, Tell
 from hdbcli.device import ALONE, Workers, autocast, make_optimizer
 from hdbcli.errors import HdbError
 from hdbcli.hypernet import TRAITS, Faces, HyperConfig, HyperNetwork
-from hdbcli.lidb import Theta, inner
-from hdbcli.likeness_loss import likeness_loss
+from hdbcli.lidb import Theta
+from hdbcli.likeness_loss import check_drafts
+from hdbcli.objective import (
+    DRAWS,
+    Portraits,
+    Samples,
+    diffusion_jobs,
+    likeness_jobs,
+    spread,
+    weight_loss,
+)
 from hdbcli.people import People
 from hdbcli.refine import draw_times
 from registry.training import Plan, Step, closing, fit, short_attention
 
 AVERAGE = 0.998
 SHARE = 4  # one in so many people is drawn from noise, where likeness is a loss
-DRAWS = 2  # pictures of a person a step, each with its noise: a prediction costs more than two
 
 # Whoever wants to look at the model now and then is told (step, training loss since, model).
 Watch = Callable[[int, float, HyperNetwork], object]
@@ -71,6 +80,8 @@ def pretrain(
 ) -> Iterator[Step]:
     """Train `model` in place; at the end it holds the moving average of its weights, and whenever
     `watch` looks."""
+    if config.likeness:
+        check_drafts(base)
     known = None if bank is None else _known(bank, people, base.device)
     model.to(base.device).train()
     latents = encode_crops(base, people.crops, tell)
@@ -81,16 +92,8 @@ def pretrain(
     material = _Material(people, images, traits, latents, known)
     parameters = dict(model.named_parameters())
     averages = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer, _, _ = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
-    plan = Plan(
-        config.steps,
-        config.lr,
-        warmup=100,
-        average=AVERAGE,
-        seed=config.seed,
-        checkpoint_seconds=config.save_seconds,
-    )
-
+    optimizer, used, _ = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
+    plan = _plan(config, _described(base, model, config, used))
     on = ExitStack()
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -119,6 +122,34 @@ def pretrain(
         for name, parameter in parameters.items():
             parameter.copy_(averages[name])
     model.eval()
+
+
+def _plan(config: PretrainConfig, of: str) -> Plan:
+    return Plan(
+        config.steps,
+        config.lr,
+        warmup=100,
+        average=AVERAGE,
+        seed=config.seed,
+        checkpoint_seconds=config.save_seconds,
+        of=of,
+    )
+
+
+def _described(base: Base, model: HyperNetwork, config: PretrainConfig, optimizer: str) -> str:
+    """Name all that decides the numbers of a run, but its people and how many steps it takes."""
+    start = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        start.update(tensor.cpu().numpy().tobytes())
+    facts = {
+        "base": f"{base.spec.name} {base.injected.weights_digest()[:8]} in {base.plan.dtype}",
+        "start": start.hexdigest()[:8],
+        "optimizer": optimizer,
+        **{
+            k: getattr(config, k) for k in ("lr", "batch", "beta", "prior", "likeness", "precision")
+        },
+    }
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 class _Material(NamedTuple):
@@ -163,58 +194,25 @@ def _loss(
     ]
     with autocast(device, config.precision):
         theta = model(Faces(faces, traits[batch.read].to(device)))
-        if not base.plan.at_once:
-            base.injected.wear(theta)
-            value = base.backbone.loss(clean, prompts, noise, t.to(device)).mean()
-    if base.plan.at_once:
-        samples = Samples(clean, prompts, noise, t.to(device))
-        value = in_parts(base, theta, samples, config.precision)
+    samples = Samples(clean, prompts, noise, t.to(device))
+    jobs = diffusion_jobs(base, samples, len(theta), config.precision)
     if config.likeness:
-        some = -(-len(batch.person) // SHARE)
+        some = -(-len(theta) // SHARE)
         own = batch.drawn[:some].T.flatten()
         captions = [base.prompt(people.captions.get(index, PORTRAIT)) for index in own.tolist()]
-        start = batch.noise[:some].transpose(0, 1).flatten(0, 1).to(device)
         true = images[own].float().to(device) / 127.5 - 1
         turned = mirrored[:some].repeat(DRAWS).view(-1, 1, 1, 1).to(device)
-        true, goal = torch.where(turned, true.flip(-1), true), traits[own].to(device)
-        with autocast(device, config.precision):
-            far = likeness_loss(base, theta[:some], captions, start, true, goal)
-        value = value + config.likeness * far.mean()
+        portraits = Portraits(
+            captions,
+            batch.noise[:some].transpose(0, 1).flatten(0, 1).to(device),
+            torch.where(turned, true.flip(-1), true),
+            traits[own].to(device),
+        )
+        jobs += likeness_jobs(base, portraits, some, config)
+    value = spread(theta, jobs)
     if known is not None:
         value = value + config.beta * weight_loss(theta, known[batch.person.to(device)]).mean()
     return value
-
-
-class Samples(NamedTuple):
-    """What the base is asked to draw for P people, DRAWS pictures of each, people fastest."""
-
-    clean: Tensor  # (P DRAWS, c, h, w)
-    prompts: Sequence[str]
-    noise: Tensor
-    t: Tensor  # (P DRAWS,)
-
-
-def in_parts(base: Base, theta: Theta, samples: Samples, precision: str) -> Tensor:
-    """Return the mean loss of all samples, with its gradient for theta, a few people at a time.
-
-    The gradient of each part is taken at once, so that only one part's activations are held.
-    """
-    clean, prompts, noise, t = samples
-    people, size = len(theta), max(1, (base.plan.at_once or len(clean)) // DRAWS)
-    leaf = Theta(*(core.detach().requires_grad_(True) for core in (theta.down, theta.up)))
-    total = torch.zeros((), device=clean.device)
-    for some in torch.arange(people).split(size):
-        rows = (people * torch.arange(DRAWS)[:, None] + some).flatten()
-        base.injected.wear(leaf[some])
-        theirs = [prompts[row] for row in rows.tolist()]
-        with autocast(base.device, precision):
-            losses = base.backbone.loss(clean[rows], theirs, noise[rows], t[rows])
-        part = losses.sum() / len(clean)
-        part.backward()
-        total += part.detach()
-    assert leaf.down.grad is not None and leaf.up.grad is not None
-    slope = (theta.down * leaf.down.grad).sum() + (theta.up * leaf.up.grad).sum()
-    return slope + (total - slope).detach()
 
 
 def _watched(
@@ -292,14 +290,6 @@ def draw_batch(
         torch.randn((*many, *shape), generator=generator),
         draw_times(count * DRAWS, generator).view(DRAWS, count).T,
     )
-
-
-def weight_loss(predicted: Theta, bank: Theta) -> Tensor:
-    """Return how far each sample's residuals (B,) are from the bank's, as a share of their
-    energy."""
-    energy = inner(bank, bank).sum(1)
-    far = inner(predicted, predicted) - 2 * inner(predicted, bank) + inner(bank, bank)
-    return far.sum(1) / energy.clamp(min=1e-12)
 
 
 def _known(bank: Mapping[str, Theta], people: People, device: str) -> Theta:

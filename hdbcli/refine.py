@@ -37,7 +37,7 @@ class Trial:
     parameters: Mapping[str, Tensor]
     worn: Callable[[], Worn | None]
     numbers: int
-    prior: Callable[[torch.Generator], Tensor] | None = None  # a loss beside the portrait's
+    prior: Callable[[torch.Generator, int], Tensor] | None = None  # a loss beside, of a batch
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def train(
     def loss(generator: torch.Generator) -> Tensor:
         noise = torch.randn((batch, *latents[0].shape[1:]), generator=generator)
         t = draw_times(batch, generator)
-        prior = None if trial.prior is None else trial.prior(generator)
+        prior = None if trial.prior is None else trial.prior(generator, batch)
         past = torch.zeros(())
         for first in range(0, batch, size):
             on.close()

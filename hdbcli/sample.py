@@ -50,7 +50,8 @@ def generate(
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else prompt
     texts = [base.prompt(each) for each in prompts]
     side = settings.size or base.spec.resolution
-    at_once = base.plan.at_once or _at_once(side)
+    half = base.plan.at_once and max(1, base.plan.at_once // 2)  # guidance runs everything twice
+    at_once = half or _at_once(side)
     passes = -(-len(seeds) // at_once)
     for done in range(passes):
         part = slice(done * at_once, (done + 1) * at_once)
@@ -69,9 +70,10 @@ def generate(
     return pictures
 
 
-def work_of(pictures: int, side: int) -> Work:
-    """Say what drawing asks of a base: guidance runs every picture twice."""
-    return Work(2 * min(pictures, _at_once(side)), side, trains=False)
+def work_of(pictures: int, side: int, exact: bool = False) -> Work:
+    """Say what drawing asks of a base: guidance runs every picture twice. `exact` where LoRA files
+    are added, which quantised weights cannot take."""
+    return Work(2 * min(pictures, _at_once(side)), side, trains=False, exact=exact, least=2)
 
 
 def _at_once(side: int) -> int:

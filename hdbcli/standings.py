@@ -44,21 +44,24 @@ class Standing:
 
 
 def likeness_of(embeddings: Tensor, truth: Tensor) -> Tensor:
-    """Return 1 - distance of each picture (P, 128) to its person's photo, at least 0: (P,)."""
-    return (1 - (embeddings - truth).norm(dim=1)).clamp(min=0)
+    """Return 1 - distance of each picture (P, 128) to its person's photo, at least 0: (P,).
+
+    `truth` may hold more people, who were not drawn.
+    """
+    return (1 - (embeddings - truth[: len(embeddings)]).norm(dim=1)).clamp(min=0)
 
 
 def stand(
     name: str, record: Record, alone: Alone, truth: Tensor, first: Standing | None, best: Tensor
 ) -> Standing:
-    """Judge one method on its people, the first of all; `first` and `best` (P,) are the line and
-    final likeness it is held against."""
+    """Judge one method on its people, the first of all in `truth`; `first` and `best` (P,) are the
+    line and final likeness it is held against, on the people that both learned."""
     people = record.portraits.shape[1]
     truth, best = truth[:people], best[:people]
     steps = int(record.marks[-1])
     at_marks = [likeness_of(row, truth) for row in record.portraits]
     final = at_marks[-1]
-    means = [float(row.mean()) for row in at_marks]
+    means = [float(row[: len(best)].mean()) for row in at_marks]
     seconds = [alone.seconds(float(mark)) for mark in record.marks]
     own = {
         metric: scores.diagonal(dim1=0, dim2=2)  # (P, 1 + S): picture of caption i, text i
@@ -78,7 +81,7 @@ def stand(
         memory=alone.memory,
         numbers=int(record.numbers),
         likeness=bootstrap(final),
-        less_than_first=None if first is None else bootstrap(best - final),
+        less_than_first=None if first is None else bootstrap(best - final[: len(best)]),
         seconds_to_first=reached(seconds, means, float(best.mean())),
         portraits=retrieval(record.portraits[-1], truth) if several else None,
         styled=tuple(retrieval(row, truth) for row in record.prompted[1:]) if several else (),

@@ -125,11 +125,15 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     raise RegistryError(f"{folder} has no {stem}.safetensors; download the model in full")
 
 
-def variant_of(folder: Path) -> str | None:
-    """Return the variant of a diffusers folder's weights, as diffusers asks for it."""
-    (component, stem), *_ = WEIGHTS.items()
-    files = weight_files(folder / component, stem)
-    return VARIANT if f".{VARIANT}" in files[0].name else None
+def variant_of(*components: Path) -> str | None:
+    """Return the variant that diffusers has to be asked for, if one of these folders has no other;
+    components without it are read as they are."""
+    for folder in components:
+        if folder.is_dir():
+            files = weight_files(folder, WEIGHTS[folder.name])
+            if f".{VARIANT}" in files[0].name:
+                return VARIANT
+    return None
 
 
 def _shards(index: Path) -> list[Path]:

@@ -133,6 +133,8 @@ class StableDiffusion:
     def draft(self, prompts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
         """Take DDIM's deterministic steps (Song et al. 2021, eq. 12)."""
         read = self._read([*[""] * len(prompts), *prompts], noise)
+        if self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            read = _without_first(read, len(prompts))
         last = len(self.pipeline.scheduler.alphas_cumprod) - 1
         times = torch.linspace(last, 0, steps + 1).long().to(noise.device)
         x = noise
@@ -271,6 +273,14 @@ def _recompute(encoder: nn.Module) -> None:
     for layer in encoder.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = True
+
+
+def _without_first(read: Conditions, count: int) -> Conditions:
+    """Put zeros in the place of the first prompts, as Stable Diffusion XL reads an absent one."""
+    there = (torch.arange(len(read.states), device=read.states.device) >= count).to(read.states)
+    added = dict(read.added or {})
+    added["text_embeds"] = added["text_embeds"] * there[:, None]
+    return Conditions(read.states * there[:, None, None], added)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from registry.checkpoint import variant_of
+from registry.checkpoint import WEIGHTS, variant_of
 from registry.diffusion import StableDiffusion, last_states
 from registry.errors import RegistryError
 from registry.sdxl import two_encoders
@@ -28,11 +28,16 @@ def load_folder(folder: Path, device: str, dtype: str, double: bool = False) -> 
         "torch_dtype": getattr(torch, dtype),
         "local_files_only": True,
         "use_safetensors": True,
-        "variant": variant_of(folder),
     }
     with _reading(folder):
-        pipeline = _class(double).from_pretrained(folder, **options, **_no_checker(double))
-    again = partial(type(pipeline.vae).from_pretrained, folder / "vae", **options)
+        pipeline = _class(double).from_pretrained(
+            folder,
+            variant=variant_of(*(folder / component for component in WEIGHTS)),
+            **options,
+            **_no_checker(double),
+        )
+    vae = folder / "vae"
+    again = partial(type(pipeline.vae).from_pretrained, vae, variant=variant_of(vae), **options)
     return _backbone(pipeline, folder, device, dtype, double, again)
 
 
@@ -84,7 +89,7 @@ def _backbone(
 
     def again() -> Any:
         with _reading(source):
-            return autoencoder().to(device).eval()
+            return _prepare(autoencoder().to(device).eval())
 
     backbone = StableDiffusion(pipeline, two_encoders if double else last_states, again)
     for name, module in {**backbone.components, "vae": pipeline.vae}.items():
@@ -95,9 +100,18 @@ def _backbone(
                 "the model in full"
             )
         module.eval()
+    _prepare(pipeline.vae)
     with quiet():
         pipeline.to(device, getattr(torch, dtype))
     return backbone
+
+
+def _prepare(vae: Any) -> Any:
+    """Freeze an autoencoder, and let the large kind work picture by picture: many at once need a
+    GB each and are no faster."""
+    if type(vae).__name__ == "AutoencoderKL":
+        vae.enable_slicing()
+    return vae.requires_grad_(False)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -179,6 +179,8 @@ def test_a_folder_of_the_fp16_variant(
     narrow: Narrow, hdb_home: Path, folder: Path, tmp_path: Path
 ) -> None:
     from hdbcli.measuring import random_identity
+    from registry.diffusion import StableDiffusion
+    from registry.plugins import load_registry
 
     plain = told("base", "add", "plain", narrow.folder("sd1"))
     for file in list(folder.rglob("*.safetensors")):
@@ -191,6 +193,14 @@ def test_a_folder_of_the_fp16_variant(
         f.relative_to(folder) for f in folder.rglob("*.safetensors")
     }
     assert told("base", "add", "y", out)["digest"] != plain["digest"]
+    vae = folder / "vae/diffusion_pytorch_model.fp16.safetensors"
+    vae.rename(folder / "vae/diffusion_pytorch_model.safetensors")  # the variant in part
+    mixed = told("base", "add", "mixed", folder)
+    assert mixed["digest"] == plain["digest"]
+    backbone = load_registry().get("mixed").load("cpu", "float32")
+    assert isinstance(backbone, StableDiffusion)
+    backbone.free_autoencoder()
+    assert backbone.autoencoder is not None  # read again
 
 
 def test_components_that_are_missing(narrow: Narrow, hdb_home: Path, folder: Path) -> None:

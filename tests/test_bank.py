@@ -17,8 +17,8 @@ from hdbcli.cli import app
 from hdbcli.config import BankConfig
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta, inner
+from hdbcli.objective import weight_loss
 from hdbcli.people import People, read_people
-from hdbcli.pretrain import weight_loss
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
 CONFIG = BankConfig(steps=2, batch=2, at_once=2)

@@ -62,6 +62,21 @@ def test_a_standing_is_what_the_record_says() -> None:
     assert paired is not None and paired.low > 0.2 and paired.mean == pytest.approx(0.25, abs=1e-5)
 
 
+def test_methods_that_learned_fewer_people_are_judged_on_those() -> None:
+    truth = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
+    many, few = record(truth, (0.8, 0.5, 0.25)), record(truth[:3], (0.8, 0.5))
+    assert likeness_of(few.portraits[-1], truth).shape == (3,)
+    for first, second in ((many, few), (few, many)):
+        best = likeness_of(first.portraits[-1], truth)
+        line = stand("a", first, ALONE, truth, None, best)
+        other = stand("b", second, ALONE, truth, line, best)
+        paired = other.less_than_first
+        gap = 0.25 if first is many else -0.25
+        assert paired is not None and paired.mean == pytest.approx(gap, abs=1e-5)
+        assert {line.people, other.people} == {3, 9}
+        assert other.portraits is not None and other.portraits.top1 == 1.0
+
+
 def test_reached_goes_straight_between_points() -> None:
     assert reached([1, 3, 5], [0.0, 0.4, 0.6], 0.2) == 2
     assert reached([1, 3, 5], [0.3, 0.4, 0.6], 0.2) == 1

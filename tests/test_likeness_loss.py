@@ -21,6 +21,7 @@ from hdbcli.lidb import Theta, first_theta
 from hdbcli.likeness_loss import likeness_loss, mosaic
 from hdbcli.photo import crop_face
 from hdbcli.sample import generate
+from registry.diffusion import StableDiffusion
 from registry.spec import SampleSettings
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
@@ -76,6 +77,32 @@ def test_a_draft_of_many_steps_is_what_ddim_draws(tiny: Base, predicted: Theta) 
     assert far[0] < 8 and far[0] < far[1] / 2 and far[0] < far[2] / 2, far
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_perfect_network_drafts_the_picture_and_has_no_loss(
+    kind: str, tiny: Base, crops: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny.backbone
+    assert isinstance(backbone, StableDiffusion)
+    schedule = backbone.pipeline.scheduler
+    own = schedule.from_config(schedule.config, prediction_type=kind)
+    monkeypatch.setattr(backbone.pipeline, "scheduler", own)
+    clean, rest = backbone.encode_images(tiny.images(crops[:2])), noise(2)
+
+    def perfect(self: StableDiffusion, noisy: Tensor, steps: Tensor, _: object) -> Tensor:
+        a, s = self._mix(steps, noisy)
+        many = len(noisy) // len(clean)
+        x, n = clean.repeat(many, 1, 1, 1), rest.repeat(many, 1, 1, 1)
+        return n if kind == "epsilon" else a * n - s * x
+
+    monkeypatch.setattr(StableDiffusion, "_predict", perfect)
+    assert backbone.loss(clean, PROMPTS, rest, torch.tensor([0.2, 0.9])).max() < 1e-10
+    assert backbone.loss(clean, PROMPTS, -rest, torch.tensor([0.2, 0.9])).min() > 0.01
+    a, s = backbone._mix(torch.tensor(len(own.alphas_cumprod) - 1), clean)
+    drawn = backbone.draft(PROMPTS, a * clean + s * rest, 3, 5.0)
+    wanted = backbone.autoencoder.decode(clean / backbone.autoencoder.config.scaling_factor).sample
+    assert (drawn - wanted).abs().max() < 1e-2 < (drawn.flip(0) - wanted).abs().max()
+
+
 def _pixels(images: Tensor) -> np.ndarray:
     return ((images[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
 
@@ -113,7 +140,9 @@ def test_gradients_reach_theta_and_nothing_else(tiny: Base, crops: list[np.ndarr
     assert theta.up.grad is not None
     assert theta.up.grad[0].abs().sum(dim=(1, 2)).min() > 0  # every target of the first person
     assert not theta.up.grad[1].any()
-    frozen = [p for module in tiny.backbone.components.values() for p in module.parameters()]
+    assert isinstance(tiny.backbone, StableDiffusion)
+    modules = [*tiny.backbone.components.values(), tiny.backbone.autoencoder]
+    frozen = [p for module in modules for p in module.parameters()]
     assert all(p.grad is None for p in frozen)
 
 

@@ -61,6 +61,16 @@ def test_plans_go_from_generous_to_frugal() -> None:
     assert PLANS[0] == NORMAL and len({plan.name for plan in PLANS}) == len(PLANS)
 
 
+def test_what_cannot_be_parted_and_what_follows_count() -> None:
+    low, drawing = PLANS[-1], Work(8, 512, trains=False, least=2)
+    two = replace(drawing, samples=2)
+    assert estimate(SD15, low, drawing) == estimate(SD15, low, two)
+    assert estimate(SD15, low, replace(two, least=4)) > estimate(SD15, low, two)
+    learning = Work(1, 512, trains=True, then=drawing)
+    alone = estimate(SD15, NORMAL, replace(learning, then=None))
+    assert estimate(SD15, NORMAL, learning) == max(alone, estimate(SD15, NORMAL, drawing)) > alone
+
+
 def test_size_is_read_from_headers(narrow: Narrow) -> None:
     size = measure(TINY)
     assert size is not None and size.width == 128 and size.autoencoder == 1_418_779
@@ -93,7 +103,9 @@ def test_choice_follows_the_free_memory() -> None:
 
 def test_several_processes_keep_to_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert choose(TINY, "cpu", "auto", NEW, 8 * GIGABYTE).smaller == ()
+    plenty, little = (choose(TINY, "cpu", "auto", NEW, free) for free in (8 * GIGABYTE, 1))
+    assert plenty.plan == little.plan == NORMAL and plenty.smaller == little.smaller == ()
+    assert choose(TINY, "cpu", "low", NEW, 1).plan.name == "nf4"
 
 
 def test_free_ram_knows_containers(tmp_path: Path) -> None:

@@ -169,6 +169,25 @@ def test_a_cast_is_taken_once_at_the_end(small: Path, tmp_path: Path) -> None:
     assert {value.dtype for value in wide.values()} == {torch.float32}
 
 
+def test_fp32_is_the_exact_sum_rounded_once(small: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(spec_of("sd1", small))
+    theta = theta_for(checkpoint)
+    merge_out.write_folder(Merge(checkpoint, theta, "fp32"), tmp_path / "m", "x", quiet)
+    spec, worst = checkpoint.spec, 0.0
+    for i, (name, place) in enumerate(checkpoint.places.items()):
+        n, m = place.shape
+        weight = load_file(place.file)[place.key].double()
+        merged = load_file(tmp_path / "m" / place.file.relative_to(small))[place.key].double()
+        core = (theta.up[0, i] @ theta.down[0, i]).double()
+        up = up_basis(spec.basis_seed, name, spec.b, n).double()
+        down = down_basis(spec.basis_seed, name, spec.a, m).double()
+        whole = weight + up @ core @ down
+        assert (whole - weight).abs().max() > 1e-3  # the identity is in it
+        error = (merged - whole).abs() / (2**-24 * whole.abs() + 1e-7)
+        worst = max(worst, float(error.max()))
+    assert worst < 1.5  # half a unit in the last place, and the sum's own rounding
+
+
 def test_the_header_says_what_it_is_and_its_hash(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     checkpoint = open_checkpoint(spec_of("sd1", small))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,3 +126,20 @@ def test_each_sample_reads_its_own_word(tiny: Base) -> None:
     assert (draw(changed, [3, 3], "a face") == draw(None, [3, 3], "a face")).all()  # no [V]
     with pytest.raises(RegistryError, match="tokens of this model"):
         tiny.backbone.token_embeddings("face face")
+
+
+def test_the_prior_of_dreambooth_is_as_large_as_the_batch(
+    tiny: Base, latents: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+    own = type(tiny.backbone).loss
+
+    def loss(self: Any, clean: Tensor, prompts: list[str], *more: Tensor) -> Tensor:
+        seen.append((prompts[0], len(clean)))
+        return own(self, clean, prompts, *more)
+
+    with trial_of("dreambooth", tiny, 1) as trial:
+        monkeypatch.setattr(type(tiny.backbone), "loss", loss)
+        optimizer = torch.optim.SGD(trial.parameters.values(), lr=0)
+        next(train(tiny, trial, latents[:1], replace(CONFIG, batch=3), optimizer))
+    assert sorted(seen) == [("a face", 3), ("a sks face", 3)]

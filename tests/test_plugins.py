@@ -114,16 +114,17 @@ def test_unknown_name_tells_choices_and_the_likely_one(install: Install) -> None
         ({"head": "import no_such_module_at_all\n"}, ModuleNotFoundError, "no_such_module_at_all"),
         ({"head": "def broken(:\n"}, SyntaxError, "SyntaxError"),
         ({"end": "raise ValueError('two\\nlines')"}, ValueError, "ValueError: two lines"),
+        ({"end": "raise SystemExit(3)"}, SystemExit, "SystemExit: 3"),
         ({"end": "register('a string')"}, RegistryError, "str, not a BaseSpec"),
         ({"models": ("bad name",)}, RegistryError, "'bad name'"),
     ],
-    ids=["import", "syntax", "raises", "no spec", "bad spec"],
+    ids=["import", "syntax", "raises", "exits", "no spec", "bad spec"],
 )
 def test_a_broken_plugin_is_told_and_never_fatal(
     install: Install,
     monkeypatch: pytest.MonkeyPatch,
     how: dict[str, Any],
-    error: type[Exception],
+    error: type[BaseException],
     says: str,
 ) -> None:
     install("broken", **how)

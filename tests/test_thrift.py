@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdbcli import pretrain
+from hdbcli import objective
 from hdbcli.base import Base, load_base
 from hdbcli.config import RefineConfig
 from hdbcli.lidb import LiDBLinear, Theta, first_theta
@@ -85,26 +85,30 @@ def test_hypernetwork_in_parts_has_the_same_gradient(
     tiny: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(2)
-    many, count = 3, 3 * pretrain.DRAWS
+    many, count = 3, 3 * objective.DRAWS
     clean, noise = torch.randn((2, count, *latents_of(tiny)[0].shape[1:]), generator=generator)
     prompts = [tiny.prompt("a [V] face") if i % 3 else "" for i in range(count)]
-    samples = pretrain.Samples(clean, prompts, noise, torch.rand(count, generator=generator))
+    samples = objective.Samples(clean, prompts, noise, torch.rand(count, generator=generator))
     first = start_of(tiny)
     down = first.down.repeat(many, 1, 1, 1) + torch.randn(many, 1, 1, 1, generator=generator)
     up = torch.randn((many, *first.up.shape[1:]), generator=generator) * 0.1
     found = []
-    for plan in (NORMAL, PLANS[2]):
+    for plan in (None, NORMAL, PLANS[2]):
         theta = Theta(*(core.clone().requires_grad_(True) for core in (down, up)))
-        if plan == NORMAL:
+        if plan is None:
             with tiny.wearing(theta):
                 value = tiny.backbone.loss(clean, prompts, noise, samples.t).mean()
         else:
-            value = pretrain.in_parts(replace(tiny, plan=plan), theta, samples, "fp32")
+            base = replace(tiny, plan=plan)
+            jobs = objective.diffusion_jobs(base, samples, many, "fp32")
+            assert len(jobs) == (1 if plan == NORMAL else many)
+            value = objective.spread(theta, jobs)
         value.backward()
         assert theta.up.grad is not None and theta.down.grad is not None
         found.append((value.detach(), theta.up.grad, theta.down.grad))
     tiny.injected.wear(None)
-    for whole, parts in zip(*found, strict=True):
+    for whole, one, parts in zip(*found, strict=True):
+        torch.testing.assert_close(one, whole, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
