@@ -9,10 +9,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from registry.errors import RegistryError
 from registry.tiny.clip import load_clip
 from registry.tiny.recipe.__main__ import main
 from registry.tiny.recipe.assets import MATERIALS, MESHES, Assets, fetch_assets, read_image
+from registry.tiny.recipe.blend import blend
 from registry.tiny.recipe.people import HELD_OUT_SEED, render_people
 from registry.tiny.recipe.person import sample_person
 from registry.tiny.recipe.pictures import read_pictures
@@ -109,3 +114,17 @@ def test_every_step_from_renders_to_weights(
     out = tmp_path / "sheet.png"
     assert step("contact", photo, "--drawn", drawn, "--out", out) == 0
     assert read_image(out, cv2.IMREAD_COLOR).shape == (2 * 64, 2 * 3 * 64, 3)
+
+
+def test_blend_lies_between_and_refuses_strangers(tmp_path: Path) -> None:
+    before, after, other = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "c"))
+    save_file({"w": torch.zeros(4).half()}, before, metadata={"which": "first"})
+    save_file({"w": torch.ones(4).half()}, after, metadata={"which": "second"})
+    save_file({"w": torch.ones(5).half()}, other, metadata={"which": "third"})
+    blend(before, after, 0.25, tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        assert file.metadata() == {"which": "second"}
+        assert torch.equal(file.get_tensor("w"), torch.full((4,), 0.25).half())
+    with pytest.raises(RegistryError, match="not two states of one network"):
+        blend(before, other, 0.5, tmp_path / "no.safetensors")
+    assert not (tmp_path / "no.safetensors").exists()

@@ -99,6 +99,13 @@ def _report(steps: Iterator[Step]) -> Iterator[str]:
             yield f"step {step.number}/{step.steps}, loss {mean:.4f}, {left}"
 
 
+def blend(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.blend import blend as mix
+
+    mix(options.before, options.after, options.share, options.out)
+    yield str(options.out)
+
+
 def _progress(done: int, total: int, unit: str, seconds: float) -> str:
     left = seconds / done * (total - done)
     return f"{done}/{total} {unit}, {seconds:.0f} s, {left / 60:.1f} min left"
@@ -137,6 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--steps", type=int, default=800)
     step.add_argument("--lr", type=float, default=2e-3)
     step.add_argument("--seed", type=int, default=0)
+    step = steps.add_parser("blend", help="mix a network with what further training made of it")
+    step.set_defaults(run=blend)
+    step.add_argument("before", type=Path)
+    step.add_argument("after", type=Path)
+    step.add_argument("--share", type=float, default=0.7, help="of the second")
+    step.add_argument("--out", type=Path, required=True)
     step = steps.add_parser("contact", help="put photos and what hdb drew of them on one sheet")
     step.set_defaults(run=contact)
     step.add_argument("photos", type=Path, nargs="+")
