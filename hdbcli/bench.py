@@ -120,7 +120,7 @@ def _merge(*_: object) -> list[Row]:
         for base, source in (("sd15", file), ("sd15-folder", folder / "folder")):
             copy, out = folder / "copy", folder / f"merged{source.suffix}"
             verbs = f"cp -r {source} {copy} && sync && find {copy} -type f | xargs sha256sum"
-            plain, _ = measured(["sh", "-c", verbs])
+            plain = measured(["sh", "-c", verbs])[0]
             seconds, memory = hdb("merge", "someone", "--base", base, "--out", str(out))
             subprocess.run(["rm", "-rf", str(copy), str(out)], check=True)
             size = sum(f.stat().st_size for f in [source, *source.rglob("*")] if f.is_file())

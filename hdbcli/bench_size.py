@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -127,6 +128,7 @@ def _overhead() -> list[Row]:
     optimizer, _, _ = make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
     steps = train(base, trial, [latents], config, optimizer)
     learning = paired(lambda: next(steps), lambda: _bare(base, latents), rounds=5)
+    assert isinstance(steps, Generator)
     steps.close()
     settings = SampleSettings(steps=4)
 

@@ -77,10 +77,21 @@ def run(
         best = likeness_of(next(iter(records.values())).portraits[-1], arena.truth)
         first = standings[0] if standings else None
         standings.append(stand(contender.name, record, alone, arena.truth, first, best))
-    size, bounds = _size(arena.base), _bounds(arena)
-    where = machine(arena.base.device)
-    lines = len(arena.given), where, arena.same_photo, tuple(standings)
-    return Contest(*lines, size, *bounds, tuple(styles)), records
+    floor, autoencoder, photo, through, other_photo = _bounds(arena)
+    found = Contest(
+        people=len(arena.given),
+        machine=machine(arena.base.device),
+        same_photo=arena.same_photo,
+        standings=tuple(standings),
+        checkpoint=_size(arena.base),
+        floor=floor,
+        autoencoder=autoencoder,
+        photo=photo,
+        through=through,
+        other_photo=other_photo,
+        styles=tuple(styles),
+    )
+    return found, records
 
 
 def tuned(

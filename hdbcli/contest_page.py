@@ -61,7 +61,15 @@ def page(contest: Contest, command: str, date: str) -> str:
 
 def tables(contest: Contest) -> Iterator[Table]:
     """Yield the methods, and with several people whom pictures find and what styles keep."""
-    heads = ("method", "people", "steps", "seconds", "ratio", "to first's likeness", "start-up")
+    heads: tuple[str, ...] = (
+        "method",
+        "people",
+        "steps",
+        "seconds",
+        "ratio",
+        "to first's likeness",
+        "start-up",
+    )
     heads += ("memory", "bytes", "likeness", "first's minus this", "drift")
     rows = tuple(_line(standing, contest.standings[0]) for standing in contest.standings)
     yield Table("Methods", heads, rows)
