@@ -239,7 +239,7 @@ def test_an_identity_of_another_family(alice: Path, tmp_path: Path) -> None:
 
     path = tmp_path / "sd.safetensors"
     save(replace(load(alice), family="sd1", base="tiny"), path)
-    refused("gen", path, "x", says="family sd1")
+    refused("gen", path, "a [V] face", says="family sd1")
 
 
 def test_unwritable_folder(alice: Path, tmp_path: Path, astronaut: Path) -> None:
