@@ -237,14 +237,15 @@ def _header_length(path: Path, first: bytes, size: int) -> int:
 
 def _parse(text: bytes, room: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     """Return metadata and tensors; raise ValueError unless they fill `room` bytes exactly."""
-    found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)  # UTF-8 only, as the format
+    found = DECODER.decode(text.decode("utf-8"))  # UTF-8 only, as the format
     metadata = found.pop("__metadata__", {})
     if type(metadata) is not dict:
         raise ValueError("its metadata are not a table")
     for key, value in metadata.items():
         if type(value) is not str:
             raise ValueError(f"metadata {key!r} is not a string")
-        (key + value).encode("utf-8")  # half of a surrogate pair could not be printed
+    # Half of a surrogate pair could not be printed.
+    "".join([*found, *metadata, *metadata.values()]).encode("utf-8")
     tensors = {name: _tensor(name, value) for name, value in found.items()}
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: item[1].offsets):
@@ -260,7 +261,6 @@ def _parse(text: bytes, room: int) -> tuple[dict[str, str], dict[str, TensorInfo
 
 def _tensor(name: str, value: Any) -> TensorInfo:
     """Check one tensor's entry; raise ValueError."""
-    name.encode("utf-8")
     if type(value) is not dict or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets, or has more")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -282,6 +282,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key of its header comes twice")
     return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)  # one for all: a list reads thousands
 
 
 def _damaged(path: Path, reason: str) -> RegistryError:
