@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,13 +37,14 @@ def adopt(name: str, path: Path, origin: str, prediction: str | None, tell: Tell
     )
     tell("load", 0, 1)
     # float16 is what the digest is of, and half of the memory.
-    components = load(added, "cpu", "float16").components
+    backbone = load(added, "cpu", "float16")
+    components = backbone.components
     targets = find_targets(components, spec_of(added).targets)
     if len(targets) != family.count:
         raise HdbError(
             f"{path} has {len(targets)} targets, {family.title} has {family.count}; update hdb"
         )
-    _check_finite(path, targets)
+    _check_finite(path, {**components, "vae": backbone.autoencoder})
     digest = digest_weights(linear.weight.detach() for _, _, linear in targets)
     added = replace(added, digest=digest, files=_marks(checkpoint, tell))
     write_settings(name, Settings(added=added))
@@ -60,11 +61,12 @@ def _marks(checkpoint: Checkpoint, tell: Tell) -> dict[str, Mark]:
     return marks
 
 
-def _check_finite(path: Path, targets: Sequence[tuple[str, str, nn.Linear]]) -> None:
+def _check_finite(path: Path, components: Mapping[str, nn.Module]) -> None:
     """Raise HdbError for weights that are NaN, infinite, or too large for float16."""
-    for component, name, linear in targets:
-        if not linear.weight.isfinite().all():
-            raise HdbError(
-                f"{path} holds numbers that are not finite in {component}.{name}, so it could draw "
-                "nothing; download it again, or give another model"
-            )
+    for component, module in components.items():
+        for name, weight in module.named_parameters():
+            if not weight.isfinite().all():
+                raise HdbError(
+                    f"{path} holds numbers that are not finite in {component}.{name}, so it could "
+                    "draw nothing; download it again, or give another model"
+                )

@@ -60,25 +60,22 @@ def _time(
     asked: float,
 ) -> Alone:
     from hdbcli.contenders import entered
-    from hdbcli.device import make_optimizer, peak_memory
+    from hdbcli.device import peak_memory
+    from hdbcli.measuring import step_seconds
     from hdbcli.refine import train
 
     base, model = load()
     startup = time.time() - asked
-    lr, steps = max(contender.lr, 1e-12), rounds.warm_up + rounds.timed
-    config = RefineConfig(steps, lr=lr, batch=batch, optimizer=contender.optimizer)
+    count = rounds.warm_up + rounds.timed
+    config = RefineConfig(
+        count, lr=max(contender.lr, 1e-12), batch=batch, optimizer=contender.optimizer
+    )
     faces = [base.faces([crop])]
     latents = [base.backbone.encode_images(faces[0].crops)]
     began = time.perf_counter()
     with entered(contender, base, model, faces, lambda *_: None) as trial:
         prepared = time.perf_counter()
-        seconds = []
-        if contender.steps:
-            optimizer, _, _ = make_optimizer(config.optimizer, trial.parameters.values(), lr)
-            last = time.perf_counter()
-            for _ in train(base, trial, latents, config, optimizer):
-                now = time.perf_counter()
-                seconds.append(now - last)
-                last = now
+        steps = train(base, trial, latents, config) if contender.steps else ()
+        seconds = step_seconds(steps)
     step = statistics.median(seconds[rounds.warm_up :]) if seconds else 0.0
     return Alone(startup, prepared - began, step, peak_memory(base.device))

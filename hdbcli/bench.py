@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +13,6 @@ from hdbcli import bench_derived, bench_device, bench_size
 from hdbcli.base import Base, open_base
 from hdbcli.basis import down_basis, up_basis
 from hdbcli.config import PORTRAIT, BankConfig, Tell
-from hdbcli.device import make_optimizer
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta, first_theta
 from hdbcli.measuring import (
@@ -26,6 +23,7 @@ from hdbcli.measuring import (
     paired,
     random_identity,
     scratch,
+    step_seconds,
     timed,
 )
 from hdbcli.random_model import target_shapes, write_random
@@ -100,11 +98,7 @@ def _optimise(base: Base, people: int) -> float:
     side = base.spec.resolution
     latents = [base.backbone.encode_images(torch.zeros(1, 3, side, side)) for _ in range(people)]
     trial, config = lidb_trial(base, theta), BankConfig(steps=ROUNDS + 2).refine()
-    optimizer, _, _ = make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
-    marks = [time.perf_counter()]
-    for _ in train(base, trial, latents, config, optimizer):
-        marks.append(time.perf_counter())
-    return statistics.median(after - before for before, after in pairwise(marks[2:]))
+    return statistics.median(step_seconds(train(base, trial, latents, config))[2:])
 
 
 def _merge(*_: object) -> list[Row]:
@@ -133,7 +127,7 @@ def _merge(*_: object) -> list[Row]:
     return rows
 
 
-BENCHMARKS: dict[str, Callable[[Path | None, Tell], list[Row]]] = {
+BENCHMARKS: dict[str, Callable[[Path | None, Tell], Iterable[Row]]] = {
     "basis": _basis,
     "people": _people,
     "bank": _bank,

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from itertools import pairwise
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from hdbcli.base import Base, load_base, load_predictor
 from hdbcli.config import PORTRAIT, RefineConfig
-from hdbcli.device import choose_device, make_optimizer
+from hdbcli.device import choose_device
 from hdbcli.lidb import Theta
-from hdbcli.measuring import Row, hdb, scratch
+from hdbcli.measuring import Row, hdb, scratch, step_seconds
 from hdbcli.memory import PLANS
 from hdbcli.random_model import write_random
-from hdbcli.refine import lidb_trial, portrait_loss, refine, train
+from hdbcli.refine import lidb_trial, optimizer_of, portrait_loss, refine, train
 from hdbcli.sample import generate
 from registry.plugins import load_registry
 from registry.spec import BaseSpec, SampleSettings
@@ -79,12 +78,9 @@ def speeds(spec: BaseSpec, device: str) -> list[Row]:
         down, up = (0.01 * torch.randn((1, *shape), device=device) for shape in cores)
         trial = lidb_trial(base, Theta(down, up))
         config = RefineConfig(steps=STEPS)
-        optimizer, label, _ = make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
-        marks = [time.perf_counter()]
-        for _ in train(base, trial, latents, config, optimizer):
-            _wait(device)
-            marks.append(time.perf_counter())
-        step = statistics.median(after - before for before, after in pairwise(marks[2:]))
+        optimizer, label = optimizer_of(trial, config)
+        steps = train(base, trial, latents, config, optimizer)
+        step = statistics.median(step_seconds(steps, partial(_wait, device))[2:])
         rows.append(Row(f"{spec.name}, plan {plan.name}, {label}: a step", step, "s"))
         if device.startswith("cuda"):
             peak = torch.cuda.max_memory_allocated(device) / 1e9

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from hdbcli.alone import Rounds, time_alone
 from hdbcli.base import Base, load_base
 from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.contenders import CONTENDERS
-from hdbcli.device import autocast, make_optimizer
+from hdbcli.device import autocast
 from hdbcli.hypernet import HyperNetwork
 from hdbcli.lidb import Theta, first_theta
 from hdbcli.measuring import Row, hdb, measured, paired, random_identity, scratch
@@ -48,7 +48,7 @@ pipe("a sks face", num_inference_steps=2, guidance_scale=3.0).images[0].save(sys
 """
 
 
-def run(*_: object) -> list[Row]:
+def run(*_: object) -> Iterator[Row]:
     """Build the checkpoint, and measure everything on it; it goes away at the end."""
     with scratch() as folder:
         file = folder / "sd15.safetensors"
@@ -56,16 +56,10 @@ def run(*_: object) -> list[Row]:
         hdb("base", "add", NAME, str(file))
         random_identity(NAME, "someone")
         size = store.path_of("someone").stat().st_size
-        rows = [
-            Row("identity of rank 4 as int8", size, "bytes", below=120_000),
-            Row(
-                "checkpoint in fp16 / identity",
-                file.stat().st_size / size,
-                "x",
-                above=1e4,
-            ),
-        ]
-        return [*rows, *_methods(), *_overhead(), *_command(folder)]
+        yield Row("identity of rank 4 as int8", size, "bytes", below=120_000)
+        yield Row("checkpoint in fp16 / identity", file.stat().st_size / size, "x", above=1e4)
+        for part in (_methods, _overhead, partial(_command, folder)):
+            yield from part()
 
 
 def _methods() -> list[Row]:
@@ -125,8 +119,7 @@ def _overhead() -> list[Row]:
     theta = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, 4)
     config = RefineConfig(steps=1000, batch=1)
     trial = lidb_trial(base, theta)
-    optimizer, _, _ = make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
-    steps = train(base, trial, [latents], config, optimizer)
+    steps = train(base, trial, [latents], config)
     learning = paired(lambda: next(steps), lambda: _bare(base, latents), rounds=5)
     assert isinstance(steps, Generator)
     steps.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -70,8 +69,6 @@ app = new_app("One photo of a face in, that person in any style out.", cls=Bound
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    # It warns, as soon as diffusers imports it, of kernels that it looked for on the network.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if version:
         render.say(f"hdb {__version__}")
         raise typer.Exit

@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +27,9 @@ from hdbcli.config import (
     METHODS,
 )
 from registry import store
+
+if TYPE_CHECKING:
+    from hdbcli.measuring import Row
 
 
 def score(
@@ -143,12 +146,16 @@ def bench(
     from hdbcli import bench as benchmarks
     from hdbcli.device import choose_device, machine
 
-    with render.progress() as tell:
-        rows = list(benchmarks.run(names or [], people, tell))
     where = machine(choose_device(None))
     date = datetime.now(timezone.utc).date().isoformat()
+    rows: list[Row] = []
+    try:
+        with render.progress() as tell:
+            for row in benchmarks.run(names or [], people, tell):
+                rows.append(row)
+    finally:  # what took minutes to measure is shown, even if what follows fails
+        if rows and not as_json:
+            render.show_bench(rows, f"{date}, {where}")
     if as_json:
         values = [asdict(row) | {"kept": row.kept} for row in rows]
         render.document({"date": date, "machine": where, "rows": values})
-        return
-    render.show_bench(rows, f"{date}, {where}")

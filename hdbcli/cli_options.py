@@ -3,7 +3,9 @@ identities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -13,7 +15,7 @@ from hdbcli import render
 from hdbcli.config import (
     OPTIMIZERS,
 )
-from hdbcli.errors import HdbError
+from hdbcli.errors import HdbError, HdbWarning
 from registry import store
 from registry.errors import RegistryError
 
@@ -35,13 +37,32 @@ class Boundary(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _told():
+                return super().invoke(ctx)
         except (HdbError, RegistryError) as error:
             render.note(f"error: {error}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             render.note("interrupted; nothing was written")
             raise typer.Exit(130) from None
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Print hdb's own warnings as a line, and leave others to Python."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:
+        if issubclass(category, HdbWarning):
+            render.note(f"warning: {message}")
+        else:
+            shown(message, category, *more, **named)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
 
 
 def new_app(about: str, **more: Any) -> typer.Typer:

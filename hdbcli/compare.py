@@ -22,7 +22,6 @@ from torch import Tensor
 from hdbcli.base import Base, Worn
 from hdbcli.config import CAPTIONS, PLACEHOLDER, PORTRAIT, PROMPTS, RefineConfig, Tell
 from hdbcli.contenders import Contender, entered
-from hdbcli.device import make_optimizer
 from hdbcli.errors import HdbError
 from hdbcli.faces import embed
 from hdbcli.hypernet import HyperNetwork
@@ -144,8 +143,7 @@ def _steps(
 ) -> Iterator[int]:
     yield 0
     if config.steps:
-        optimizer, _, _ = make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
-        for step in train(base, trial, latents, config, optimizer):
+        for step in train(base, trial, latents, config):
             yield step.number
 
 

@@ -121,7 +121,6 @@ def _refined(
             identity = replace(identity, lineage=(*identity.lineage, relaxed))
         result = refine(base, relax(theta, config.rank), latents, config, tell)
         theta, loss_start, loss_end = result.theta, result.loss_start, result.loss_end
-        warnings += (result.note,) if result.note else ()
         identity = replace(
             identity, steps=identity.steps + config.steps, optimizer=result.optimizer
         )

@@ -7,6 +7,7 @@ import platform
 import re
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hdbcli.config import DEVICES, OPTIMIZERS, PRECISIONS
-from hdbcli.errors import HdbError
+from hdbcli.errors import HdbError, HdbWarning
 
 
 def choose_device(name: str | None) -> str:
@@ -106,8 +107,9 @@ def has_bf16() -> bool:
 
 def make_optimizer(
     name: str, parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0
-) -> tuple[torch.optim.Optimizer, str, str | None]:
-    """Build the optimizer; return it, the name of what it really is, and a note if that differs.
+) -> tuple[torch.optim.Optimizer, str]:
+    """Build the optimizer; return it and the name of what it really is, with a warning if that
+    differs.
 
     AdamW8bit keeps its two moments in 8 bits (in tensors of 4,096 numbers or more). Where
     bitsandbytes is missing or broken torch's AdamW serves instead.
@@ -121,11 +123,11 @@ def make_optimizer(
 
             eight = AdamW8bit(parameters, lr=lr, weight_decay=weight_decay)
             _probe(AdamW8bit, parameters[0].device)
-            return eight, "adamw8bit", None
+            return eight, "adamw8bit"
         except Exception as error:  # a broken native library raises anything
-            note = f"bitsandbytes does not work here ({_line(error)}); using AdamW in 32 bits"
-            return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay), "adamw", note
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay), "adamw", None
+            text = f"bitsandbytes does not work here ({_line(error)}); using AdamW in 32 bits"
+            warnings.warn(text, HdbWarning, stacklevel=2)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay), "adamw"
 
 
 def _probe(kind: Callable[..., torch.optim.Optimizer], device: torch.device) -> None:

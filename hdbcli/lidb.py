@@ -85,16 +85,22 @@ class LiDBLinear(nn.Module):
         """Return base(x) + x D^T U^T for x (k B, ..., m).
 
         With B = 1 everyone wears the same. k is 2 under classifier-free guidance, which stacks the
-        batch.
+        batch. Without gradients the residual is added in place: a sum of wide tensors costs more
+        than all of the rest.
         """
         y = self.base(x)
         if self.residual is None:
             return y
-        down, up = (core.to(x.dtype) for core in self.residual)
+        down, up = (core.to(y.dtype) for core in self.residual)
         if len(down) == 1:
-            return y + F.linear(F.linear(x, down[0]), up[0])
+            rows, narrow = y.flatten(0, -2), F.linear(x, down[0].to(x.dtype)).to(y.dtype)
+            out = None if torch.is_grad_enabled() else rows
+            return torch.addmm(rows, narrow.flatten(0, -2), up[0].mT, out=out).view(y.shape)
         tokens = x.unflatten(0, (-1, len(down))).flatten(2, -2)  # (k, B, T, m)
-        return y + (tokens @ down.mT @ up.mT).view(y.shape)
+        narrow = (tokens @ down.mT.to(x.dtype)).to(y.dtype).flatten(0, 1)
+        rows = y.view(*narrow.shape[:2], -1)
+        out = None if torch.is_grad_enabled() else rows
+        return torch.baddbmm(rows, narrow, up.mT.repeat(len(tokens), 1, 1), out=out).view(y.shape)
 
     def delta(self) -> Tensor:
         """Return dW (n, m) in float32 of the one identity worn: U @ D."""

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -105,6 +106,15 @@ def paired(one: Callable[[], object], other: Callable[[], object], rounds: int =
     """Return the median of time ratios, taken in turns, so that a busy machine slows both."""
     one(), other()
     return statistics.median(timed(one) / timed(other) for _ in range(rounds))
+
+
+def step_seconds(steps: Iterable[object], done: Callable[[], object] = bool) -> list[float]:
+    """Return how long each step took; `done` waits for a device that works on by itself."""
+    marks = [time.perf_counter()]
+    for _ in steps:
+        done()
+        marks.append(time.perf_counter())
+    return [after - before for before, after in pairwise(marks)]
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -92,7 +92,7 @@ def pretrain(
     material = _Material(people, images, traits, latents, known)
     parameters = dict(model.named_parameters())
     averages = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer, used, _ = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
+    optimizer, used = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
     plan = _plan(config, _described(base, model, config, used))
     on = ExitStack()
 

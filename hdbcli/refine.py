@@ -48,7 +48,6 @@ class Refined:
     loss_start: Tensor
     loss_end: Tensor
     optimizer: str
-    note: str | None
 
 
 def refine(
@@ -57,14 +56,19 @@ def refine(
     """Train theta of P identities, person p on the latents (N_p, c, h, w) of their crops."""
     trial = lidb_trial(base, theta)
     _check(trial, latents)
-    optimizer, label, note = make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
+    optimizer, label = optimizer_of(trial, config)
     start = portrait_loss(base, theta, latents)
     for step in train(base, trial, latents, config, optimizer):
         tell("refine", step.number, step.steps)
     with torch.no_grad():
         refined = trial.worn()
     assert isinstance(refined, Theta)
-    return Refined(refined, start, portrait_loss(base, refined, latents), label, note)
+    return Refined(refined, start, portrait_loss(base, refined, latents), label)
+
+
+def optimizer_of(trial: Trial, config: RefineConfig) -> tuple[torch.optim.Optimizer, str]:
+    """Return what trains a method, and the name of what it really is."""
+    return make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
 
 
 def lidb_trial(base: Base, theta: Theta) -> Trial:
@@ -83,10 +87,11 @@ def train(
     trial: Trial,
     latents: Sequence[Tensor],
     config: RefineConfig,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Iterator[Step]:
-    """Run the iterations on "a [V] face", yielding after each."""
+    """Run the iterations on "a [V] face", yielding after each; the optimizer is the config's."""
     _check(trial, latents)
+    optimizer = optimizer or optimizer_of(trial, config)[0]
     batch = config.batch or base.spec.batch
     on = ExitStack()
     size = _at_once(base, trial.people, batch)

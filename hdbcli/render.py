@@ -245,12 +245,16 @@ def show_bench(rows: Sequence[Row], where: str) -> None:
     """Print figures beside what they have to be."""
     lines = []
     for row in rows:
-        bound = f"< {row.below:.3g}" if row.below is not None else ""
-        bound = f">= {row.above:.3g}" if row.above is not None else bound
+        bound = f"< {_figure(row.below)}" if row.below is not None else ""
+        bound = f">= {_figure(row.above)}" if row.above is not None else bound
         kept = "" if row.kept is None else "yes" if row.kept else "NO"
-        lines.append((row.name, f"{row.value:.3g} {row.unit}", bound, kept))
+        lines.append((row.name, f"{_figure(row.value)} {row.unit}", bound, kept))
     table(("benchmark", "measured", "promised", "kept"), lines)
     say(where)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def show_inspection(summary: Mapping[str, Any], result: Inspection) -> None:

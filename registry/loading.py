@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from registry.checkpoint import WEIGHTS, variant_of
+from registry.checkpoint import WEIGHTS, variant_of, weight_files
 from registry.diffusion import StableDiffusion, last_states
 from registry.errors import RegistryError
+from registry.ldm import UNET, VAE
 from registry.sdxl import two_encoders
+from registry.tensors import read_floats
 
 if TYPE_CHECKING:
     from registry.families import Family
+
+# It warns, as soon as diffusers imports it, of kernels that it looked for on the network.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load_folder(folder: Path, device: str, dtype: str, double: bool = False) -> StableDiffusion:
@@ -32,6 +38,7 @@ def load_folder(folder: Path, device: str, dtype: str, double: bool = False) -> 
     with _reading(folder):
         pipeline = _class(double).from_pretrained(
             folder,
+            unet=_read_unet(folder / "unet", options["torch_dtype"]),
             variant=variant_of(*(folder / component for component in WEIGHTS)),
             **options,
             **_no_checker(double),
@@ -50,20 +57,47 @@ def load_single(
 
     names = ("tokenizer", "tokenizer_2")
     tokenizers = {n: clip_tokenizer(pad) for n, pad in zip(names, family.pads, strict=False)}
-    options = {
-        "config": str(family.configs(prediction)),
-        "torch_dtype": getattr(torch, dtype),
-        "local_files_only": True,
-    }
+    options = {"torch_dtype": getattr(torch, dtype), "local_files_only": True}
+    configs = family.configs(prediction)
+    again = partial(_read_part, "vae", file, VAE, configs, options)
     with _reading(file):
+        unet = _read_part("unet", file, UNET, configs, options)
         pipeline = _class(family.double).from_single_file(
-            file, **options, **tokenizers, **_no_checker(family.double)
+            file,
+            config=str(configs),
+            unet=unet,
+            vae=again(),
+            **options,
+            **tokenizers,
+            **_no_checker(family.double),
         )
     schedule = pipeline.scheduler
     if schedule.config.prediction_type != prediction:
         pipeline.scheduler = schedule.from_config(schedule.config, prediction_type=prediction)
-    again = partial(type(pipeline.vae).from_single_file, file, subfolder="vae", **options)
     return _backbone(pipeline, file, device, dtype, family.double, again)
+
+
+def _read_unet(folder: Path, dtype: torch.dtype) -> Any:
+    """Read the UNet, most of a model, without its files beside it in memory."""
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+    tensors = read_floats(weight_files(folder, WEIGHTS["unet"]), "", dtype)
+    unet.load_state_dict(tensors, strict=False, assign=True)  # what it lacks is told below
+    return unet
+
+
+def _read_part(
+    part: str, file: Path, prefix: str, configs: Path, options: Mapping[str, Any]
+) -> Any:
+    """Read UNet or VAE of a single file in the same way; diffusers knows the names."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
+    tensors = read_floats([file], prefix, options["torch_dtype"])
+    return kind.from_single_file(tensors, config=str(configs), subfolder=part, **options)
 
 
 def _class(double: bool) -> Any:

@@ -257,6 +257,10 @@ def test_unets_that_read_something_else(narrow: Narrow, hdb_home: Path, folder: 
     edit(folder / UNET, widen)
     refused("base", "add", "x", folder, says="9 input channels, as of an inpainting model")
     (folder / UNET).write_bytes(whole)
+    single = Path(shutil.copy(narrow.single("sd1"), folder.parent / "inpainting.safetensors"))
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    edit(single, lambda t: t.update({first: t[first].repeat(1, 3, 1, 1)[:, :9].contiguous()}))
+    refused("base", "add", "x", single, says="9 input channels, as of an inpainting model")
     tokens = next(name for name in load_file(folder / TEXT) if "token_embedding" in name)
     edit(folder / TEXT, lambda t: t.update({tokens: torch.zeros(9, 130).half()}))
     says = "reads text of width [120], its text encoders write 130"
@@ -278,8 +282,13 @@ def test_weights_that_could_not_be_worked_on(narrow: Narrow, hdb_home: Path, fol
     refused("base", "add", "x", folder, says="F16 and F32")
     (folder / UNET).write_bytes(whole)
     edit(folder / UNET, broken)
-    refused("base", "add", "x", folder, says=f"not finite in unet.{target.removesuffix('.weight')}")
+    refused("base", "add", "x", folder, says=f"not finite in unet.{target}")
     (folder / UNET).write_bytes(whole)
+    vae = folder / "vae/diffusion_pytorch_model.safetensors"  # no target, and yet no picture
+    whole_vae = vae.read_bytes()
+    edit(vae, lambda t: t["decoder.conv_out.bias"].fill_(torch.inf))
+    refused("base", "add", "x", folder, says="not finite in vae.decoder.conv_out.bias")
+    vae.write_bytes(whole_vae)
     edit(folder / UNET, lambda t: t.update({k: v.float() for k, v in t.items()}))
     wide = told("base", "add", "x", folder)  # all of it in float32 is the same model
     assert wide["digest"] == told("base", "add", "y", narrow.folder("sd1"))["digest"]

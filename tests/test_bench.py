@@ -12,6 +12,8 @@ import pytest
 import torch
 from commands import refused, told
 
+from hdbcli import bench_device
+from hdbcli.base import Base, load_base
 from hdbcli.bench_derived import spearman
 from hdbcli.bench_device import agreement, speeds
 from hdbcli.errors import HdbError
@@ -75,6 +77,22 @@ def test_a_device_is_checked_against_the_cpu() -> None:
     steps = speeds(load_registry().get("tiny"), "cpu")
     assert [row.name.split()[2].rstrip(",") for row in steps] == [plan.name for plan in PLANS]
     assert all(row.value > 0 for row in steps)
+
+
+def test_a_device_that_computes_otherwise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def slightly_off(*words: Any) -> Base:
+        base = load_base(*words)
+        if not loaded:
+            for parameter in base.backbone.components["unet"].parameters():
+                parameter.data *= 1.2
+        loaded.append(base)
+        return base
+
+    monkeypatch.setattr(bench_device, "load_base", slightly_off)
+    _, *drawing = agreement("cpu")
+    assert len(loaded) == 2 and not any(row.kept for row in drawing)
 
 
 def test_bench_on_the_command_line(hdb_home: Path) -> None:

@@ -3,20 +3,24 @@ the single file of the same weights draws."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from hdbcli.inject import find_targets
 from registry.checkpoint import read_checkpoint, read_config
 from registry.diffusion import StableDiffusion
+from registry.errors import RegistryError
 from registry.families import FAMILIES
 from registry.loading import load_folder, load_single
 from registry.recognise import prediction_of, recognise, resolution_of
 from registry.spec import SampleSettings
+from registry.tensors import read_floats
 from registry.vocabulary import clip_tokenizer
 
 if TYPE_CHECKING:
@@ -141,3 +145,16 @@ def test_autoencoder_is_exact_in_half_precision(narrow: Narrow) -> None:
     torch.testing.assert_close(half.encode_images(images), latents)
     assert half.pipeline.vae.dtype == torch.float16
     assert (half.decode_latents(latents) == whole.decode_latents(latents)).all()
+
+
+def test_tensors_are_read_one_by_one_as_they_are_wanted(tmp_path: Path) -> None:
+    file = tmp_path / "part.safetensors"
+    numbers = torch.randn(3, 5)
+    tensors = {"a.one": numbers, "a.half": numbers.half(), "a.brain": numbers.bfloat16()}
+    save_file({**tensors, "b.count": torch.arange(3)}, file)
+    read = read_floats([file], "a.", torch.float16)
+    assert read.keys() == tensors.keys()
+    assert all(read[name].equal(tensor.half()) for name, tensor in tensors.items())
+    assert not read["a.brain"].equal(read["a.one"])  # the control: formats are told apart
+    with pytest.raises(RegistryError, match="is I64, no float"):
+        read_floats([file], "", torch.float16)

@@ -233,7 +233,7 @@ def test_out_of_memory_takes_the_next_plan_once(
 
 
 def test_without_bitsandbytes_weights_stay_whole(
-    hdb_home: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+    hdb_home: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("bitsandbytes.nn", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -242,3 +242,9 @@ def test_without_bitsandbytes_weights_stay_whole(
     notes = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert len(notes) == 2 and all("bitsandbytes does not work here" in line for line in notes)
     assert "not quantised" in notes[0] and "AdamW in 32 bits" in notes[1]
+    people = tmp_path / "people"
+    people.mkdir()
+    shutil.copy(astronaut, people)
+    words = ("--steps", 1, "--batch", 1, "--held-out", 0, "--out", tmp_path / "h.safetensors")
+    told_once = hdb("train", "hypernetwork", people, *words).stderr.count("AdamW in 32 bits")
+    assert told_once == 1 and (tmp_path / "h.safetensors").exists()

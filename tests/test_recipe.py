@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from registry.errors import RegistryError
 from registry.tiny.clip import load_clip
@@ -96,11 +96,19 @@ def test_every_step_from_renders_to_weights(
     assert "no rendered pictures" in capsys.readouterr().err
     list(render_people(assets, build / "people", range(4), 64))
     list(render_people(assets, build / "heldout", range(HELD_OUT_SEED, HELD_OUT_SEED + 2), 64))
-    assert step("--build", build, "autoencoder", "--steps", "2") == 0
+    assert step("--build", build, "autoencoder") == 0
+    assert step("--build", build, "decoder", "--steps", "1") == 1
+    assert "run the base step first" in capsys.readouterr().err
     assert step("--build", build, "base", "--steps", "2") == 0
     assert step("--build", build, "base", "--steps", "3") == 0  # goes on after the second step
     steps = re.findall(r"step (\d)/(\d)", capsys.readouterr().out)
-    assert steps == [("2", "2"), ("2", "2"), ("3", "3")]
+    assert steps == [("2", "2"), ("3", "3")]
+    before = load_file(build / "vae/diffusion_pytorch_model.safetensors")
+    judge = ("--perceptual", "hdbcli.faces:embed_aligned")
+    assert step("--build", build, "decoder", "--steps", "2", *judge) == 0
+    after = load_file(build / "vae/diffusion_pytorch_model.safetensors")
+    changed = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert changed == {"decoder"}  # what diffuses stays what it was
     assert step("--build", build, "clip", "--steps", "2") == 0
     assert step("--build", build, "publish", "--weights", weights) == 0
     assert "pixar" in load_clip(weights / "clip.safetensors").words

@@ -43,12 +43,19 @@ def photos(options: argparse.Namespace) -> Iterator[str]:
 
 
 def autoencoder(options: argparse.Namespace) -> Iterator[str]:
-    from registry.tiny.recipe.autoencoder import train_autoencoder
+    from registry.tiny.recipe.autoencoder import write_autoencoder
+
+    write_autoencoder(options.build, options.seed)
+    yield str(options.build / "vae")
+
+
+def decoder(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.decoder import train_decoder
     from registry.training import Plan
 
     embedding = _load(options.perceptual) if options.perceptual else None
     plan = Plan(options.steps, options.lr, warmup=100, average=0.999, seed=options.seed)
-    return _report(train_autoencoder(options.build, plan, embedding))
+    return _report(train_decoder(options.build, plan, embedding))
 
 
 def base(options: argparse.Namespace) -> Iterator[str]:
@@ -84,10 +91,9 @@ def publish(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _load(name: str) -> Callable:
-    """Import `module:function` and call it: the recipe knows no face embedding, its caller names
-    one."""
+    """Import `module:function`: the recipe knows no face embedding, its caller names one."""
     module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)()
+    return getattr(importlib.import_module(module), function)
 
 
 def _report(steps: Iterator[Step]) -> Iterator[str]:
@@ -127,18 +133,21 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--people", type=int, default=100)
     step.add_argument("--size", type=int, default=256)
     step.add_argument("--out", type=Path, default=Path("tests/data/heldout"))
-    step = steps.add_parser("autoencoder", help="train pictures to latents and back")
+    step = steps.add_parser("autoencoder", help="write down pictures to latents and back")
     step.set_defaults(run=autoencoder)
-    step.add_argument("--steps", type=int, default=40_000)
-    step.add_argument("--lr", type=float, default=1e-3)
     step.add_argument("--seed", type=int, default=0)
-    step.add_argument("--perceptual", help="module:function of a differentiable face embedding")
     step = steps.add_parser("base", help="train the UNet and the text encoder")
     step.set_defaults(run=base)
     step.add_argument("--steps", type=int, default=8000)
     step.add_argument("--lr", type=float, default=1e-3)
     step.add_argument("--seed", type=int, default=0)
     step.add_argument("--compile", action="store_true", help="a third faster; needs a C++ compiler")
+    step = steps.add_parser("decoder", help="train the decoder to hide a drawing's errors")
+    step.set_defaults(run=decoder)
+    step.add_argument("--steps", type=int, default=8000)
+    step.add_argument("--lr", type=float, default=5e-4)
+    step.add_argument("--seed", type=int, default=0)
+    step.add_argument("--perceptual", help="module:function of a differentiable face embedding")
     step = steps.add_parser("clip", help="train the in-domain CLIP that measures style")
     step.set_defaults(run=clip)
     step.add_argument("--steps", type=int, default=800)

@@ -26,6 +26,12 @@ class Pictures:
     styles: Tensor
     people: Tensor
 
+    def some(self, count: int, seed: int) -> Pictures:
+        """Choose that many at random, or all."""
+        order = torch.randperm(len(self.pixels), generator=torch.Generator().manual_seed(seed))
+        chosen = order[:count].sort().values
+        return Pictures(self.pixels[chosen], self.styles[chosen], self.people[chosen])
+
 
 def read_pictures(folder: Path) -> Pictures:
     """Read `folder/SEED/STYLE-K.png`, sorted, so that the order is the same on every machine."""

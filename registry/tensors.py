@@ -1,0 +1,43 @@
+"""Read the tensors of safetensors files one by one, each in the number format that is wanted: a
+file that is opened as a whole would lie in memory beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from registry.checkpoint import LARGEST
+from registry.errors import RegistryError
+from registry.header import read_header
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def read_floats(files: Sequence[Path], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors whose names start with `prefix`, as `dtype`; RegistryError for what is no
+    float."""
+    found = {}
+    for path in files:
+        header = read_header(path, LARGEST)
+        with path.open("rb") as file:
+            for name, info in header.tensors.items():
+                if not name.startswith(prefix):
+                    continue
+                if info.dtype not in FLOATS:
+                    raise RegistryError(
+                        f"{path}: {name} is {info.dtype}, no float; give the model in F16 or F32"
+                    )
+                start, end = info.offsets
+                file.seek(header.start + start)
+                content = bytearray(file.read(end - start))
+                numbers = torch.frombuffer(content, dtype=FLOATS[info.dtype])
+                found[name] = numbers.view(info.shape).to(dtype)
+    return found

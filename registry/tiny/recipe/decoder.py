@@ -1,0 +1,106 @@
+"""Train the decoder of `tiny` on pictures that the base model drew again out of noise.
+
+Latents that were drawn are never exact, and the exact inverse of the encoder shows each of their
+errors as a seam between patches. This decoder sees such latents beside the true pictures, and
+learns to hide the seams; the encoder stays as it was written, and with it all that diffuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from torch import Tensor
+
+from registry.errors import RegistryError
+from registry.tiny import TEMPLATE
+from registry.tiny.recipe.autoencoder import SCALE, encode, show
+from registry.tiny.recipe.base import IDENTIFIER
+from registry.tiny.recipe.pictures import STYLES, Pictures, read_pictures, to_unit
+from registry.tiny.recipe.styles import CAPTIONS
+from registry.training import Plan, Step, fit
+
+PICTURES = 12_000  # drawn again
+DEEPEST = 0.5  # at most so much of the way to noise: beyond it another person comes back
+STROKES = 4  # steps back from there
+BATCH = 8
+FACES = 1  # of a batch the face embedding judges: it costs more than the decoder
+WEIGHT = 0.3  # of its squared distance
+
+# Of aligned pictures (B, 3, S, S) in -1..1 whose five points lie where a template says.
+Embedding = Callable[[Tensor, np.ndarray], Tensor]
+
+
+def train_decoder(build: Path, plan: Plan, embedding: Embedding | None) -> Iterator[Step]:
+    """Train from the exact inverse on; resumable. Write the autoencoder and a sheet."""
+    folder = build / "pipeline"
+    if not folder.exists():
+        raise RegistryError(f"no pipeline in {folder}; run the base step first")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    model = AutoencoderTiny.from_pretrained(build / "vae").to(memory_format=torch.channels_last)
+    pictures = read_pictures(build / "people").some(PICTURES, plan.seed)
+    drawn = _draw_again(pipeline, model, pictures, plan.seed)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        pick = torch.randint(len(drawn), (BATCH,), generator=generator)
+        return _loss(model, drawn[pick].float(), to_unit(pictures.pixels[pick]), embedding)
+
+    parameters = dict(model.decoder.named_parameters())
+    averages = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=plan.lr, weight_decay=0, betas=(0.9, 0.99)
+    )
+    yield from fit(parameters, loss, optimizer, plan, averages, build / "decoder.safetensors")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(averages[name])
+    model.eval().save_pretrained(build / "vae")
+    show(model, build)
+
+
+@torch.no_grad()
+def _draw_again(
+    pipeline: StableDiffusionPipeline, vae: AutoencoderTiny, pictures: Pictures, seed: int
+) -> Tensor:
+    """Take each picture part of the way to noise, and back in a few steps: (N, c, h, w) float16."""
+    signal = pipeline.scheduler.alphas_cumprod
+    prompts = [CAPTIONS[style].replace("[V]", IDENTIFIER) for style in STYLES]
+    ids = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+    states = pipeline.text_encoder(ids).last_hidden_state
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for pixels, styles in zip(pictures.pixels.split(200), pictures.styles.split(200), strict=True):
+        latent = encode(vae, pixels)
+        start = torch.rand(len(latent), generator=generator) * DEEPEST * (len(signal) - 1)
+        noise = torch.randn(latent.shape, generator=generator)
+        for stroke in range(STROKES):
+            t = (start * (1 - stroke / STROKES)).long()
+            a, s = (x.sqrt().view(-1, 1, 1, 1) for x in (signal[t], 1 - signal[t]))
+            noised = a * latent + s * noise
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                velocity = pipeline.unet(noised, t, states[styles]).sample.float()
+            latent, noise = a * noised - s * velocity, s * noised + a * velocity
+        drawn.append(latent.half())
+    return torch.cat(drawn)
+
+
+def _loss(
+    model: AutoencoderTiny, latent: Tensor, image: Tensor, embedding: Embedding | None
+) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoded = model.decode(latent / SCALE).sample.float()
+    loss = F.l1_loss(decoded, image)
+    for axis in (2, 3):  # differences between neighbours: edges stay sharp
+        loss = loss + F.l1_loss(decoded.diff(dim=axis), image.diff(dim=axis))
+    if embedding is not None:
+        # The same face must stay the same face: L1 alone blurs eyes and mouths away.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mine = embedding(decoded[:FACES], np.array(TEMPLATE))
+            with torch.no_grad():
+                true = embedding(image[:FACES], np.array(TEMPLATE))
+        loss = loss + WEIGHT * (mine.float() - true.float()).square().sum(1).mean()
+    return loss
