@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hdbcli.config import PLACEHOLDER
-from hdbcli.device import choose_device
+from hdbcli.device import choose_device, give_back_memory
 from hdbcli.errors import HdbError
 from hdbcli.faces import embed_aligned
 from hdbcli.hyperfile import load_hypernetwork
@@ -81,6 +81,8 @@ class Base:
 
 def load_base(spec: BaseSpec, device: str, plan: MemoryPlan = NORMAL) -> Base:
     """Load a base model as a plan holds it and put LiDB layers on its targets."""
+    if plan.quantised:
+        give_back_memory()
     backbone = spec.load(device, plan.dtype)
     if plan.frugal and isinstance(backbone, Frugal):
         backbone.save_memory(plan.recompute)

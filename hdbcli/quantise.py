@@ -7,15 +7,12 @@ lies before them, not into them.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
-from contextlib import suppress
 
 import torch
 from torch import nn
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-LARGE = 12_000_000  # bytes: what is larger goes back as soon as it is freed
+from hdbcli.device import give_back_memory
 
 
 def quantise(modules: Iterable[nn.Module], kind: str) -> str | None:
@@ -37,7 +34,7 @@ def quantise(modules: Iterable[nn.Module], kind: str) -> str | None:
             parent, _, name = path.rpartition(".")
             whole = module.get_submodule(parent)
             setattr(whole, name, quantised(getattr(whole, name), kind))
-    _give_back()
+            give_back_memory()
     return None
 
 
@@ -66,15 +63,6 @@ def quantised(linear: nn.Linear, kind: str) -> nn.Linear:
         layer.weight = four.to(weight.device)
     layer.bias = linear.bias
     return layer.requires_grad_(False).train()
-
-
-def _give_back() -> None:
-    """Return what is let go of to the system, now and later, where glibc would keep it: every
-    layer expands its weight for a moment. A fifth of the speed is the price."""
-    with suppress(OSError, AttributeError):
-        glibc = ctypes.CDLL(None)
-        glibc.mallopt(M_MMAP_THRESHOLD, LARGE)
-        glibc.malloc_trim(0)
 
 
 def _probe(kind: str, device: torch.device) -> None:

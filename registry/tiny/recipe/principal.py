@@ -139,8 +139,15 @@ def write_decoder(model: AutoencoderTiny, parts: Components) -> None:
     _pick(levels[3][0], copies, torch.zeros(12), [12, 13], None, slice(14, 17), PIXEL_ROOM)
     _blank(afters[3])
     _connect(afters[3], range(3), range(14, 17))
-    for spare in (*levels[1][2:], *levels[2][1:], *levels[3][1:]):
-        _blank(spare.conv[4])
+    for block in spare_blocks(model):
+        _blank(block.conv[4])
+
+
+def spare_blocks(model: AutoencoderTiny) -> list[AutoencoderTinyBlock]:
+    """Return the decoder's blocks that the inverse does not need, and which add nothing to it: what
+    training may use and not break."""
+    _, levels, _ = _parts(model.decoder.layers)
+    return [*levels[1][2:], *levels[2][1:], *levels[3][1:]]
 
 
 def _grow(block: AutoencoderTinyBlock, board: list[int]) -> list[int]:
