@@ -100,7 +100,8 @@ def _methods() -> list[Row]:
     mine, steps = alone["hdb"], RefineConfig.steps
     whole = mine.startup + mine.seconds(steps)
     for name, promised in (
-        ("DreamBooth, AdamW8bit", 25),
+        ("DreamBooth, AdamW", 25),
+        ("DreamBooth, AdamW8bit", None),
         ("Textual Inversion", 100),
         ("LoRA DreamBooth", None),
     ):
