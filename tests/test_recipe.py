@@ -103,6 +103,8 @@ def test_every_step_from_renders_to_weights(
     assert step("--build", build, "base", "--steps", "3") == 0  # goes on after the second step
     steps = re.findall(r"step (\d)/(\d)", capsys.readouterr().out)
     assert steps == [("2", "2"), ("3", "3")]
+    assert step("--build", build, "autoencoder") == 1
+    assert "delete it to begin again" in capsys.readouterr().err
     before = load_file(build / "vae/diffusion_pytorch_model.safetensors")
     judge = ("--perceptual", "hdbcli.faces:embed_aligned")
     assert step("--build", build, "decoder", "--steps", "2", *judge) == 0

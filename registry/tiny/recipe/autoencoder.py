@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
+from registry.errors import RegistryError
 from registry.tiny.recipe.pictures import read_pictures, sheet, to_pixels, to_unit
 from registry.tiny.recipe.principal import WIDTH, components, write_decoder, write_encoder
 
@@ -41,6 +42,11 @@ def new_autoencoder(pictures: Tensor) -> AutoencoderTiny:
 
 def write_autoencoder(build: Path, seed: int) -> None:
     """Find the components of the rendered pictures; save the network and a sheet."""
+    if (build / "pipeline").exists():  # other pictures have other components
+        raise RegistryError(
+            f"the base model in {build / 'pipeline'} knows the latents of the autoencoder before; "
+            "delete it to begin again"
+        )
     pictures = read_pictures(build / "people").pixels
     torch.manual_seed(seed)
     model = new_autoencoder(pictures[:: max(1, len(pictures) // 8192)]).eval()

@@ -43,7 +43,8 @@ def train_decoder(build: Path, plan: Plan, embedding: Embedding | None) -> Itera
     if not folder.exists():
         raise RegistryError(f"no pipeline in {folder}; run the base step first")
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    model = AutoencoderTiny.from_pretrained(build / "vae").to(memory_format=torch.channels_last)
+    # The one whose latents the base model knows.
+    model = AutoencoderTiny.from_pretrained(folder / "vae").to(memory_format=torch.channels_last)
     pictures = read_pictures(build / "people").some(PICTURES, plan.seed)
     drawn = _draw_again(pipeline, model, pictures, plan.seed)
 
