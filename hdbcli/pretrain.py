@@ -40,7 +40,7 @@ from hdbcli.objective import (
 )
 from hdbcli.people import People
 from hdbcli.refine import draw_times
-from registry.training import Plan, Step, closing, fit, short_attention
+from registry.training import Plan, Step, averages_of, closing, fit, settle, short_attention
 
 AVERAGE = 0.998
 SHARE = 4  # one in so many people is drawn from noise, where likeness is a loss
@@ -91,7 +91,7 @@ def pretrain(
     traits = recognise(base, people, tell, all_crops=bool(config.likeness))
     material = _Material(people, images, traits, latents, known)
     parameters = dict(model.named_parameters())
-    averages = {name: p.detach().clone() for name, p in parameters.items()}
+    averages = averages_of(parameters)
     optimizer, used = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
     plan = _plan(config, _described(base, model, config, used))
     on = ExitStack()
@@ -118,9 +118,7 @@ def pretrain(
             config.look,
             watch,
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(averages[name])
+    settle(parameters, averages)
     model.eval()
 
 

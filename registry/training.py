@@ -101,6 +101,18 @@ def fit(
         yield Step(number + 1, plan.steps, value.item(), left)
 
 
+def averages_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Start the moving averages that `fit` keeps: a copy of every parameter."""
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@torch.no_grad()
+def settle(parameters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
+    """Put the averages in the place of the parameters, at the end."""
+    for name, parameter in parameters.items():
+        parameter.copy_(averages[name])
+
+
 def closing(steps: Iterator[Step], on: ExitStack) -> Iterator[Step]:
     """Close after every step what its loss left open for the backward pass, which with gradient
     checkpointing runs parts of the model again."""

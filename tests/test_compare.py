@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,7 +142,8 @@ def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out/curves.png").size[0] == 800
     assert json.loads((tmp_path / "out/compare.json").read_text()) == document
     assert document["through"]["auc"] > 0 and document["other_photo"]["top1"] == 1.0
-    assert 1e7 < document["checkpoint"] < 1e8 and document["command"].startswith("hdb")
+    assert 1e7 < document["checkpoint"] < 1e8
+    assert document["command"] == shlex.join(["hdb", *sys.argv[1:]])
     page = (tmp_path / "out/compare.md").read_text()
     assert f"| lora | 1 | 2 | {lora['seconds']:.1f} s |" in page and "(sheet.png)" in page
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out/records").iterdir()}

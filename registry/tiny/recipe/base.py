@@ -15,7 +15,7 @@ from registry.tiny.recipe.autoencoder import CHANNELS, decode, encode
 from registry.tiny.recipe.pictures import STYLES, Pictures, read_pictures, sheet
 from registry.tiny.recipe.styles import CAPTIONS
 from registry.tiny.recipe.vocabulary import LENGTH, write_tokenizer
-from registry.training import Plan, Step, fit, short_attention
+from registry.training import Plan, Step, averages_of, fit, settle, short_attention
 
 IDENTIFIER = "sks"
 WIDTH = 128  # of the text encoder
@@ -102,14 +102,12 @@ def train_base(build: Path, plan: Plan, compiled: bool) -> Iterator[Step]:
 
     parameters = {f"unet.{k}": p for k, p in unet.named_parameters()}
     parameters |= {f"text_encoder.{k}": p for k, p in text_encoder.named_parameters()}
-    averages = {k: p.detach().clone() for k, p in parameters.items()}
+    averages = averages_of(parameters)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=plan.lr, weight_decay=0.01, betas=(0.9, 0.99)
     )
     yield from fit(parameters, loss, optimizer, plan, averages, build / "base.safetensors")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(averages[name])
+    settle(parameters, averages)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder.eval(),

@@ -14,7 +14,7 @@ from torch import Tensor
 from registry.tiny.clip import SIZE, InDomainClip
 from registry.tiny.recipe.pictures import read_pictures, to_unit
 from registry.tiny.recipe.styles import CAPTIONS
-from registry.training import Plan, Step, fit
+from registry.training import Plan, Step, averages_of, fit
 
 BATCH = 128
 TEXTS = [caption.replace("[V] ", "") for caption in CAPTIONS.values()]
@@ -32,7 +32,7 @@ def train_clip(build: Path, plan: Plan) -> Iterator[Step]:
         return F.cross_entropy(model(images, TEXTS), pictures.styles[pick])
 
     parameters = dict(model.named_parameters())
-    averages = {name: p.detach().clone() for name, p in parameters.items()}
+    averages = averages_of(parameters)
     optimizer = torch.optim.AdamW(parameters.values(), lr=plan.lr, weight_decay=0.05)
     yield from fit(
         parameters, loss, optimizer, plan, averages, build / "clip-checkpoint.safetensors"

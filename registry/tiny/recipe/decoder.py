@@ -24,7 +24,7 @@ from registry.tiny.recipe.base import IDENTIFIER
 from registry.tiny.recipe.pictures import STYLES, Pictures, read_pictures, to_unit
 from registry.tiny.recipe.principal import spare_blocks
 from registry.tiny.recipe.styles import CAPTIONS
-from registry.training import Plan, Step, fit
+from registry.training import Plan, Step, averages_of, fit, settle
 
 PICTURES = 12_000  # drawn again
 DEEPEST = 0.3  # at most so much of the way to noise: beyond it another person comes back
@@ -57,14 +57,12 @@ def train_decoder(build: Path, plan: Plan, embedding: Embedding | None) -> Itera
         for k, block in enumerate(spare_blocks(model))
         for name, parameter in block.named_parameters()
     }
-    averages = {name: p.detach().clone() for name, p in parameters.items()}
+    averages = averages_of(parameters)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=plan.lr, weight_decay=0, betas=(0.9, 0.99)
     )
     yield from fit(parameters, loss, optimizer, plan, averages, build / "decoder.safetensors")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(averages[name])
+    settle(parameters, averages)
     model.eval().save_pretrained(build / "vae")
     show(model, build)
 
