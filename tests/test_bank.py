@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import hdb
 
 from hdbcli.bank import build_bank, read_bank
 from hdbcli.base import Base
-from hdbcli.cli import app
 from hdbcli.config import BankConfig
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta, inner
@@ -92,7 +91,7 @@ def test_the_weight_loss_ignores_the_gauge() -> None:
 
 def test_train_with_a_bank(folder: Path, tmp_path: Path) -> None:
     def run(*words: object) -> tuple[int, str]:
-        result = CliRunner().invoke(app, [str(word) for word in words])
+        result = hdb(*words)
         return result.exit_code, result.stderr
 
     bank, out = tmp_path / "bank", tmp_path / "h.safetensors"

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from commands import hdb
 
 from hdbcli.basis import Fingerprint
 from hdbcli.budget import dtype_within, file_bytes, rank_within
-from hdbcli.cli import app
 from hdbcli.identity import Identity, save
 from registry import store
 from registry.families import FAMILIES
@@ -58,10 +57,6 @@ def test_three_choices_fit_each_family(name: str, tmp_path: Path) -> None:
 def test_small_budgets_lower_the_rank() -> None:
     assert rank_within(120_000, 71, 64, 32) == 4 and dtype_within(120_000, 71, 64, 32, 4) == "fp16"
     assert rank_within(20_000, 71, 64, 32) == 2 and rank_within(1, 71, 64, 32) == 1
-
-
-def hdb(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def ok(*words: object) -> tuple[Any, str]:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from commands import hdb
 
 from hdbcli import doctor
-from hdbcli.cli import app
 from hdbcli.doctor import BROKEN, OK, WARNING, Check
 from registry import store
 from registry.added import mark
@@ -23,10 +22,6 @@ from registry.tiny import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
 Fake = Callable[[str, str], None]
-
-
-def hdb(*words: str) -> Result:
-    return CliRunner().invoke(app, list(words))
 
 
 def named(checks: Any) -> dict[str, Check]:

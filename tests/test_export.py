@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import ok, refused
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from hdbcli.base import Base
-from hdbcli.cli import app
 from hdbcli.create import describe
 from hdbcli.export import export_tensors
 from hdbcli.identity import save
@@ -35,12 +34,6 @@ def alice(tiny: Base, theta: Theta, hdb_home: Path) -> Path:
     path = store.path_of("alice")
     save(describe(tiny, theta, ""), path, "fp32")
     return path
-
-
-def hdb(*words: object) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_both_forms_hold_dw(tiny: Base, theta: Theta) -> None:
@@ -64,7 +57,7 @@ def test_diffusers_draws_the_same_with_it(
     form: str, tiny: Base, theta: Theta, alice: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "alice.safetensors"
-    said = hdb("export", "alice", "--format", form, "-o", out, "--dtype", "fp32")
+    said = ok("export", "alice", "--format", form, "-o", out, "--dtype", "fp32").stdout
     assert str(out) in said and f"rank {theta.rank}, {form}" in said
     with safe_open(out, "pt") as file:
         words = file.metadata()
@@ -97,7 +90,7 @@ def test_diffusers_draws_the_same_with_it(
 
 def test_what_cannot_be_exported_is_told(alice: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.safetensors"
-    hdb("export", "alice", "-o", out)
+    ok("export", "alice", "-o", out)
     assert {t.dtype for t in load_file(out).values()} == {torch.float16}
     for words, says in (
         (("alice", "-o", out), "exists already"),
@@ -105,6 +98,5 @@ def test_what_cannot_be_exported_is_told(alice: Path, tmp_path: Path) -> None:
         (("alice", "-o", tmp_path / "y", "--dtype", "int8"), "unknown dtype 'int8'"),
         (("alise", "-o", tmp_path / "y"), "alice"),
     ):
-        result = CliRunner().invoke(app, ["export", *map(str, words)])
-        assert result.exit_code == 1 and says in result.stderr
+        refused("export", *words, says=says)
     assert not (tmp_path / "y").exists()

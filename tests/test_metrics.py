@@ -3,17 +3,15 @@ apart."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import hdb, ok, told
 
 from hdbcli import metrics
 from hdbcli.base import Base
-from hdbcli.cli import app
 from hdbcli.contest import text_metrics
 from hdbcli.photo import crop_face
 from hdbcli.sample import generate
@@ -145,16 +143,13 @@ def test_words_follow_the_numbers() -> None:
 
 
 def test_score_of_an_identity(hdb_home: Path, astronaut: Path) -> None:
-    words = ["new", str(astronaut), "alice", "--yes", "--no-refine"]
-    assert CliRunner().invoke(app, words).exit_code == 0
-    result = CliRunner().invoke(app, ["score", "alice", "--photo", str(astronaut), "--json"])
-    assert result.exit_code == 0, result.stderr
-    values = json.loads(result.stdout)
+    ok("new", astronaut, "alice", "--yes", "--no-refine")
+    values = told("score", "alice", "--photo", astronaut)
     like = values["likeness"]
     assert 0 <= like["floor"] < like["ceiling"] < 1 and 0 < like["portraits"] < like["ceiling"]
     style = values["styles"]["in-domain-clip"]
     assert 0 <= style["named"] <= 1 and style["base_named"] > 0.6 and values["drift"] > 0
-    said = CliRunner().invoke(app, ["score", "alice"])
-    assert said.exit_code == 0 and "drift" in said.stdout and "likeness" not in said.stdout
-    wrong = CliRunner().invoke(app, ["score", "nobody"])
+    said = ok("score", "alice").stdout
+    assert "drift" in said and "likeness" not in said
+    wrong = hdb("score", "nobody")
     assert wrong.exit_code == 1 and "nobody" in wrong.stderr

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import hdb
 from PIL import Image
-from typer.testing import CliRunner
 
 from hdbcli.base import Base, load_predictor, theta_for
-from hdbcli.cli import app
 from hdbcli.config import RefineConfig
 from hdbcli.create import describe
 from hdbcli.errors import HdbError
@@ -113,15 +112,15 @@ def test_times_lie_late_and_one_in_each_part() -> None:
 def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
     out = tmp_path / "h.safetensors"
     words = ["train", "hypernetwork", people, "--out", out, "--steps", 3, "--batch", 4]
-    result = CliRunner().invoke(app, [str(w) for w in words])
+    result = hdb(*words)
     assert result.exit_code == 0, result.stderr
     assert "step 3/3" in result.stderr and result.stdout.strip() == str(out)
     first = out.read_bytes()
     out.unlink()
-    assert CliRunner().invoke(app, [str(w) for w in words]).exit_code == 0  # from its checkpoint
+    assert hdb(*words).exit_code == 0  # from its checkpoint
     assert len(out.read_bytes()) == len(first)
     words = ["train", "evaluate", people, "--hypernetwork", out, "--refined", 2, "--json"]
-    result = CliRunner().invoke(app, [str(w) for w in words])
+    result = hdb(*words)
     assert result.exit_code == 0, result.stderr
     values = json.loads(result.stdout)
     assert values["people"] == 8
@@ -131,7 +130,7 @@ def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
         values["base"] - values["own"], abs=1e-5
     )
     words = ["train", "evaluate", people / "900000", "--hypernetwork", out]
-    result = CliRunner().invoke(app, [str(w) for w in words])
+    result = hdb(*words)
     assert result.exit_code == 1 and "two people" in result.stderr
 
 
@@ -142,7 +141,7 @@ def test_a_run_is_watched_on_people_held_out(tmp_path: Path) -> None:
     words = ["train", "hypernetwork", tmp_path / "people", "--out", out, "--batch", 4]
     words += ["--look", 2, "--save-seconds", 0]
     for steps, looks in ((3, [2, 3]), (5, [2, 3, 4, 5])):  # the second goes on from the first
-        result = CliRunner().invoke(app, [str(w) for w in [*words, "--steps", steps]])
+        result = hdb(*words, "--steps", steps)
         assert result.exit_code == 0, result.stderr
         assert [look.step for look in read_looks(tmp_path / "h-run.jsonl")] == looks
         assert Image.open(tmp_path / "h-run.png").size[0] == 800

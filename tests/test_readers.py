@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import hdb as run
 from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
@@ -18,9 +19,8 @@ from diffusers import (
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
-from typer.testing import CliRunner
 
-from hdbcli import cli, export
+from hdbcli import export
 from hdbcli.base import Base
 from hdbcli.create import describe
 from hdbcli.diffusers_reader import load_for_real
@@ -223,7 +223,7 @@ def test_names_that_collide_are_refused(small: Base) -> None:
 
 
 def hdb(*words: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    result = run(*words)
     return result.exit_code, result.stdout, result.stderr
 
 
