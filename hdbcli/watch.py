@@ -69,7 +69,7 @@ class Watch:
         lines = "".join(json.dumps(asdict(each)) + "\n" for each in looks)
         with write_beside(self.log) as beside:
             beside.write_text(lines)
-        settings = SampleSettings(guidance=2.5)
+        settings = SampleSettings()
         shown = theta[:SHOWN]
         drawn = generate(self.base, shown, PORTRAIT, list(range(len(shown))), settings, self.tell)
         with write_beside(self.picture) as beside:
