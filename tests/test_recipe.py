@@ -13,11 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from registry.errors import RegistryError
 from registry.tiny.clip import load_clip
 from registry.tiny.recipe.__main__ import main
 from registry.tiny.recipe.assets import MATERIALS, MESHES, Assets, fetch_assets, read_image
-from registry.tiny.recipe.blend import blend
 from registry.tiny.recipe.people import HELD_OUT_SEED, render_people
 from registry.tiny.recipe.person import sample_person
 from registry.tiny.recipe.pictures import read_pictures
@@ -114,6 +112,8 @@ def test_every_step_from_renders_to_weights(
     assert step("--build", build, "clip", "--steps", "2") == 0
     assert step("--build", build, "publish", "--weights", weights) == 0
     assert "pixar" in load_clip(weights / "clip.safetensors").words
+    configs = [(folder / "vae/config.json").read_text() for folder in (build, weights)]
+    assert ["_name_or_path" in config for config in configs] == [True, False]
     pipeline = StableDiffusionPipeline.from_pretrained(weights)
     assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
     assert {p.name for p in (build / "sheets").iterdir()} == {"autoencoder.png", "base.png"}
@@ -126,15 +126,17 @@ def test_every_step_from_renders_to_weights(
     assert read_image(out, cv2.IMREAD_COLOR).shape == (2 * 64, 2 * 3 * 64, 3)
 
 
-def test_blend_lies_between_and_refuses_strangers(tmp_path: Path) -> None:
+def test_blend_lies_between_and_refuses_strangers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before, after, other = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "c"))
     save_file({"w": torch.zeros(4).half()}, before, metadata={"which": "first"})
     save_file({"w": torch.ones(4).half()}, after, metadata={"which": "second"})
     save_file({"w": torch.ones(5).half()}, other, metadata={"which": "third"})
-    blend(before, after, 0.25, tmp_path / "out.safetensors")
+    assert step("blend", before, after, "--share", 0.25, "--out", tmp_path / "out.safetensors") == 0
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         assert file.metadata() == {"which": "second"}
         assert torch.equal(file.get_tensor("w"), torch.full((4,), 0.25).half())
-    with pytest.raises(RegistryError, match="not two states of one network"):
-        blend(before, other, 0.5, tmp_path / "no.safetensors")
+    assert step("blend", before, other, "--out", tmp_path / "no.safetensors") == 1
+    assert "not two states of one network" in capsys.readouterr().err
     assert not (tmp_path / "no.safetensors").exists()

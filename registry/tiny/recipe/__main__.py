@@ -36,7 +36,8 @@ def photos(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.people import HELD_OUT_SEED, render_photos
 
     assets = fetch_assets(options.build / "assets")
-    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + options.people)
+    first = HELD_OUT_SEED + options.skip
+    seeds = range(first, first + options.people)
     for done, seconds in render_photos(assets, options.out, seeds, options.size):
         if done % 20 == 0 or done == len(seeds):
             yield _progress(done, len(seeds), "people", seconds)
@@ -131,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     step = steps.add_parser("photos", help="render photos of held-out people, to test hdb with")
     step.set_defaults(run=photos)
     step.add_argument("--people", type=int, default=100)
+    step.add_argument("--skip", type=int, default=0, help="of them, for people beside the first")
     step.add_argument("--size", type=int, default=256)
     step.add_argument("--out", type=Path, default=Path("tests/data/heldout"))
     step = steps.add_parser("autoencoder", help="write down pictures to latents and back")
@@ -144,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--compile", action="store_true", help="a third faster; needs a C++ compiler")
     step = steps.add_parser("decoder", help="train the decoder to hide a drawing's errors")
     step.set_defaults(run=decoder)
-    step.add_argument("--steps", type=int, default=8000)
+    step.add_argument("--steps", type=int, default=6000)
     step.add_argument("--lr", type=float, default=5e-4)
     step.add_argument("--seed", type=int, default=0)
     step.add_argument("--perceptual", help="module:function of a differentiable face embedding")

@@ -3,6 +3,7 @@ know."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,10 @@ def publish(build: Path, weights: Path) -> int:
         tensors = {_canonical(file, k): v for k, v in load_file(file).items()}
         half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
         save_file(half, file, metadata={"format": "pt"})
+    for file in beside.rglob("config.json"):
+        facts = json.loads(file.read_text())
+        facts.pop("_name_or_path", None)  # where it was built, which says nothing elsewhere
+        file.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
     for file in (build / "hypernetwork.safetensors", build / "clip.safetensors"):
         if file.exists():
             shutil.copy2(file, beside)
