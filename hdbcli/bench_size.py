@@ -74,8 +74,8 @@ def _methods() -> list[Row]:
         "hdb, nf4 weights": (CONTENDERS["hyperdreambooth"], "nf4"),
         "LoRA DreamBooth": (CONTENDERS["lora"], "recompute"),
         "Textual Inversion": (CONTENDERS["inversion"], "recompute"),
-        "DreamBooth, AdamW8bit": (dreambooth, "recompute"),
-        "DreamBooth, AdamW": (replace(dreambooth, optimizer="adamw"), "recompute"),
+        "DreamBooth, AdamW8bit": (replace(dreambooth, optimizer="adamw8bit"), "recompute"),
+        "DreamBooth, AdamW": (dreambooth, "recompute"),
     }
     alone = {
         name: time_alone(

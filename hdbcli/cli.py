@@ -62,6 +62,11 @@ if TYPE_CHECKING:
     from registry.spec import BaseSpec
 
 
+Likeness = Annotated[
+    float | None,
+    typer.Option(min=0, help="Weight of the likeness of portraits it draws; default: the base's."),
+]
+
 app = new_app("One photo of a face in, that person in any style out.", cls=Boundary)
 
 
@@ -99,6 +104,7 @@ def new(
     face: FaceNumber = None,
     no_refine: Annotated[bool, typer.Option("--no-refine", help="Keep the prediction.")] = False,
     optimizer: Optimizer = RefineConfig.optimizer,
+    likeness: Likeness = None,
     force: Force = False,
     device: Device = None,
     memory: Memory = "auto",
@@ -113,9 +119,11 @@ def new(
         raise HdbError("--no-refine keeps the rank of the prediction; drop it or --rank")
     from hdbcli.create import settle
 
-    wanted = partial(settle, steps=steps, rank=rank, seed=seed, optimizer=optimizer)
+    wanted = partial(
+        settle, steps=steps, rank=rank, seed=seed, optimizer=optimizer, likeness=likeness
+    )
     spec, photos = spec_of(base), [photo, *(more or [])]
-    created = _make(spec, device, memory, photos, face, None if no_refine else wanted)
+    created = _make(spec, device, memory, photos, face, likeness, None if no_refine else wanted)
     _store(created, name, path, spec.budget, as_json)
 
 
@@ -130,6 +138,7 @@ def refine(
     seed: Seed = RefineConfig.seed,
     face: FaceNumber = None,
     optimizer: Optimizer = RefineConfig.optimizer,
+    likeness: Likeness = None,
     device: Device = None,
     memory: Memory = "auto",
     as_json: Json = False,
@@ -139,10 +148,11 @@ def refine(
 
     path = store.resolve(store.check_name(name))
     identity = load(path)
-    config = RefineConfig(steps, rank or identity.rank, seed=seed, optimizer=optimizer)
+    rank = rank or identity.rank
+    config = RefineConfig(steps, rank, seed=seed, optimizer=optimizer, likeness=likeness)
     photos = [photo, *(more or [])]
     spec = spec_of(base or identity.base)
-    created = _make(spec, device, memory, photos, face, lambda _: config, identity)
+    created = _make(spec, device, memory, photos, face, likeness, lambda _: config, identity)
     _store(created, path.stem, path, spec.budget, as_json)
 
 
@@ -259,6 +269,7 @@ def _make(
     memory: str,
     photos: list[Path],
     face: int | None,
+    likeness: float | None,
     config: Callable[[Base], RefineConfig] | None,
     identity: Any = None,
 ) -> Created:
@@ -267,8 +278,6 @@ def _make(
     `config` may depend on the base; None keeps the prediction.
     """
     from hdbcli import create
-    from hdbcli.memory import Work
-    from hdbcli.sample import work_of
 
     start = time.perf_counter()
     with render.progress() as tell:
@@ -290,8 +299,7 @@ def _make(
                 )
             return create.create(crops, loaded, settled, tell)
 
-    portraits = work_of(len(create.LIKENESS_SEEDS), spec.resolution)
-    work = Work(spec.batch, spec.resolution, trains=config is not None, then=portraits)
+    work = create.work_of(spec, config is not None, likeness)
     created = within_memory(spec, device, memory, work, make)
     total = time.perf_counter() - start
     return replace(created, seconds={"crop": cropped, **created.seconds, "total": total})

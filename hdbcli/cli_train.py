@@ -119,11 +119,10 @@ def train_hypernetwork(
     On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
     processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
-    from hdbcli.likeness_loss import STEPS
+    from hdbcli.likeness_loss import SHARE, STEPS
     from hdbcli.memory import Work
     from hdbcli.objective import DRAWS
     from hdbcli.people import read_people
-    from hdbcli.pretrain import SHARE
 
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
     goals = (steps, lr, batch, beta, prior, likeness)

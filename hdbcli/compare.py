@@ -26,7 +26,7 @@ from hdbcli.errors import HdbError
 from hdbcli.faces import embed
 from hdbcli.hypernet import HyperNetwork
 from hdbcli.people import People
-from hdbcli.refine import Trial, train
+from hdbcli.refine import Trial, train, weight_of
 from hdbcli.sample import Picture, generate
 from registry.metric import Metric
 from registry.spec import SampleSettings
@@ -86,7 +86,8 @@ def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
     key = arena.predicted_key if contender.predicted else arena.key
     for start in range(0, people, contender.at_once):
         persons = range(start, min(start + contender.at_once, people))
-        settings = f"{contender.name}-{contender.steps}-{contender.lr:g}"
+        weight = weight_of(arena.base.spec, contender.likeness)
+        settings = f"{contender.name}-{contender.steps}-{contender.lr:g}-{weight:g}"
         stem = f"{settings}-{key}-{start:04d}-{len(persons)}"
         groups.append(_group(arena, contender, persons, folder / f"{stem}.safetensors"))
     return _joined(groups)

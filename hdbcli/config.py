@@ -27,6 +27,7 @@ METHODS = (  # of `hdb compare`: HyperDreamBooth, its ablations, and the methods
     "hypernetwork-only",
     "one-pass",
     "no-relaxation",
+    "no-likeness",
     "free-relaxation",
     "lora",
     "dreambooth",
@@ -42,15 +43,16 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """How to refine. `batch` noises and timesteps are drawn a step, over all the crops; None: as
-    many as the base's spec says."""
+    """How to refine. `batch` noises and timesteps are drawn a step, over all the crops, and
+    `likeness` weighs the distance of drawn portraits; None: as the base's spec says."""
 
     steps: int = 40
     rank: int = 4
-    lr: float = 2e-4
+    lr: float = 5e-4
     batch: int | None = None
     seed: int = 0
     optimizer: str = "adamw8bit"
+    likeness: float | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from hdbcli.errors import HdbError
 from hdbcli.hypernet import Faces, HyperNetwork
 from hdbcli.lidb import Theta, first_theta
 from hdbcli.methods import class_latents, dreambooth_trial, inversion_trial, lora_trial
-from hdbcli.refine import Trial, lidb_trial
+from hdbcli.refine import Trial, lidb_trial, with_likeness
 from hdbcli.relax import relax
 
 
@@ -37,6 +38,7 @@ class Contender:
     iterations: int | None = None  # of the hypernetwork's decoder; None is all of them
     class_pictures: int = 32  # DreamBooth's prior, which the base draws
     optimizer: str = RefineConfig.optimizer
+    likeness: float | None = 0.0  # weight of what is drawn, None is the base's own
     people: int | None = None  # learns only the first so many
 
     @property
@@ -45,22 +47,40 @@ class Contender:
         return 1 if self.trains == "dreambooth" else 25
 
 
-_DEFAULT = RefineConfig()
-_HDB = ("lidb", _DEFAULT.steps, _DEFAULT.lr, _DEFAULT.rank)
+_FULL = Contender(
+    "hyperdreambooth",
+    "predict, relax, 40 iterations",
+    "lidb",
+    RefineConfig.steps,
+    RefineConfig.lr,
+    predicted=True,
+    likeness=None,
+)
+
+
+def _without(name: str, summary: str, **changes: Any) -> Contender:
+    return replace(_FULL, name=name, summary=summary, **changes)
+
+
+def _dreambooth(name: str, summary: str, steps: int, lr: float) -> Contender:
+    """Of all weights the 8-bit optimizer would be the slower one on a CPU."""
+    return Contender(name, summary, "dreambooth", steps, lr, optimizer="adamw")
+
 
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("hyperdreambooth", "predict, relax, 40 iterations", *_HDB, predicted=True),
-        Contender("no-hypernetwork", "theta_0, 40 iterations", *_HDB[:2], 5e-3, _DEFAULT.rank),
-        Contender("hypernetwork-only", "predict", "lidb", 0, 0.0, 1, predicted=True),
-        Contender("one-pass", "predict with k = 1", *_HDB, predicted=True, iterations=1),
-        Contender("no-relaxation", "predict, 40 iterations at rank 1", *_HDB[:3], 1, True),
-        Contender("free-relaxation", "relax outside the basis", "lora", *_HDB[1:], predicted=True),
+        _FULL,
+        _without("no-hypernetwork", "theta_0, 40 iterations", lr=5e-3, predicted=False),
+        _without("hypernetwork-only", "predict", steps=0, lr=0.0, rank=1),
+        _without("one-pass", "predict with k = 1", iterations=1),
+        _without("no-relaxation", "predict, 40 iterations at rank 1", rank=1),
+        _without("no-likeness", "40 iterations of the diffusion loss alone", likeness=0.0),
+        _without("free-relaxation", "relax outside the basis", trains="lora"),
         Contender("lora", "LoRA DreamBooth", "lora", 1200, 1e-3),
-        Contender("dreambooth", "all weights, prior preservation", "dreambooth", 1200, 5e-5),
-        Contender("dreambooth-400", "the same, aggressive", "dreambooth", 400, 1e-4),
-        Contender("dreambooth-40", "the same, very aggressive", "dreambooth", 40, 3e-4),
+        _dreambooth("dreambooth", "all weights, prior preservation", 1200, 5e-5),
+        _dreambooth("dreambooth-400", "the same, aggressive", 400, 1e-4),
+        _dreambooth("dreambooth-40", "the same, very aggressive", 40, 3e-4),
         Contender("inversion", "Textual Inversion", "inversion", 5000, 5e-3),
     )
 }
@@ -94,9 +114,11 @@ def entered(
         yield inversion_trial(base, len(faces))
     elif contender.trains == "lora":
         beneath = _start(contender, base, model, faces) if contender.predicted else None
-        yield lora_trial(base, len(faces), contender.rank, beneath)
+        trial = lora_trial(base, len(faces), contender.rank, beneath)
+        yield with_likeness(base, trial, faces, contender.likeness)
     else:
-        yield lidb_trial(base, relax(_start(contender, base, model, faces), contender.rank))
+        trial = lidb_trial(base, relax(_start(contender, base, model, faces), contender.rank))
+        yield with_likeness(base, trial, faces, contender.likeness)
 
 
 @torch.no_grad()

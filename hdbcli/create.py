@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hdbcli import sample
 from hdbcli.base import Base, load_predictor, theta_for
 from hdbcli.budget import rank_within
 from hdbcli.config import PORTRAIT, UNPREDICTED_LR, UNPREDICTED_STEPS, RefineConfig, Tell
@@ -21,10 +22,11 @@ from hdbcli.errors import HdbError
 from hdbcli.faces import embed
 from hdbcli.identity import Identity, home_of
 from hdbcli.lidb import Theta, first_theta
+from hdbcli.likeness_loss import drafts
+from hdbcli.memory import Work
 from hdbcli.photo import Crop, crop_face
-from hdbcli.refine import portrait_loss, refine
+from hdbcli.refine import portrait_loss, refine, weight_of
 from hdbcli.relax import relax
-from hdbcli.sample import generate
 from registry.spec import BaseSpec, SampleSettings
 
 LIKENESS_SEEDS = (1, 2, 3, 4)
@@ -51,8 +53,21 @@ def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: 
     return crops
 
 
+def work_of(spec: BaseSpec, refines: bool, likeness: float | None) -> Work:
+    """Say what making an identity asks of a base; no plan can part what is drawn for likeness."""
+    portraits = sample.work_of(len(LIKENESS_SEEDS), spec.resolution)
+    drawn = drafts(spec.batch) if refines and weight_of(spec, likeness) else 1
+    samples = max(spec.batch, drawn)
+    return Work(samples, spec.resolution, trains=refines, least=drawn, then=portraits)
+
+
 def settle(
-    base: Base, steps: int | None, rank: int | None, seed: int, optimizer: str
+    base: Base,
+    steps: int | None,
+    rank: int | None,
+    seed: int,
+    optimizer: str,
+    likeness: float | None = None,
 ) -> RefineConfig:
     """Fill in what the user left open: what suits a base with a hypernetwork or without, and its
     budget of bytes."""
@@ -63,6 +78,7 @@ def settle(
         lr=RefineConfig.lr if predicted else UNPREDICTED_LR,
         seed=seed,
         optimizer=optimizer,
+        likeness=likeness,
     )
 
 
@@ -109,7 +125,8 @@ def _refined(
     tell: Tell,
     seconds: dict[str, float],
 ) -> Created:
-    latents = [base.backbone.encode_images(base.images([crop.image for crop in crops]))]
+    faces = base.faces([crop.image for crop in crops])
+    latents = [base.backbone.encode_images(faces.crops)]
     base.free_autoencoder()
     warnings = tuple(w for crop in crops for w in crop.warnings)
     start = time.perf_counter()
@@ -119,7 +136,7 @@ def _refined(
         if config.rank != theta.rank:
             relaxed = f"relaxed from rank {theta.rank} to {config.rank}"
             identity = replace(identity, lineage=(*identity.lineage, relaxed))
-        result = refine(base, relax(theta, config.rank), latents, config, tell)
+        result = refine(base, relax(theta, config.rank), latents, config, tell, [faces])
         theta, loss_start, loss_end = result.theta, result.loss_start, result.loss_end
         identity = replace(
             identity, steps=identity.steps + config.steps, optimizer=result.optimizer
@@ -142,7 +159,7 @@ def likeness_of(base: Base, theta: Theta, crops: Sequence[Crop], tell: Tell) -> 
     reference, _ = embed([crop.image for crop in crops])
     scores = []
     for worn in (theta, None):
-        drawn = generate(base, worn, PORTRAIT, seeds, SampleSettings(), tell)
+        drawn = sample.generate(base, worn, PORTRAIT, seeds, SampleSettings(), tell)
         faces, _ = embed([picture.image for picture in drawn])
         far = torch.cdist(faces, reference).mean()
         scores.append(max(0.0, 1 - float(far)))

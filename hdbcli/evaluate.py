@@ -23,7 +23,6 @@ from hdbcli.sample import generate
 from registry.spec import SampleSettings
 
 PAIRS = 32  # (timestep, noise) pairs
-GUIDANCE = 2.5
 AT_ONCE = 25  # people refined side by side
 
 
@@ -55,7 +54,7 @@ class Evaluation:
 def evaluate(
     base: Base, model: HyperNetwork, people: People, refined: int, tell: Tell
 ) -> Evaluation:
-    """Predict everyone from their first photo and test on their second.
+    """Predict everyone from their first photo and test on their second, which nothing has read.
 
     `refined` people are also relaxed, refined with the defaults and drawn (0: none).
     """
@@ -69,8 +68,8 @@ def evaluate(
     own, another, none = (
         person_losses(base, worn, latents, tell) for worn in (theta, others, None)
     )
-    gallery, _ = embed(list(first))
-    returned = _through_autoencoder(base, latents)
+    gallery, _ = embed(list(second))
+    returned = _through_autoencoder(base, first, tell)
     more = None
     if refined:
         final = refine_all(base, theta[:refined], first[:refined], tell)
@@ -84,7 +83,7 @@ def evaluate(
         another_minus_own=_interval(another - own),
         portraits=_retrieval_of(base, theta, gallery, tell),
         refined=more,
-        other_photo=retrieval(embed(list(second))[0], gallery),
+        other_photo=retrieval(embed(list(first))[0], gallery),
         autoencoded=retrieval(embed(returned)[0], gallery),
     )
 
@@ -110,11 +109,13 @@ def _predict(model: HyperNetwork, faces: Faces) -> Theta:
 def refine_all(base: Base, theta: Theta, crops: np.ndarray, tell: Tell) -> Theta:
     """Relax and refine with the defaults, a few dozen people at once."""
     config = RefineConfig()
+    faces = [base.faces([crop]) for crop in crops]
     latents = [latent[None] for latent in encode_crops(base, crops, tell)[0].float()]
     downs, ups = [], []
     for i in range(0, len(latents), AT_ONCE):
         part = slice(i, i + AT_ONCE)
-        refined = refine(base, relax(theta[part], config.rank), latents[part], config, tell).theta
+        start = relax(theta[part], config.rank)
+        refined = refine(base, start, latents[part], config, tell, faces[part]).theta
         downs.append(refined.down)
         ups.append(refined.up)
     return Theta(torch.cat(downs), torch.cat(ups))
@@ -123,13 +124,13 @@ def refine_all(base: Base, theta: Theta, crops: np.ndarray, tell: Tell) -> Theta
 def _retrieval_of(base: Base, theta: Theta, gallery: Tensor, tell: Tell) -> Retrieval:
     """Draw one portrait of everybody and look each up among the true photos."""
     seeds = list(range(len(theta.down)))
-    settings = SampleSettings(guidance=GUIDANCE)
-    drawn = generate(base, theta, PORTRAIT, seeds, settings, tell)
+    drawn = generate(base, theta, PORTRAIT, seeds, SampleSettings(), tell)
     return retrieval(embed([picture.image for picture in drawn])[0], gallery)
 
 
 @torch.no_grad()
-def _through_autoencoder(base: Base, latents: Tensor) -> list[np.ndarray]:
+def _through_autoencoder(base: Base, crops: np.ndarray, tell: Tell) -> list[np.ndarray]:
+    latents = encode_crops(base, crops, tell)[0].float().to(base.device)
     return list(base.backbone.decode_latents(latents))
 
 

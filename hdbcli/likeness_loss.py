@@ -11,22 +11,33 @@ a distilled model (Guo et al. 2024, §3.3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hdbcli.base import Base
+from hdbcli.config import PORTRAIT
+from hdbcli.device import autocast
 from hdbcli.errors import HdbError
-from hdbcli.lidb import Theta
+from hdbcli.hypernet import Faces
+from hdbcli.lidb import Factors, Theta
 from registry.spec import Drafting, SampleSettings
+from registry.training import short_attention
 
 STEPS = 4
+SHARE = 4  # one in so many samples of a step is drawn from noise too: that costs eight passes
 GUIDANCE = SampleSettings.guidance  # as `hdb gen` will draw
 
 
 def likeness_loss(
-    base: Base, theta: Theta, prompts: Sequence[str], noise: Tensor, true: Tensor, traits: Tensor
+    base: Base,
+    theta: Theta | Factors,
+    prompts: Sequence[str],
+    noise: Tensor,
+    true: Tensor,
+    traits: Tensor,
 ) -> Tensor:
     """Return the squared distances (B,) of drawn faces from the true ones, of embeddings and of
     colours.
@@ -41,11 +52,51 @@ def likeness_loss(
     return far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
 
 
+def portrait_likeness(
+    base: Base, worn: Callable[[], Theta | Factors], faces: Sequence[Faces], weight: float
+) -> Callable[[torch.Generator, int], Tensor]:
+    """Return what adds to the loss of a step for P people, person p wearing row p: the weighted
+    distance of their portraits from the faces on their photos, in turn.
+
+    It is handed the step's generator and batch; everybody's portraits start from the same noise.
+    """
+    check_drafts(base)
+    shape = base.backbone.encode_images(faces[0].crops[:1]).shape[1:]
+
+    def loss(generator: torch.Generator, batch: int) -> Tensor:
+        count = max(1, batch // SHARE)
+        own = [(each, k % len(each.crops)) for k in range(count) for each in faces]
+        noise = torch.randn((count, *shape), generator=generator).repeat_interleave(len(faces), 0)
+        theta = worn()
+        with (
+            base.wearing(theta),
+            autocast(base.device),
+            short_attention(base.device, noise[0, 0].numel()),
+        ):
+            far = likeness_loss(
+                base,
+                theta,
+                [base.prompt(PORTRAIT)] * len(own),
+                noise.to(base.device),
+                torch.stack([each.crops[k] for each, k in own]),
+                torch.stack([each.traits[k] for each, k in own]),
+            )
+        return weight * far.sum() / count
+
+    return loss
+
+
+def drafts(batch: int) -> int:
+    """Return how many passes of one sample such a step keeps for its gradient: guidance doubles
+    them."""
+    return max(1, batch // SHARE) * 2 * STEPS
+
+
 def check_drafts(base: Base) -> Drafting:
     """Return the backbone that draws with gradients; HdbError if this base's does not."""
     if not isinstance(base.backbone, Drafting):
         raise HdbError(
-            f"base model {base.spec.name} cannot draw with gradients; train without --likeness"
+            f"base model {base.spec.name} cannot draw with gradients; leave --likeness out"
         )
     return base.backbone
 

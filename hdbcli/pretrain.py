@@ -28,7 +28,7 @@ from hdbcli.device import ALONE, Workers, autocast, make_optimizer
 from hdbcli.errors import HdbError
 from hdbcli.hypernet import TRAITS, Faces, HyperConfig, HyperNetwork
 from hdbcli.lidb import Theta
-from hdbcli.likeness_loss import check_drafts
+from hdbcli.likeness_loss import SHARE, check_drafts
 from hdbcli.objective import (
     DRAWS,
     Portraits,
@@ -43,7 +43,6 @@ from hdbcli.refine import draw_times
 from registry.training import Plan, Step, averages_of, closing, fit, settle, short_attention
 
 AVERAGE = 0.998
-SHARE = 4  # one in so many people is drawn from noise, where likeness is a loss
 
 # Whoever wants to look at the model now and then is told (step, training loss since, model).
 Watch = Callable[[int, float, HyperNetwork], object]

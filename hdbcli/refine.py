@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ from hdbcli.base import Base, Worn
 from hdbcli.config import PORTRAIT, RefineConfig, Tell
 from hdbcli.device import autocast, make_optimizer
 from hdbcli.errors import HdbError
-from hdbcli.lidb import Theta, pack, unpack
+from hdbcli.hypernet import Faces
+from hdbcli.lidb import Factors, Theta, pack, unpack
+from hdbcli.likeness_loss import portrait_likeness
+from registry.spec import BaseSpec
 from registry.training import Plan, Step, closing, fit, short_attention
 
 PAIRS = 8  # times a step's batch: (timestep, noise) pairs that the loss is reported on
@@ -37,7 +40,7 @@ class Trial:
     parameters: Mapping[str, Tensor]
     worn: Callable[[], Worn | None]
     numbers: int
-    prior: Callable[[torch.Generator, int], Tensor] | None = None  # a loss beside, of a batch
+    beside: Callable[[torch.Generator, int], Tensor] | None = None  # another loss, of a batch
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,18 @@ class Refined:
 
 
 def refine(
-    base: Base, theta: Theta, latents: Sequence[Tensor], config: RefineConfig, tell: Tell
+    base: Base,
+    theta: Theta,
+    latents: Sequence[Tensor],
+    config: RefineConfig,
+    tell: Tell,
+    faces: Sequence[Faces] | None = None,
 ) -> Refined:
-    """Train theta of P identities, person p on the latents (N_p, c, h, w) of their crops."""
+    """Train theta of P identities, person p on the latents (N_p, c, h, w) of their crops; with the
+    faces on them, for likeness too, as the config weighs it."""
     trial = lidb_trial(base, theta)
+    if faces is not None:
+        trial = with_likeness(base, trial, faces, config.likeness)
     _check(trial, latents)
     optimizer, label = optimizer_of(trial, config)
     start = portrait_loss(base, theta, latents)
@@ -82,6 +93,26 @@ def lidb_trial(base: Base, theta: Theta) -> Trial:
     return Trial(len(flat), {"theta": flat}, worn, flat.shape[1])
 
 
+def weight_of(spec: BaseSpec, likeness: float | None) -> float:
+    """Return what likeness weighs in refinement: what was asked for, or else the base's own."""
+    return spec.likeness if likeness is None else likeness
+
+
+def with_likeness(base: Base, trial: Trial, faces: Sequence[Faces], weight: float | None) -> Trial:
+    """Let a trial of thetas or plain factors learn from what it draws too; None weighs that as the
+    base's spec says, which may be 0: then the trial stays what it was."""
+    weight = weight_of(base.spec, weight)
+    if not weight:
+        return trial
+
+    def worn() -> Theta | Factors:
+        theta = trial.worn()
+        assert isinstance(theta, Theta | Factors)
+        return theta
+
+    return replace(trial, beside=portrait_likeness(base, worn, faces, weight))
+
+
 def train(
     base: Base,
     trial: Trial,
@@ -99,7 +130,7 @@ def train(
     def loss(generator: torch.Generator) -> Tensor:
         noise = torch.randn((batch, *latents[0].shape[1:]), generator=generator)
         t = draw_times(batch, generator)
-        prior = None if trial.prior is None else trial.prior(generator, batch)
+        beside = None if trial.beside is None else trial.beside(generator, batch)
         past = torch.zeros(())
         for first in range(0, batch, size):
             on.close()
@@ -113,7 +144,7 @@ def train(
                 value.backward()
                 past = past + value.detach().cpu()
         value = value + past.to(value.device)
-        return value if prior is None else value + prior
+        return value if beside is None else value + beside
 
     plan = Plan(config.steps, config.lr, warmup=3, decay=0.5, clip=None, seed=config.seed)
     yield from closing(fit(trial.parameters, loss, optimizer, plan), on)

@@ -131,6 +131,7 @@ class BaseSpec:
     check: Callable[[], None] = _unchanged  # raises RegistryError if those files have changed
     budget: int = 120_000  # bytes that an identity may have by default
     batch: int = 1  # samples a step of refinement: more where they are cheap
+    likeness: float = 0.0  # of drawn portraits, its weight in refinement: where drawing is cheap
 
     def __post_init__(self) -> None:
         """Raise RegistryError for a spec that could not work."""
@@ -146,6 +147,10 @@ class BaseSpec:
                 raise RegistryError(
                     f"base model {self.name}: {field} is {value!r}; an integer from {low} is needed"
                 )
+        if not isinstance(self.likeness, int | float) or not 0 <= self.likeness < math.inf:
+            raise RegistryError(
+                f"base model {self.name}: likeness is {self.likeness!r}; a weight from 0 is needed"
+            )
         if not callable(self.load):
             raise RegistryError(f"base model {self.name}: load must be callable")
         _check_targets(self.name, self.targets)

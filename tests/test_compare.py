@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import hdb, told
 from PIL import Image
-from typer.testing import CliRunner
 
 from hdbcli.alone import Alone
 from hdbcli.base import Base
-from hdbcli.cli import app
 from hdbcli.compare import Record, marks_of
 from hdbcli.config import CAPTIONS, MAIN_METHODS, METHODS, PROMPTS
 from hdbcli.contenders import CONTENDERS, choose
@@ -113,9 +112,7 @@ def test_methods_are_those_of_the_help() -> None:
 
 
 def run(*words: object) -> dict:
-    result = CliRunner().invoke(app, ["compare", *map(str, words), "--json"])
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
+    return told("compare", *words)
 
 
 def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
@@ -154,7 +151,7 @@ def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
     fewer = run(*words[:1], "--people", 1, *words[3:], "--methods", "hypernetwork-only")
     assert fewer["people"] == 1  # another arena: its records are its own
     (tmp_path / "truth/900001/pixar-0.png").unlink()
-    result = CliRunner().invoke(app, ["compare", *map(str, words), "--methods", "lora"])
+    result = hdb("compare", *words, "--methods", "lora")
     assert result.exit_code == 1 and "900001 has no true picture of" in result.stderr
 
 
@@ -163,6 +160,6 @@ def test_compare_says_what_is_wrong(tmp_path: Path) -> None:
         (["--methods", "magic"], "unknown method 'magic'"),
         ([], "does not exist"),
     ):
-        result = CliRunner().invoke(app, ["compare", str(tmp_path / "nobody"), *words])
+        result = hdb("compare", tmp_path / "nobody", *words)
         assert result.exit_code == 1 and says in result.stderr
     assert not list(tmp_path.iterdir())

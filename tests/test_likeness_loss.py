@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hdbcli.base import Base, load_predictor
-from hdbcli.config import PORTRAIT
+from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.errors import HdbError
 from hdbcli.faces import aligned_chips, chip, embed_aligned, load_embedding
+from hdbcli.hypernet import Faces
 from hdbcli.lidb import Theta, first_theta
 from hdbcli.likeness_loss import likeness_loss, mosaic
 from hdbcli.photo import crop_face
+from hdbcli.refine import refine
 from hdbcli.sample import generate
 from registry.diffusion import StableDiffusion
 from registry.spec import SampleSettings
@@ -169,12 +172,54 @@ def test_a_step_along_the_gradient_brings_the_person_nearer(
     assert moved[0] < before < moved[1]
 
 
+def test_refinement_learns_from_what_it_draws(
+    tiny: Base, crops: list[np.ndarray], predicted: Theta
+) -> None:
+    faces = [tiny.faces([crop]) for crop in crops]
+    latents = [tiny.backbone.encode_images(each.crops) for each in faces]
+    true = Faces(*(torch.cat(each) for each in zip(*faces, strict=True)))
+
+    def far(theta: Theta) -> Tensor:  # from the photo, in portraits of other noise
+        with torch.no_grad(), tiny.injected.wearing(None):
+            return likeness_loss(tiny, theta, PROMPTS[:1] * len(crops), noise(len(crops)), *true)
+
+    config = RefineConfig(steps=12, rank=1, lr=1e-3, batch=4, likeness=1.0)
+    with_it, without = (
+        far(refine(tiny, predicted, latents, each, lambda *_: None, faces).theta).mean()
+        for each in (config, replace(config, likeness=0.0))
+    )
+    assert with_it < far(predicted).mean() and with_it < without - 0.005
+
+
+def test_people_that_learn_likeness_side_by_side_are_each_as_if_alone(
+    tiny: Base, crops: list[np.ndarray], predicted: Theta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32: in bfloat16 Adam turns the last bit of a gradient near 0 into a whole step."""
+    monkeypatch.setattr("hdbcli.refine.autocast", lambda device: nullcontext())
+    monkeypatch.setattr("hdbcli.likeness_loss.autocast", lambda device: nullcontext())
+    faces = [tiny.faces(crops[:1]), tiny.faces(crops[1:3])]  # the second has two photos
+    latents = [tiny.backbone.encode_images(each.crops) for each in faces]
+    config = RefineConfig(steps=2, rank=1, batch=8, optimizer="adamw", likeness=1.0)
+
+    def refined(*people: int, likeness: float = 1.0) -> Tensor:
+        own = predicted[list(people)], [latents[p] for p in people]
+        settings = replace(config, likeness=likeness)
+        theirs = [faces[p] for p in people]
+        return refine(tiny, *own, settings, lambda *_: None, theirs).theta.up - own[0].up
+
+    together, without = refined(0, 1), refined(0, 1, likeness=0.0)
+    for p in range(2):
+        alone = refined(p)[0]
+        assert (together[p] - alone).abs().mean() < 0.02 * alone.abs().mean()
+        assert (without[p] - alone).abs().mean() > 0.1 * alone.abs().mean()
+
+
 def test_a_base_that_cannot_draft_says_so(tiny: Base, predicted: Theta) -> None:
     class Plain:
         pass
 
     other = replace(tiny, backbone=Plain())  # type: ignore[arg-type]
-    with pytest.raises(HdbError, match="train without --likeness"):
+    with pytest.raises(HdbError, match="leave --likeness out"):
         likeness_loss(
             other, predicted, PROMPTS, noise(2), torch.zeros(2, 3, 64, 64), torch.zeros(2, 128)
         )

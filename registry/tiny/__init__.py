@@ -49,7 +49,8 @@ def register(add: Callable[[BaseSpec], None]) -> None:
             hypernetwork=WEIGHTS / "hypernetwork.safetensors",
             load=load,
             files=WEIGHTS,
-            batch=8,
+            batch=2,
+            likeness=1.0,
         )
     )
 
