@@ -34,7 +34,7 @@ def learnt(base: Base, optimizer: str) -> tuple[list[float], torch.dtype]:
     chosen, name = make_optimizer(optimizer, trial.parameters.values(), 5e-3)
     assert name == optimizer
     losses = [float(portrait_loss(base, trial.worn(), latents))]
-    config = RefineConfig(steps=15, rank=1, lr=5e-3)
+    config = RefineConfig(steps=15, rank=1, lr=5e-3, batch=8)
     losses += [step.loss for step in train(base, trial, latents, config, chosen)]
     (held,) = moments(chosen, trial.parameters["theta"])
     return [*losses, float(portrait_loss(base, trial.worn(), latents))], held

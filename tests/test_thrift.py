@@ -56,7 +56,7 @@ def gradient(base: Base, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, int]:
         for layer in base.injected.layers.values()
     ]
     with exact_numbers(monkeypatch):
-        next(train(base, trial, latents_of(base), RefineConfig(steps=1), optimizer))
+        next(train(base, trial, latents_of(base), RefineConfig(steps=1, batch=8), optimizer))
     for hook in hooks:
         hook.remove()
     assert flat.grad is not None
