@@ -76,7 +76,9 @@ def train_bank(
     render.say(str(out))
 
 
-Prior = Annotated[float, typer.Option(min=0, max=1, help="Share of samples with an empty prompt.")]
+Prior = Annotated[
+    float, typer.Option(min=0, help="Weight of leaving alone what is drawn without [V].")
+]
 Likeness = Annotated[
     float, typer.Option(min=0, help="Weight of the likeness of portraits drawn while training.")
 ]

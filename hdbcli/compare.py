@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hdbcli.base import Base, Worn
-from hdbcli.config import CAPTIONS, PLACEHOLDER, PORTRAIT, PROMPTS, RefineConfig, Tell
+from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, RefineConfig, Tell, unnamed
 from hdbcli.contenders import Contender, entered
 from hdbcli.errors import HdbError
 from hdbcli.faces import embed
@@ -167,7 +167,7 @@ def _final(
     numbers: int,
 ) -> Record:
     drawn = [_draw(arena, worn, prompt, persons) for prompt in PROMPTS]
-    texts = [prompt.replace(f"{PLACEHOLDER} ", "") for prompt in PROMPTS]
+    texts = [unnamed(prompt) for prompt in PROMPTS]
     scores = {
         name: torch.tensor([metric.score([p.image for p in row], texts) for row, _, _ in drawn])
         for name, metric in arena.texts.items()
@@ -195,7 +195,7 @@ def _final(
 def _plain(base: Base, worn: Worn | None, persons: range, tell: Tell) -> np.ndarray:
     """Draw two prompts without [V] for everybody: other people, whom an identity must leave
     alone."""
-    prompts = [p.replace(f"{PLACEHOLDER} ", "") for p in (PORTRAIT, CAPTIONS[1])]
+    prompts = [unnamed(prompt) for prompt in (PORTRAIT, CAPTIONS[1])]
     rows = [
         [p.image for p in generate(base, worn, prompt, list(persons), SampleSettings(), tell)]
         for prompt in prompts

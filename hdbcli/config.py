@@ -37,6 +37,12 @@ METHODS = (  # of `hdb compare`: HyperDreamBooth, its ablations, and the methods
 )
 MAIN_METHODS = "hyperdreambooth,lora,dreambooth,inversion"
 
+
+def unnamed(prompt: str) -> str:
+    """Return a prompt without the [V] that says who: of anybody."""
+    return prompt.replace(f"{PLACEHOLDER} ", "")
+
+
 # Whoever wants to draw progress is told (stage, done, in all).
 Tell = Callable[[str, int, int], None]
 
@@ -87,7 +93,7 @@ class PretrainConfig:
     lr: float = 4e-4
     batch: int = 32
     beta: float = 0.1  # weight of the distance from the bank, where there is one
-    prior: float = 0.1  # share of the samples that teach theta to leave the empty prompt alone
+    prior: float = 5.0  # weight of leaving alone what is drawn without [V]
     likeness: float = 0.0  # weight of the distance of drawn faces from the true one
     seed: int = 0
     optimizer: str = "adamw8bit"

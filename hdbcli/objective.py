@@ -1,8 +1,9 @@
 """What the hypernetwork is trained for, taken from a few people at a time where memory is small:
-diffusion loss, likeness of what is drawn, distance from a bank.
+diffusion loss, preservation of what is nobody's, likeness of what is drawn, distance from a bank.
 
-HyperDreamBooth §3.3, eq. 4, and the likeness loss. P people have DRAWS pictures each; samples lie
-people fastest, the order in which the layer deals out identities.
+HyperDreamBooth §3.3, eq. 4; DreamBooth §3.3, prior preservation; and the likeness loss. P people
+have DRAWS pictures each; samples lie people fastest, the order in which the layer deals out
+identities.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hdbcli.base import Base
-from hdbcli.config import PretrainConfig
 from hdbcli.device import autocast
 from hdbcli.lidb import Theta, inner
 from hdbcli.likeness_loss import likeness_loss
@@ -24,12 +25,24 @@ DRAWS = 2  # pictures of a person a step, each with its noise: a prediction cost
 
 
 class Samples(NamedTuple):
-    """What the base is asked to denoise for P people, DRAWS pictures of each, people fastest."""
+    """What the base is asked to denoise: K pictures for each of P people, people fastest."""
 
-    clean: Tensor  # (P DRAWS, c, h, w)
+    clean: Tensor  # (K P, c, h, w)
     prompts: Sequence[str]
     noise: Tensor
-    t: Tensor  # (P DRAWS,)
+    t: Tensor  # (K P,)
+
+    def part(self, rows: slice) -> Samples:
+        return Samples(self.clean[rows], self.prompts[rows], self.noise[rows], self.t[rows])
+
+    def joined(self, more: Samples) -> Samples:
+        """Put more samples behind these, for one pass."""
+        return Samples(
+            torch.cat([self.clean, more.clean]),
+            [*self.prompts, *more.prompts],
+            torch.cat([self.noise, more.noise]),
+            torch.cat([self.t, more.t]),
+        )
 
 
 class Portraits(NamedTuple):
@@ -60,8 +73,32 @@ def diffusion_jobs(base: Base, samples: Samples, people: int, precision: str) ->
     return [(some, partial(loss, some)) for some in _parts(base, people)]
 
 
+def prior_jobs(
+    base: Base, samples: Samples, people: int, weight: float, precision: str
+) -> list[Job]:
+    """Divide in the same way how far the answer to prompts that name nobody is from the base's own.
+
+    DreamBooth compares with pictures that the base drew. Its answers themselves say the same
+    without their noise.
+    """
+    clean, prompts, noise, t = samples
+
+    def loss(some: Tensor, worn: Theta) -> Tensor:
+        rows = _rows(some, people)
+        asked = clean[rows], [prompts[row] for row in rows.tolist()], noise[rows], t[rows]
+        with autocast(base.device, precision):
+            with torch.no_grad():
+                base.injected.wear(None)
+                own = base.backbone.predict(*asked)
+            base.injected.wear(worn)
+            far = F.mse_loss(base.backbone.predict(*asked), own)
+        return weight * far * (len(rows) / len(clean))
+
+    return [(some, partial(loss, some)) for some in _parts(base, people)]
+
+
 def likeness_jobs(
-    base: Base, portraits: Portraits, people: int, config: PretrainConfig
+    base: Base, portraits: Portraits, people: int, weight: float, precision: str
 ) -> list[Job]:
     """Divide the mean likeness loss in the same way."""
     prompts, noise, true, traits = portraits
@@ -69,9 +106,9 @@ def likeness_jobs(
     def loss(some: Tensor, worn: Theta) -> Tensor:
         rows = _rows(some, people)
         theirs = [prompts[row] for row in rows.tolist()]
-        with autocast(base.device, config.precision):
+        with autocast(base.device, precision):
             far = likeness_loss(base, worn, theirs, noise[rows], true[rows], traits[rows])
-        return config.likeness * far.sum() / len(noise)
+        return weight * far.sum() / len(noise)
 
     return [(some, partial(loss, some)) for some in _parts(base, people)]
 

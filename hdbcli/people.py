@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
-from hdbcli.config import PLACEHOLDER, Tell
+from hdbcli.config import PLACEHOLDER, PORTRAIT, Tell
 from hdbcli.errors import HdbError
 from hdbcli.photo import crop_face, read_photo
 from registry.spec import BaseSpec
@@ -43,6 +44,10 @@ class People:
             return self, None
         keep = len(self.names) - last
         return self._part(slice(keep)), self._part(slice(keep, None))
+
+    def caption(self, drawn: Tensor) -> list[str]:
+        """Return the captions of pictures (P, K), people fastest, as samples lie."""
+        return [self.captions.get(index, PORTRAIT) for index in drawn.T.flatten().tolist()]
 
     def _part(self, part: slice) -> People:
         return replace(

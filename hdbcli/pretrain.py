@@ -5,10 +5,10 @@ HyperDreamBooth §3.3, eq. 4: the diffusion loss, and with a bank of optimised L
 distance from them, taken between residuals, since factors are only defined up to a scale. The face
 that is read and the face that is drawn are different photos of a person where there are two, so
 that pose and light are not taken for identity. Pictures with captions of their own, the person in
-a style, teach theta to serve every prompt. A share of the samples has an empty prompt and
-anybody's face: what the identity changes is tied to "[V]", which guidance then enlarges (prior
-preservation, DreamBooth §3.3). With a weight for it, portraits are drawn from noise as well, and
-their distance from the person is a loss.
+a style, teach theta to serve every prompt. To prompts without "[V]", empty ones too, the
+base shall answer as it does by itself: so what the identity changes is tied to "[V]", and guidance
+enlarges it (prior preservation, DreamBooth §3.3). With a weight for it, portraits are drawn from
+noise as well, and their distance from the person is a loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hdbcli.base import Base
-from hdbcli.config import PORTRAIT, PretrainConfig, Tell
+from hdbcli.config import PretrainConfig, Tell, unnamed
 from hdbcli.device import ALONE, Workers, autocast, make_optimizer
 from hdbcli.errors import HdbError
 from hdbcli.hypernet import TRAITS, Faces, HyperConfig, HyperNetwork
@@ -35,6 +35,7 @@ from hdbcli.objective import (
     Samples,
     diffusion_jobs,
     likeness_jobs,
+    prior_jobs,
     spread,
     weight_loss,
 )
@@ -179,24 +180,31 @@ def _loss(
     faces = images[batch.read].float().to(device) / 127.5 - 1
     faces = torch.where(mirrored.view(-1, 1, 1, 1).to(device), faces.flip(-1), faces)
     # Samples lie people fastest: the order in which the layer deals out identities.
-    prior, t, drawn = (
-        each.T.flatten() for each in (batch.chance < config.prior, batch.t, batch.drawn)
-    )
-    drawn = torch.where(prior, batch.anybody.T.flatten(), drawn)
-    noise = batch.noise.transpose(0, 1).flatten(0, 1).to(device)
-    clean = latents[mirrored.long().repeat(DRAWS), drawn].float().to(device)
-    captions = [people.captions.get(index, PORTRAIT) for index in drawn.tolist()]
-    prompts = [
-        "" if free else base.prompt(each) for free, each in zip(prior, captions, strict=True)
-    ]
     with autocast(device, config.precision):
         theta = model(Faces(faces, traits[batch.read].to(device)))
-    samples = Samples(clean, prompts, noise, t.to(device))
-    jobs = diffusion_jobs(base, samples, len(theta), config.precision)
-    if config.likeness:
-        some = -(-len(theta) // SHARE)
+
+    def samples(drawn: Tensor, captions: Sequence[str]) -> Samples:
+        count = len(drawn)
+        noise, t = batch.noise[:count].transpose(0, 1).flatten(0, 1), batch.t[:count].T.flatten()
+        clean = latents[mirrored[:count].long().repeat(DRAWS), drawn.T.flatten()]
+        prompts = [base.prompt(caption) for caption in captions]
+        return Samples(clean.float().to(device), prompts, noise.to(device), t.to(device))
+
+    jobs = diffusion_jobs(
+        base, samples(batch.drawn, people.caption(batch.drawn)), len(theta), config.precision
+    )
+    some, part = share_out(config.batch, workers)
+    if some and config.prior:
+        anybody, empty = batch.anybody[:some], batch.chance[:some].T.flatten() < 0.5
+        captions = [
+            "" if each else unnamed(caption)
+            for each, caption in zip(empty, people.caption(anybody), strict=True)
+        ]
+        nobody = samples(anybody, captions)
+        jobs += prior_jobs(base, nobody, some, part * config.prior, config.precision)
+    if some and config.likeness:
         own = batch.drawn[:some].T.flatten()
-        captions = [base.prompt(people.captions.get(index, PORTRAIT)) for index in own.tolist()]
+        captions = [base.prompt(caption) for caption in people.caption(batch.drawn[:some])]
         true = images[own].float().to(device) / 127.5 - 1
         turned = mirrored[:some].repeat(DRAWS).view(-1, 1, 1, 1).to(device)
         portraits = Portraits(
@@ -205,11 +213,19 @@ def _loss(
             torch.where(turned, true.flip(-1), true),
             traits[own].to(device),
         )
-        jobs += likeness_jobs(base, portraits, some, config)
+        jobs += likeness_jobs(base, portraits, some, part * config.likeness, config.precision)
     value = spread(theta, jobs)
     if known is not None:
         value = value + config.beta * weight_loss(theta, known[batch.person.to(device)]).mean()
     return value
+
+
+def share_out(batch: int, workers: Workers) -> tuple[int, float]:
+    """Return how many of this process's people have portraits drawn and others left alone, one in
+    SHARE of everybody's, and what a mean over them counts beside the other processes'."""
+    total = -(-batch * workers.count // SHARE)
+    mine = len(range(workers.rank, total, workers.count))
+    return mine, mine * workers.count / total
 
 
 def _watched(
@@ -252,7 +268,7 @@ class Batch(NamedTuple):
     mirror: Tensor  # (P,) in 0..1: half of the people are read and drawn mirrored
     drawn: Tensor  # (P, K) others of the person; the last half in styles, where there are such
     anybody: Tensor  # (P, K) photos of whomever
-    chance: Tensor  # (P, K) in 0..1: low ones keep the empty prompt as it is
+    chance: Tensor  # (P, K) in 0..1: which of them have an empty prompt
     noise: Tensor  # (P, K, c, h, w)
     t: Tensor  # (P, K)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hdbcli.base import Base, Worn
-from hdbcli.config import CAPTIONS, PLACEHOLDER, PORTRAIT, PROMPTS, Tell
+from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, Tell, unnamed
 from hdbcli.faces import SAME_PERSON, embed
 from hdbcli.photo import Crop
 from hdbcli.sample import generate
@@ -103,7 +103,7 @@ def _draw(base: Base, worn: Worn | None, prompt: str, tell: Tell) -> list[np.nda
 def _judged(metric: Metric, rows: Sequence[Sequence[np.ndarray]]) -> tuple[float, float]:
     """Return the mean score of pictures against their own prompt, and how often it is the
     highest."""
-    texts = [_without(prompt) for prompt in PROMPTS]
+    texts = [unnamed(prompt) for prompt in PROMPTS]
     table = torch.tensor([metric.score(row, texts) for row in rows])  # (prompts, seeds, texts)
     own = torch.arange(len(rows))[:, None]
     named = (table.argmax(2) == own).float().mean()
@@ -137,11 +137,7 @@ def _drift(base: Base, worn: Worn, tell: Tell) -> float:
     changes = []
     for prompt in (PORTRAIT, CAPTIONS[1]):
         with_it, without = (
-            np.array(_draw(base, w, _without(prompt), tell), np.float32) for w in (worn, None)
+            np.array(_draw(base, w, unnamed(prompt), tell), np.float32) for w in (worn, None)
         )
         changes.append(np.abs(with_it - without).mean())
     return float(np.mean(changes))
-
-
-def _without(prompt: str) -> str:
-    return prompt.replace(f"{PLACEHOLDER} ", "")

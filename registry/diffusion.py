@@ -124,11 +124,15 @@ class StableDiffusion:
         return pictures.permute(0, 2, 3, 1).cpu().numpy()
 
     def loss(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
-        steps = (t * len(self.pipeline.scheduler.alphas_cumprod)).long()
-        a, s = self._mix(steps, latents)
-        predicted = self._predict(a * latents + s * noise, steps, self._read(prompts, latents))
+        a, s = self._mix(self._steps(t), latents)
         target = a * noise - s * latents if self._velocity else noise
+        predicted = self.predict(latents, prompts, noise, t)
         return F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))
+
+    def predict(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
+        steps = self._steps(t)
+        a, s = self._mix(steps, latents)
+        return self._predict(a * latents + s * noise, steps, self._read(prompts, latents))
 
     def draft(self, prompts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
         """Take DDIM's deterministic steps (Song et al. 2021, eq. 12)."""
@@ -155,6 +159,9 @@ class StableDiffusion:
     @property
     def _velocity(self) -> bool:
         return self.pipeline.scheduler.config.prediction_type == "v_prediction"
+
+    def _steps(self, t: Tensor) -> Tensor:
+        return (t * len(self.pipeline.scheduler.alphas_cumprod)).long()
 
     def _mix(self, steps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return how much signal and noise there is at so many steps of the schedule."""

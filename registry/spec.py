@@ -62,6 +62,9 @@ class Backbone(Protocol):
         schedule. The prompts already carry the identifier.
         """
 
+    def predict(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
+        """Return what the network answers (B, c, h, w): the loss is its distance from the truth."""
+
     def sample(
         self,
         prompts: Sequence[str],

@@ -13,12 +13,15 @@ import pytest
 import torch
 from commands import hdb
 from PIL import Image
+from torch import Tensor
 
 from hdbcli.base import Base, load_predictor, theta_for
 from hdbcli.config import RefineConfig
 from hdbcli.create import describe
 from hdbcli.errors import HdbError
 from hdbcli.evaluate import person_losses
+from hdbcli.lidb import Theta, first_theta
+from hdbcli.objective import DRAWS, Samples, prior_jobs, spread
 from hdbcli.people import People, read_people
 from hdbcli.pretrain import draw_batch, new_hypernetwork
 from hdbcli.refine import draw_times, portrait_loss, refine
@@ -99,6 +102,31 @@ def test_pictures_in_styles_are_drawn_with_their_captions_and_never_read(
     with pytest.raises(HdbError, match="all have captions"):
         caption.write_text("a [V] face")
         read_people(tmp_path / "ann", tiny.spec, "bark*", True, quiet)
+
+
+def test_what_names_nobody_is_taught_to_stay_as_it_is(tiny: Base) -> None:
+    """Its loss is 0 for who changes nothing and large for somebody; its gradient leads to less."""
+    generator = torch.Generator().manual_seed(1)
+    clean, noise = torch.randn((2, 2 * DRAWS, 24, 8, 8), generator=generator)
+    prompts = ["a face", "", "a bronze statue of a face", "a face"]
+    samples = Samples(clean, prompts, noise, torch.tensor([0.6, 0.7, 0.8, 0.9]))
+    first = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b)
+    down = first.down.repeat(2, 1, 1, 1)
+    some = torch.randn((2, *first.up.shape[1:]), generator=generator)
+
+    def loss(up: Tensor) -> Tensor:
+        value = spread(Theta(down, up), prior_jobs(tiny, samples, 2, 3.0, "fp32"))
+        tiny.injected.wear(None)
+        return value
+
+    assert loss(torch.zeros_like(some).requires_grad_()) == 0
+    up = some.clone().requires_grad_()
+    before = loss(up)
+    before.backward()
+    assert before > 0.01 and up.grad is not None
+    step = 0.01 * some.norm() * up.grad / up.grad.norm()
+    assert loss((some - step).requires_grad_()) < before
+    assert loss((some + step).requires_grad_()) > before  # the control
 
 
 def test_times_lie_late_and_one_in_each_part() -> None:

@@ -98,10 +98,15 @@ def test_hypernetwork_in_parts_has_the_same_gradient(
         if plan is None:
             with tiny.wearing(theta):
                 value = tiny.backbone.loss(clean, prompts, noise, samples.t).mean()
+                answer = tiny.backbone.predict(clean, prompts, noise, samples.t)
+            with torch.no_grad():
+                own = tiny.backbone.predict(clean, prompts, noise, samples.t)
+            value = value + 2 * (answer - own).square().mean()
         else:
             base = replace(tiny, plan=plan)
             jobs = objective.diffusion_jobs(base, samples, many, "fp32")
-            assert len(jobs) == (1 if plan == NORMAL else many)
+            jobs += objective.prior_jobs(base, samples, many, 2.0, "fp32")
+            assert len(jobs) == 2 * (1 if plan == NORMAL else many)
             value = objective.spread(theta, jobs)
         value.backward()
         assert theta.up.grad is not None and theta.down.grad is not None

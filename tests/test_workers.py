@@ -12,12 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hdbcli.device import ALONE, Workers
+from hdbcli.likeness_loss import SHARE
+from hdbcli.pretrain import share_out
+
 HELD_OUT = Path(__file__).parent / "data/heldout"
 LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m")
 
 
 def command(*launcher: str, out: Path, **options: object) -> list[str]:
-    chosen = {"steps": 4, "lr": 1e-3, "optimizer": "adamw", "precision": "fp32", **options}
+    chosen = {
+        "steps": 4,
+        "lr": 1e-3,
+        "optimizer": "adamw",
+        "precision": "fp32",
+        "likeness": 1,
+        **options,
+    }
     words = ["hdbcli", "train", "hypernetwork", str(HELD_OUT), "--pattern", "photo-0.jpg"]
     words += ["--out", str(out)]
     for key, value in chosen.items():
@@ -53,6 +64,16 @@ def test_two_processes_are_one_with_twice_the_batch(whole: Path, tmp_path: Path)
     assert said.count("step 4/4") == 1  # one of the two speaks
     run(command(out=half, batch=2))  # the control: half of the batch is something else
     assert difference(both, whole) < 0.02 * difference(half, whole)
+
+
+@pytest.mark.parametrize(("batch", "count"), [(2, 2), (6, 2), (8, 3), (32, 4)])
+def test_processes_share_out_who_is_drawn(batch: int, count: int) -> None:
+    """As many as one process with the whole batch draws, each counting as much."""
+    total, whole = share_out(batch * count, ALONE)
+    parts = [share_out(batch, Workers(rank, count, None)) for rank in range(count)]
+    assert whole == 1 and total == -(-batch * count // SHARE) == sum(mine for mine, _ in parts)
+    for mine, part in parts:
+        assert not mine or part / mine / count == pytest.approx(1 / total)
 
 
 def test_killed_and_resumed_is_the_same(whole: Path, tmp_path: Path) -> None:

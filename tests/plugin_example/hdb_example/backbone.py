@@ -44,10 +44,12 @@ class RectifiedFlow:
         return pictures.permute(0, 2, 3, 1).cpu().numpy()
 
     def loss(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
-        part = t.view(-1, 1, 1, 1)
-        noisy = (1 - part) * latents + part * noise
-        predicted = self._velocity(noisy, t, prompts)
+        predicted = self.predict(latents, prompts, noise, t)
         return F.mse_loss(predicted, noise - latents, reduction="none").mean((1, 2, 3))
+
+    def predict(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
+        part = t.view(-1, 1, 1, 1)
+        return self._velocity((1 - part) * latents + part * noise, t, prompts)
 
     @torch.no_grad()
     def sample(
