@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from hdbcli.base import Base
-from hdbcli.config import PLACEHOLDER, PORTRAIT, Tell
-from hdbcli.device import autocast
+from hdbcli.config import PORTRAIT, Tell, unnamed
 from hdbcli.lidb import Factors, Theta
+from hdbcli.objective import Samples
 from hdbcli.refine import Trial
 from hdbcli.sample import generate
 from hdbcli.tokens import Tokens, own_tokens
 from registry.spec import SampleSettings
 
-CLASS_PROMPT = PORTRAIT.replace(f"{PLACEHOLDER} ", "")  # "a face"
+CLASS_PROMPT = unnamed(PORTRAIT)  # "a face"
 
 
 def lora_trial(base: Base, people: int, rank: int, beneath: Theta | None = None) -> Trial:
@@ -77,20 +77,20 @@ def dreambooth_trial(base: Base, prior: Tensor) -> Iterator[Trial]:
         for path, parameter in module.named_parameters()
     }
 
-    def keep(generator: torch.Generator, batch: int) -> Tensor:
+    def keep(generator: torch.Generator, batch: int) -> Samples:
         pick = torch.randint(len(prior), (batch,), generator=generator)
         clean = prior[pick.to(prior.device)]
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         t = torch.rand(batch, generator=generator).to(clean)
-        with autocast(base.device):
-            return base.backbone.loss(clean, [CLASS_PROMPT] * batch, noise, t).mean()
+        return Samples(clean, [CLASS_PROMPT] * batch, noise, t)
 
+    numbers = sum(parameter.numel() for parameter in parameters.values())
     try:
-        yield Trial(1, parameters, lambda: None, sum(p.numel() for p in parameters.values()), keep)
+        yield Trial(1, parameters, lambda: None, numbers, prior=keep)
     finally:
         for name, module in modules.items():
             module.load_state_dict(before[name])
-            module.requires_grad_(False)
+            module.requires_grad_(False).zero_grad()
 
 
 def _copied(module: nn.Module) -> dict[str, Tensor]:

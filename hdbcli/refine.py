@@ -21,6 +21,7 @@ from hdbcli.errors import HdbError
 from hdbcli.hypernet import Faces
 from hdbcli.lidb import Factors, Theta, pack, unpack
 from hdbcli.likeness_loss import portrait_likeness
+from hdbcli.objective import Samples
 from registry.spec import BaseSpec
 from registry.training import Plan, Step, closing, fit, short_attention
 
@@ -41,6 +42,7 @@ class Trial:
     worn: Callable[[], Worn | None]
     numbers: int
     beside: Callable[[torch.Generator, int], Tensor] | None = None  # another loss, of a batch
+    prior: Callable[[torch.Generator, int], Samples] | None = None  # as many more, one person's
 
 
 @dataclass(frozen=True)
@@ -125,21 +127,24 @@ def train(
     optimizer = optimizer or optimizer_of(trial, config)[0]
     batch = config.batch or base.spec.batch
     on = ExitStack()
-    size = _at_once(base, trial.people, batch)
+    size = _at_once(base, trial.people + (trial.prior is not None), batch)
 
     def loss(generator: torch.Generator) -> Tensor:
         noise = torch.randn((batch, *latents[0].shape[1:]), generator=generator)
         t = draw_times(batch, generator)
         beside = None if trial.beside is None else trial.beside(generator, batch)
+        prior = None if trial.prior is None else trial.prior(generator, batch)
         past = torch.zeros(())
         for first in range(0, batch, size):
             on.close()
             on.enter_context(base.wearing(trial.worn()))
             on.enter_context(short_attention(base.device, noise[0, 0].numel()))
             part = slice(first, first + size)
+            samples = _samples(base, latents, noise[part], t[part], first)
+            if prior is not None:
+                samples = samples.joined(prior.part(part))
             with autocast(base.device):
-                losses = _losses(base, latents, noise[part], t[part], first)
-            value = losses.mean(0).sum() * (len(losses) / batch)
+                value = base.backbone.loss(*samples).sum() / batch
             if first + size < batch:  # the gradients of the last part are left to the loop
                 value.backward()
                 past = past + value.detach().cpu()
@@ -174,10 +179,10 @@ def portrait_loss(
     size = _at_once(base, len(latents), size)
     with base.wearing(worn), autocast(base.device):
         parts = [
-            _losses(base, latents, noise[i : i + size], t[i : i + size], i)
+            base.backbone.loss(*_samples(base, latents, noise[i : i + size], t[i : i + size], i))
             for i in range(0, pairs, size)
         ]
-    return torch.cat(parts).mean(0).cpu()
+    return torch.cat(parts).view(pairs, len(latents)).mean(0).cpu()
 
 
 def _check(trial: Trial, latents: Sequence[Tensor]) -> None:
@@ -190,9 +195,11 @@ def _at_once(base: Base, people: int, pairs: int) -> int:
     return min(pairs, max(1, (base.plan.at_once or pairs * people) // people))
 
 
-def _losses(base: Base, latents: Sequence[Tensor], noise: Tensor, t: Tensor, first: int) -> Tensor:
-    """Return the loss of pair k for person p, (K, P), k counted from `first`: noise (K, c, h, w)
-    and t (K,) serve everybody.
+def _samples(
+    base: Base, latents: Sequence[Tensor], noise: Tensor, t: Tensor, first: int
+) -> Samples:
+    """Put pair k before person p, K P samples, k counted from `first`: noise (K, c, h, w) and
+    t (K,) serve everybody.
 
     Person p is drawn from their photos in turn. Samples lie pair by pair, people fastest: the order
     in which the layer deals out P identities.
@@ -204,4 +211,4 @@ def _losses(base: Base, latents: Sequence[Tensor], noise: Tensor, t: Tensor, fir
     noise = noise.to(clean).repeat_interleave(people, 0)
     times = t.to(clean.device).repeat_interleave(people)
     prompts = [base.prompt(PORTRAIT)] * len(clean)
-    return base.backbone.loss(clean, prompts, noise, times).view(len(t), people)
+    return Samples(clean, prompts, noise, times)
