@@ -36,6 +36,7 @@ from hdbcli.cli_options import (
     Seed,
     Steps,
     Yes,
+    finite,
     new_app,
     new_path,
     open_on,
@@ -64,7 +65,11 @@ if TYPE_CHECKING:
 
 Likeness = Annotated[
     float | None,
-    typer.Option(min=0, help="Weight of the likeness of portraits it draws; default: the base's."),
+    typer.Option(
+        min=0,
+        callback=finite,
+        help="Weight of the likeness of portraits it draws; default: the base's.",
+    ),
 ]
 
 app = new_app("One photo of a face in, that person in any style out.", cls=Boundary)
@@ -165,11 +170,15 @@ def gen(
     count: Annotated[int, typer.Option("-n", min=1, max=1000, help="How many pictures.")] = 4,
     seed: Annotated[int | None, typer.Option(min=0, help="First seed; default: random.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = SampleSettings.steps,
-    guidance: Annotated[float, typer.Option(min=0, help="CFG scale.")] = SampleSettings.guidance,
+    guidance: Annotated[
+        float, typer.Option(min=0, callback=finite, help="CFG scale.")
+    ] = SampleSettings.guidance,
     negative: Annotated[
         str, typer.Option(help="What to avoid. It wears the identity too, as in a merged model.")
     ] = "",
-    strength: Annotated[float, typer.Option(help="Weight of the identity; 0 is the base.")] = 1.0,
+    strength: Annotated[
+        float, typer.Option(callback=finite, help="Weight of the identity; 0 is the base.")
+    ] = 1.0,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the base's.")] = None,
     scheduler: Scheduler = None,
     lora: Loras = None,

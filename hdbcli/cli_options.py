@@ -3,6 +3,7 @@ identities."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,13 @@ class Boundary(typer.core.TyperGroup):
         except KeyboardInterrupt:
             render.note("interrupted; nothing was written")
             raise typer.Exit(130) from None
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse NaN and infinity, which no range of an option does."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number to work with")
+    return value
 
 
 @contextmanager

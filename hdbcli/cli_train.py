@@ -21,6 +21,7 @@ from hdbcli.cli_options import (
     Optimizer,
     Pattern,
     Seed,
+    finite,
     new_app,
     open_on,
     spec_of,
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from hdbcli.memory import MemoryPlan
     from hdbcli.people import People
 
+LearningRate = Annotated[
+    float, typer.Option(min=0, callback=finite, help="Learning rate, at its highest.")
+]
 train_app = new_app("Train and measure the hypernetwork of a base model.")
 
 
@@ -47,7 +51,7 @@ def train_bank(
     out: Annotated[Path, typer.Option("--out", help="Folder of the bank.")],
     base: BaseName = None,
     steps: Annotated[int, typer.Option(min=1, help="Iterations each.")] = BankConfig.steps,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = BankConfig.lr,
+    lr: LearningRate = BankConfig.lr,
     at_once: Annotated[int, typer.Option(min=1, help="People side by side.")] = BankConfig.at_once,
     seed: Seed = BankConfig.seed,
     optimizer: Optimizer = BankConfig.optimizer,
@@ -77,13 +81,21 @@ def train_bank(
 
 
 Prior = Annotated[
-    float, typer.Option(min=0, help="Weight of leaving alone what is drawn without [V].")
+    float,
+    typer.Option(min=0, callback=finite, help="Weight of leaving alone what is drawn without [V]."),
 ]
 Likeness = Annotated[
-    float, typer.Option(min=0, help="Weight of the likeness of portraits drawn while training.")
+    float,
+    typer.Option(
+        min=0,
+        callback=finite,
+        help="Weight of the likeness of portraits drawn while training.",
+    ),
 ]
 Precision = Annotated[str, typer.Option(help=f"{' or '.join(PRECISIONS)}.")]
-SaveSeconds = Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")]
+SaveSeconds = Annotated[
+    float, typer.Option(min=0, callback=finite, help="Seconds between checkpoints.")
+]
 Look = Annotated[int, typer.Option(min=1, help="Steps between looks at people held out.")]
 HeldOut = Annotated[
     int, typer.Option(min=0, help="People to hold out, at most a tenth of all; 0: no looks.")
@@ -97,9 +109,11 @@ def train_hypernetwork(
     base: BaseName = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps.")] = PretrainConfig.steps,
     batch: Annotated[int, typer.Option(min=1, help="People a step.")] = PretrainConfig.batch,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = PretrainConfig.lr,
+    lr: LearningRate = PretrainConfig.lr,
     bank: Annotated[Path | None, typer.Option(help="Bank made by hdb train bank.")] = None,
-    beta: Annotated[float, typer.Option(help="Weight of the bank.")] = PretrainConfig.beta,
+    beta: Annotated[
+        float, typer.Option(min=0, callback=finite, help="Weight of the bank.")
+    ] = PretrainConfig.beta,
     prior: Prior = PretrainConfig.prior,
     likeness: Likeness = PretrainConfig.likeness,
     seed: Seed = PretrainConfig.seed,

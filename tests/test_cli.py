@@ -256,6 +256,8 @@ def test_unusable_options(alice: Path, astronaut: Path) -> None:
     refused("new", astronaut, "b", "--rank", 33, *QUICK, says="rank")
     assert hdb("new", astronaut, "b", "--steps", 0).exit_code == 2
     assert hdb("nonsense").exit_code == 2
+    for words in ("gen a b --guidance", "gen a b --strength", "new a.png --likeness"):
+        assert "no number to work with" in hdb(*words.split(), "nan").stderr
 
 
 def test_interrupt_leaves_nothing(
