@@ -74,9 +74,8 @@ def run(
     for contender in contenders:
         alone = time_alone(contender, load, arena.given[0], arena.batch)
         record = records[contender.name] = compete(arena, contender, out / "records")
-        best = likeness_of(next(iter(records.values())).portraits[-1], arena.truth)
-        first = standings[0] if standings else None
-        standings.append(stand(contender.name, record, alone, arena.truth, first, best))
+        first = next(iter(records.values())) if standings else None
+        standings.append(stand(contender.name, record, alone, arena.truth, first))
     floor, autoencoder, photo, through, other_photo = _bounds(arena)
     found = Contest(
         people=len(arena.given),

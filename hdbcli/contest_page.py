@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 READING = """\
 Seconds and memory are one person's, in a process of their own, start-up apart. Likeness is
 1 - distance of face embeddings to {photo}, with 95 % intervals over people.
-Bytes are two a trained number. Drift is the mean change of a pixel, of 255, in pictures of other
-people."""
+Bytes are two a trained number. Fidelity is how well a metric finds a picture to fit its prompt,
+drift the mean change of a pixel, of 255, in pictures of other people."""
 OTHER_PHOTO, SAME_PHOTO = "a photo that no method saw", "the photo that methods learned from"
 
 LIMITS = """\
@@ -70,9 +70,16 @@ def tables(contest: Contest) -> Iterator[Table]:
         "to first's likeness",
         "start-up",
     )
-    heads += ("memory", "bytes", "likeness", "first's minus this", "drift")
-    rows = tuple(_line(standing, contest.standings[0]) for standing in contest.standings)
-    yield Table("Methods", heads, rows)
+    first, *rest = contest.standings
+    heads += ("memory", "bytes", *first.measured)
+    yield Table("Methods", heads, tuple(_line(each, first) for each in contest.standings))
+    less = tuple(
+        (each.name, str(min(each.people, first.people)), *map(_interval, gaps.values()))
+        for each, gaps in ((each, each.less_than_first) for each in rest)
+    )
+    if less:
+        heads = ("method", "people of both", *first.measured)
+        yield Table(f"What {first.name} has minus what each other has, paired", heads, less)
     if contest.people > 1:
         found = tuple(_found(contest))
         yield Table(
@@ -103,7 +110,7 @@ def notes(contest: Contest) -> list[str]:
 
 
 def _line(line: Standing, first: Standing) -> tuple[str, ...]:
-    reached, less = line.seconds_to_first, line.less_than_first
+    reached = line.seconds_to_first
     return (
         line.name,
         str(line.people),
@@ -114,9 +121,7 @@ def _line(line: Standing, first: Standing) -> tuple[str, ...]:
         f"{line.startup:.1f} s",
         f"{line.memory / 1e6:,.0f} MB",
         f"{2 * line.numbers:,}",
-        _interval(line.likeness),
-        "-" if less is None else _interval(less),
-        f"{line.drift:.1f}",
+        *map(_interval, line.measured.values()),
     )
 
 

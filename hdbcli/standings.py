@@ -31,15 +31,13 @@ class Standing:
     startup: float
     memory: int
     numbers: int
-    likeness: Interval
-    less_than_first: Interval | None  # paired: the first method's likeness minus this one's
+    measured: Mapping[str, Interval]  # likeness, fidelity by each metric, drift
+    less_than_first: Mapping[str, Interval]  # paired: the first method's minus this one's
     seconds_to_first: float | None  # until the first method's final likeness; None: never
     portraits: Retrieval | None
     styled: tuple[Retrieval, ...]  # a caption each
     found: tuple[float, ...]  # share of pictures with a face: portraits, and a caption each
-    texts: Mapping[str, float]  # metric -> score of each picture against its own prompt
     named: Mapping[str, tuple[float, ...]]  # metric -> share whose own prompt scores highest, each
-    drift: float
     curve: tuple[tuple[float, Interval], ...]  # (seconds, likeness)
 
 
@@ -51,22 +49,31 @@ def likeness_of(embeddings: Tensor, truth: Tensor) -> Tensor:
     return (1 - (embeddings - truth[: len(embeddings)]).norm(dim=1)).clamp(min=0)
 
 
+def measures(record: Record, truth: Tensor) -> dict[str, Tensor]:
+    """Return what is judged of each person at the end (P,): likeness, fidelity to the prompts by
+    each metric, and drift."""
+    found = {"likeness": likeness_of(record.portraits[-1], truth)}
+    for metric, scores in record.texts.items():
+        own = scores.diagonal(dim1=0, dim2=2)  # (P, 1 + S): picture of caption i, text i
+        found[f"fidelity ({metric})"] = own.mean(1)
+    return found | {"drift": record.drift}
+
+
 def stand(
-    name: str, record: Record, alone: Alone, truth: Tensor, first: Standing | None, best: Tensor
+    name: str, record: Record, alone: Alone, truth: Tensor, against: Record | None
 ) -> Standing:
-    """Judge one method on its people, the first of all in `truth`; `first` and `best` (P,) are the
-    line and final likeness it is held against, on the people that both learned."""
+    """Judge one method on its people, the first of all in `truth`; it is held `against` the first
+    method on the people that both learned, or None if it is the first."""
     people = record.portraits.shape[1]
-    truth, best = truth[:people], best[:people]
+    best = measures(against or record, truth)
+    mine = measures(record, truth)
+    both = min(people, len(best["likeness"]))
+    less = {key: bootstrap(best[key][:both] - row[:both]) for key, row in mine.items()}
     steps = int(record.marks[-1])
     at_marks = [likeness_of(row, truth) for row in record.portraits]
-    final = at_marks[-1]
-    means = [float(row[: len(best)].mean()) for row in at_marks]
+    means = [float(row[:both].mean()) for row in at_marks]
     seconds = [alone.seconds(float(mark)) for mark in record.marks]
-    own = {
-        metric: scores.diagonal(dim1=0, dim2=2)  # (P, 1 + S): picture of caption i, text i
-        for metric, scores in record.texts.items()
-    }
+    truth = truth[:people]
     named = {}
     for metric, scores in record.texts.items():
         best_text = scores.argmax(2) == torch.arange(len(scores))[:, None]
@@ -80,15 +87,13 @@ def stand(
         startup=alone.startup,
         memory=alone.memory,
         numbers=int(record.numbers),
-        likeness=bootstrap(final),
-        less_than_first=None if first is None else bootstrap(best - final[: len(best)]),
-        seconds_to_first=reached(seconds, means, float(best.mean())),
+        measured={key: bootstrap(row) for key, row in mine.items()},
+        less_than_first={} if against is None else less,
+        seconds_to_first=reached(seconds, means, float(best["likeness"][:both].mean())),
         portraits=retrieval(record.portraits[-1], truth) if several else None,
         styled=tuple(retrieval(row, truth) for row in record.prompted[1:]) if several else (),
         found=tuple(record.found.float().mean(1).tolist()),
-        texts={metric: float(score.mean()) for metric, score in own.items()},
         named=named,
-        drift=float(record.drift.mean()),
         curve=tuple(
             (second, bootstrap(row)) for second, row in zip(seconds, at_marks, strict=True)
         ),

@@ -48,19 +48,21 @@ def record(truth: torch.Tensor, away: tuple[float, ...]) -> Record:
 def test_a_standing_is_what_the_record_says() -> None:
     truth = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
     best = record(truth, (0.8, 0.5, 0.25))
-    final = likeness_of(best.portraits[-1], truth)
-    first = stand("a", best, ALONE, truth, None, final)
-    assert first.likeness.mean == pytest.approx(0.75, abs=1e-5)
-    assert first.less_than_first is None and first.seconds == 1 + 40 * 0.5
+    first = stand("a", best, ALONE, truth, None)
+    means = {key: interval.mean for key, interval in first.measured.items()}
+    assert means == pytest.approx({"likeness": 0.75, "fidelity (t)": 1.0, "drift": 2.0}, abs=1e-5)
+    assert first.less_than_first == {} and first.seconds == 1 + 40 * 0.5
     assert first.seconds_to_first == pytest.approx(first.seconds, abs=1e-3)
     assert first.portraits is not None and first.portraits.top1 == 1.0
-    assert first.named == {"t": (1.0,) * 6} and first.texts == {"t": 1.0} and first.drift == 2.0
+    assert first.named == {"t": (1.0,) * 6}
     assert [round(interval.mean, 4) for _, interval in first.curve] == [0.2, 0.5, 0.75]
     worse = replace(best, portraits=best.portraits[[0, 1, 1]], texts={"t": best.texts["t"].flip(2)})
-    second = stand("b", worse, ALONE, truth, first, final)
+    second = stand("b", worse, ALONE, truth, best)
     assert second.seconds_to_first is None and second.named == {"t": (0.0,) * 6}
-    paired = second.less_than_first
-    assert paired is not None and paired.low > 0.2 and paired.mean == pytest.approx(0.25, abs=1e-5)
+    paired = second.less_than_first["likeness"]
+    assert paired.low > 0.2 and paired.mean == pytest.approx(0.25, abs=1e-5)
+    fidelity = second.less_than_first["fidelity (t)"]
+    assert fidelity.mean == pytest.approx(1.0) and second.less_than_first["drift"].mean == 0
 
 
 def test_methods_that_learned_fewer_people_are_judged_on_those() -> None:
@@ -68,12 +70,11 @@ def test_methods_that_learned_fewer_people_are_judged_on_those() -> None:
     many, few = record(truth, (0.8, 0.5, 0.25)), record(truth[:3], (0.8, 0.5))
     assert likeness_of(few.portraits[-1], truth).shape == (3,)
     for first, second in ((many, few), (few, many)):
-        best = likeness_of(first.portraits[-1], truth)
-        line = stand("a", first, ALONE, truth, None, best)
-        other = stand("b", second, ALONE, truth, line, best)
-        paired = other.less_than_first
+        line = stand("a", first, ALONE, truth, None)
+        other = stand("b", second, ALONE, truth, first)
+        paired = other.less_than_first["likeness"]
         gap = 0.25 if first is many else -0.25
-        assert paired is not None and paired.mean == pytest.approx(gap, abs=1e-5)
+        assert paired.mean == pytest.approx(gap, abs=1e-5)
         assert {line.people, other.people} == {3, 9}
         assert other.portraits is not None and other.portraits.top1 == 1.0
 
@@ -131,7 +132,7 @@ def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
     only, lora = document["standings"]
     assert only["steps"] == 0 and lora["steps"] == 2 and lora["numbers"] > only["numbers"] > 0
     assert lora["seconds"] > only["seconds"] > 0 and min(only["memory"], lora["memory"]) > 1e8
-    assert only["less_than_first"] is None and lora["less_than_first"] is not None
+    assert only["less_than_first"] == {} and lora["less_than_first"]["likeness"]["mean"]
     assert [s["prompt"] for s in document["styles"]] == [CAPTIONS[1], CAPTIONS[3]]
     assert document["styles"][0]["portraits"]["top1"] == 1.0 == document["styles"][0]["found"]
     assert 0 < document["floor"]["mean"] < document["photo"]["mean"] < 1
@@ -147,7 +148,7 @@ def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
     assert len(kept) == 2 and len(list((tmp_path / "out/tuning").iterdir())) == 4  # 1 and 3 rates
     again = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora:1")
     assert [file.stat().st_mtime_ns for file in kept] == list(kept.values())  # nothing done twice
-    assert again["standings"][1]["likeness"] == lora["likeness"]
+    assert again["standings"][1]["measured"] == lora["measured"]
     fewer = run(*words[:1], "--people", 1, *words[3:], "--methods", "hypernetwork-only")
     assert fewer["people"] == 1  # another arena: its records are its own
     (tmp_path / "truth/900001/pixar-0.png").unlink()
