@@ -195,7 +195,7 @@ def _loss(
     )
     some, part = share_out(config.batch, workers)
     if some and config.prior:
-        anybody, empty = batch.anybody[:some], batch.chance[:some].T.flatten() < 0.5
+        anybody, empty = batch.anybody[:some], batch.empty[:some].T.flatten()
         captions = [
             "" if each else unnamed(caption)
             for each, caption in zip(empty, people.caption(anybody), strict=True)
@@ -268,7 +268,7 @@ class Batch(NamedTuple):
     mirror: Tensor  # (P,) in 0..1: half of the people are read and drawn mirrored
     drawn: Tensor  # (P, K) others of the person; the last half in styles, where there are such
     anybody: Tensor  # (P, K) photos of whomever
-    chance: Tensor  # (P, K) in 0..1: which of them have an empty prompt
+    empty: Tensor  # (P, K) which of those have an empty prompt
     noise: Tensor  # (P, K, c, h, w)
     t: Tensor  # (P, K)
 
@@ -299,7 +299,7 @@ def draw_batch(
         torch.rand(count, generator=generator),
         torch.tensor(drawn),
         everything[torch.randint(len(everything), many, generator=generator)],
-        torch.rand(many, generator=generator),
+        torch.rand(many, generator=generator) < 0.5,
         torch.randn((*many, *shape), generator=generator),
         draw_times(count * DRAWS, generator).view(DRAWS, count).T,
     )
