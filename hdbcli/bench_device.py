@@ -42,7 +42,8 @@ def run(*_: object) -> list[Row]:
 def agreement(device: str) -> list[Row]:
     """Compare prediction, loss, refinement and pictures with the CPU's."""
     there, here = (load_base(load_registry().get(BASE), each) for each in (device, "cpu"))
-    crop = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    side = here.spec.resolution
+    crop = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     found = [_results(base, crop) for base in (there, here)]
     (theta, loss, refined, picture), (theta_cpu, loss_cpu, refined_cpu, picture_cpu) = found
     error = float(((picture.astype(float) - picture_cpu) ** 2).mean())

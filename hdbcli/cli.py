@@ -161,6 +161,12 @@ def refine(
     _store(created, path.stem, path, spec.budget, as_json)
 
 
+Guidance = Annotated[float, typer.Option(min=0, callback=finite, help="CFG scale.")]
+Strength = Annotated[
+    float, typer.Option(callback=finite, help="Weight of the identity; 0 is the base.")
+]
+
+
 @app.command()
 def gen(
     identity: Annotated[
@@ -170,15 +176,11 @@ def gen(
     count: Annotated[int, typer.Option("-n", min=1, max=1000, help="How many pictures.")] = 4,
     seed: Annotated[int | None, typer.Option(min=0, help="First seed; default: random.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = SampleSettings.steps,
-    guidance: Annotated[
-        float, typer.Option(min=0, callback=finite, help="CFG scale.")
-    ] = SampleSettings.guidance,
+    guidance: Guidance = SampleSettings.guidance,
     negative: Annotated[
         str, typer.Option(help="What to avoid. It wears the identity too, as in a merged model.")
     ] = "",
-    strength: Annotated[
-        float, typer.Option(callback=finite, help="Weight of the identity; 0 is the base.")
-    ] = 1.0,
+    strength: Strength = 1.0,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the base's.")] = None,
     scheduler: Scheduler = None,
     lora: Loras = None,

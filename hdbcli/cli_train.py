@@ -135,7 +135,7 @@ def train_hypernetwork(
     On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
     processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
-    from hdbcli.likeness_loss import SHARE, STEPS
+    from hdbcli.likeness_loss import KEPT, SHARE
     from hdbcli.memory import Work
     from hdbcli.objective import DRAWS
     from hdbcli.people import read_people
@@ -154,7 +154,7 @@ def train_hypernetwork(
             render.show_skipped(people.skipped)
             _learn(loaded, people, config, bank, start is not None, out, tell)
 
-    drafts = DRAWS * 2 * STEPS * bool(likeness)  # of a person, all in one graph
+    drafts = DRAWS * KEPT * bool(likeness)  # of a person, all in one graph
     samples = max(batch * DRAWS, -(-batch // SHARE) * drafts)
     least = max(DRAWS, drafts)
     work = Work(samples, spec.resolution, trains=True, exact=True, least=least)

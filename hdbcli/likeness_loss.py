@@ -28,6 +28,7 @@ from registry.training import short_attention
 
 STEPS = 4
 SHARE = 4  # one in so many samples of a step is drawn from noise too: that costs eight passes
+KEPT = 2  # of these keep what the gradient needs: the last step's, twice for guidance
 GUIDANCE = SampleSettings.guidance  # as `hdb gen` will draw
 
 
@@ -87,9 +88,8 @@ def portrait_likeness(
 
 
 def drafts(batch: int) -> int:
-    """Return how many passes of one sample such a step keeps for its gradient: guidance doubles
-    them."""
-    return max(1, batch // SHARE) * 2 * STEPS
+    """Return how many passes of one sample such a step keeps for its gradient."""
+    return max(1, batch // SHARE) * KEPT
 
 
 def check_drafts(base: Base) -> Drafting:

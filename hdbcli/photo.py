@@ -26,6 +26,7 @@ from hdbcli.errors import HdbError
 MAX_PIXELS = 64_000_000  # 192 MB of RGB; what phones save by themselves ends at 50 megapixels
 MIN_FACE = 48  # pixels of the shorter side: below it an eye is a handful of pixels
 SMALL_FACE = 96  # pixels: below it fine detail is missing
+ENLARGED = 1.25  # where the crop shows it larger than the photo by more than this
 DETECTOR = Path(__file__).parent / "assets" / "face_detection_yunet_2023mar.onnx"
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
@@ -315,7 +316,7 @@ def crop_face(path: Path, template: np.ndarray, size: int, face: int | None = No
         )
     turn, shift = similarity(chosen.landmarks, template * size)
     doubts = []
-    if chosen.side < SMALL_FACE and abs(turn) > 1:
+    if chosen.side < SMALL_FACE and abs(turn) > ENLARGED:
         doubts.append(f"the face is only {chosen.side:.0f} px wide: expect less likeness")
     if _sharpness(rgb, chosen.box) < _BLURRED:
         doubts.append("the face is very blurred: expect less likeness, try a sharper photo")

@@ -94,7 +94,7 @@ def test_gen_of_several_people_is_each_alone(alice: Path, astronaut: Path, tmp_p
     assert [(p["name"], p["seed"]) for p in values["pictures"]] == [
         *(("alice", 5), ("alice", 6), ("bob", 5), ("bob", 6))
     ]
-    assert Image.open(values["grid"]).size == (128, 128)  # a row each
+    assert Image.open(values["grid"]).size == (256, 256)  # a row each
     pictures = {}
     for name in ("alice", "bob"):
         ok("gen", name, *words, "-o", tmp_path / "alone")
@@ -114,7 +114,7 @@ def test_gen_json_grid_file_and_hint(alice: Path, tmp_path: Path) -> None:
     words = ["-n", 2, "--steps", 2, "--grid", "-o", sheet, "--json"]
     result = ok("gen", alice, "a face", *words)
     values = json.loads(result.stdout)
-    assert values["grid"] == str(sheet) and Image.open(sheet).size == (128, 64)
+    assert values["grid"] == str(sheet) and Image.open(sheet).size == (256, 128)
     assert "[V]" in result.stderr
     assert values["pictures"][1]["seed"] == values["pictures"][0]["seed"] + 1
     refused("gen", "alice", "x", "-o", tmp_path / "one.png", says="4 pictures")
@@ -125,11 +125,11 @@ def test_gen_schedulers_negative_and_size(alice: Path, tmp_path: Path) -> None:
     ok(*base, tmp_path / "a.png")
     ok(*base, tmp_path / "b.png", "--scheduler", "euler-a")
     ok(*base, tmp_path / "c.png", "--negative", "bark skin")
-    ok(*base, tmp_path / "d.png", "--size", 128)
+    ok(*base, tmp_path / "d.png", "--size", 192)
     a, b, c, d = (np.asarray(Image.open(tmp_path / f"{x}.png")) for x in "abcd")
-    assert not (a == b).all() and not (a == c).all() and d.shape == (128, 128, 3)
+    assert not (a == b).all() and not (a == c).all() and d.shape == (192, 192, 3)
     refused(*base, tmp_path / "e.png", "--scheduler", "nope", says="ddim, dpm++")
-    refused(*base, tmp_path / "e.png", "--size", 65, says="multiple of 16")
+    refused(*base, tmp_path / "e.png", "--size", 65, says="multiple of 32")
 
 
 def test_list_show_rm(alice: Path) -> None:
@@ -168,7 +168,7 @@ def test_set_hypernetwork(hdb_home: Path, tmp_path: Path) -> None:
 def test_base_commands_and_version() -> None:
     assert "tiny" in [b["name"] for b in json.loads(ok("base", "list", "--json").stdout)]
     assert json.loads(ok("base", "show", "tiny", "--json").stdout)["hypernetwork"] is True
-    assert "64" in ok("base", "list").stdout and "sks" in ok("base", "show", "tiny").stdout
+    assert "128" in ok("base", "list").stdout and "sks" in ok("base", "show", "tiny").stdout
     assert ok("--version").stdout == "hdb 0.1.0\n"
     refused("base", "show", "tinny", says="tiny")
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from hdbcli.config import CAPTIONS, MAIN_METHODS, METHODS, PROMPTS
 from hdbcli.contenders import CONTENDERS, choose
 from hdbcli.errors import HdbError
 from hdbcli.standings import bootstrap, likeness_of, reached, stand
+from registry.spec import SampleSettings
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
 ALONE = Alone(startup=5.0, prepare=1.0, step=0.5, memory=10**9)
@@ -116,7 +118,10 @@ def run(*words: object) -> dict:
     return told("compare", *words)
 
 
-def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
+def test_compare_from_photos_to_sheet(
+    tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hdbcli.compare.SampleSettings", partial(SampleSettings, steps=6))
     for folder in sorted(HELD_OUT.iterdir())[:3]:
         shutil.copytree(folder, tmp_path / "people" / folder.name)
     shutil.copytree(HELD_OUT / "900050", tmp_path / "others/900050")
@@ -136,7 +141,7 @@ def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
     assert [s["prompt"] for s in document["styles"]] == [CAPTIONS[1], CAPTIONS[3]]
     assert document["styles"][0]["portraits"]["top1"] == 1.0 == document["styles"][0]["found"]
     assert 0 < document["floor"]["mean"] < document["photo"]["mean"] < 1
-    assert Image.open(tmp_path / "out/sheet.png").size == (6 * 64, 2 * 64)
+    assert Image.open(tmp_path / "out/sheet.png").size == (6 * 128, 2 * 128)
     assert Image.open(tmp_path / "out/curves.png").size[0] == 800
     assert json.loads((tmp_path / "out/compare.json").read_text()) == document
     assert document["through"]["auc"] > 0 and document["other_photo"]["top1"] == 1.0
@@ -144,6 +149,8 @@ def test_compare_from_photos_to_sheet(tiny: Base, tmp_path: Path) -> None:
     assert document["command"] == shlex.join(["hdb", *sys.argv[1:]])
     page = (tmp_path / "out/compare.md").read_text()
     assert f"| lora | 1 | 2 | {lora['seconds']:.1f} s |" in page and "(sheet.png)" in page
+    # Timed for real once, above.
+    monkeypatch.setattr("hdbcli.contest.time_alone", lambda *_: Alone(1.0, 0.1, 0.1, 10**9))
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out/records").iterdir()}
     assert len(kept) == 2 and len(list((tmp_path / "out/tuning").iterdir())) == 4  # 1 and 3 rates
     again = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora:1")

@@ -219,7 +219,7 @@ def test_inspect_names_the_targets_of_a_real_identity(tiny: Base, hdb_home: Path
     assert [t["name"] for t in values["targets"]] == list(tiny.injected.layers)
     unet = [TargetEnergy(**t) for t in values["targets"] if t["component"] == "unet"]
     blocks = list(dict.fromkeys(block_of(target.name) for target in unet))
-    assert blocks == ["down 0", "down 1", "mid", "up 0", "up 1"]  # theta's order is that of depth
+    assert blocks == ["down 1", "down 2", "mid", "up 0", "up 1"]  # theta's order is that of depth
     shares = values["shares"]
     assert set(shares["component"]) == {"unet", "text_encoder"}
     assert set(shares["kind"]) == {"self-attention", "cross-attention", "feed-forward"}

@@ -29,7 +29,7 @@ def learnt(base: Base, optimizer: str) -> tuple[list[float], torch.dtype]:
     """Refine from theta_0: the loss of every step with those at the start and the end around them,
     and the format of the optimizer's state."""
     trial = lidb_trial(base, first_theta(len(base.injected.layers), base.spec.a, base.spec.b))
-    face = np.asarray(Image.open(FACE).convert("RGB").resize((64, 64)))
+    face = np.asarray(Image.open(FACE).convert("RGB").resize((128, 128)))
     latents = [base.backbone.encode_images(base.images([face]))]
     chosen, name = make_optimizer(optimizer, trial.parameters.values(), 5e-3)
     assert name == optimizer

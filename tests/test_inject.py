@@ -21,7 +21,7 @@ def random_theta(base: Base, batch: int) -> Theta:
 
 def loss(base: Base, theta: Theta | None, batch: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    side = base.backbone.encode_images(torch.zeros(batch, 3, 64, 64)).shape[1:]
+    side = base.backbone.encode_images(torch.zeros(batch, 3, 128, 128)).shape[1:]
     noise = torch.randn((1, *side), generator=generator).expand(batch, -1, -1, -1)
     t = torch.full((batch,), 0.5)
     with base.injected.wearing(theta), torch.no_grad():
@@ -54,7 +54,7 @@ def test_theta_0_and_nobody_are_the_base(tiny: Base) -> None:
 def test_gradients_reach_text_and_unet_targets(tiny: Base) -> None:
     theta = random_theta(tiny, 1)
     up = theta.up.clone().requires_grad_(True)
-    latents = torch.randn(tiny.backbone.encode_images(torch.zeros(1, 3, 64, 64)).shape)
+    latents = torch.randn(tiny.backbone.encode_images(torch.zeros(1, 3, 128, 128)).shape)
     with tiny.injected.wearing(Theta(theta.down, up)):
         value = tiny.backbone.loss(latents, ["a sks face"], latents.flip(1), torch.tensor([0.5]))
     value.sum().backward()

@@ -6,6 +6,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def predicted(tiny: Base, crops: list[np.ndarray]) -> Theta:
 
 
 def noise(count: int) -> Tensor:
-    return torch.randn((count, 24, 8, 8), generator=torch.Generator().manual_seed(0))
+    return torch.randn((count, 16, 16, 16), generator=torch.Generator().manual_seed(0))
 
 
 def test_chips_are_those_that_opencv_cuts(tiny: Base, crops: list[np.ndarray]) -> None:
@@ -70,7 +71,7 @@ def test_chips_of_large_crops_lose_nothing_between_samples(tiny: Base) -> None:
 def test_a_draft_of_many_steps_is_what_ddim_draws(tiny: Base, predicted: Theta) -> None:
     settings = SampleSettings(steps=50, scheduler="ddim", guidance=2.0)
     drawn = generate(tiny, predicted[:1], PORTRAIT, [3], settings, lambda *_: None)[0].image
-    start = torch.randn((1, 24, 8, 8), generator=torch.Generator().manual_seed(3))
+    start = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(3))
     with torch.no_grad(), tiny.wearing(predicted[:1]):
         many, few, other = (
             _pixels(tiny.backbone.draft([tiny.prompt(PORTRAIT)], each, steps, 2.0))
@@ -149,6 +150,28 @@ def test_gradients_reach_theta_and_nothing_else(tiny: Base, crops: list[np.ndarr
     assert all(p.grad is None for p in frozen)
 
 
+def test_only_the_last_step_of_a_draft_keeps_its_gradient(
+    tiny: Base, predicted: Theta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The picture is the same either way."""
+    plain, learns = StableDiffusion._predict, []
+
+    def seen(self: StableDiffusion, *asked: Any) -> Tensor:
+        learns.append(torch.is_grad_enabled())
+        return plain(self, *asked)
+
+    monkeypatch.setattr(StableDiffusion, "_predict", seen)
+    theta = Theta(predicted.down[:2], predicted.up[:2].clone().requires_grad_(True))
+    with tiny.wearing(theta):
+        drawn = tiny.backbone.draft(PROMPTS, noise(2), 3, 2.0)
+        assert learns == [False, False, True]
+        with torch.no_grad():
+            again = tiny.backbone.draft(PROMPTS, noise(2), 3, 2.0)
+        assert learns[3:] == [False] * 3
+    assert drawn.grad_fn is not None
+    assert (drawn - again).abs().max() < 1e-4 < (drawn - again.flip(0)).abs().max()
+
+
 def test_a_step_along_the_gradient_brings_the_person_nearer(
     tiny: Base, crops: list[np.ndarray], predicted: Theta
 ) -> None:
@@ -221,7 +244,7 @@ def test_a_base_that_cannot_draft_says_so(tiny: Base, predicted: Theta) -> None:
     other = replace(tiny, backbone=Plain())  # type: ignore[arg-type]
     with pytest.raises(HdbError, match="leave --likeness out"):
         likeness_loss(
-            other, predicted, PROMPTS, noise(2), torch.zeros(2, 3, 64, 64), torch.zeros(2, 128)
+            other, predicted, PROMPTS, noise(2), torch.zeros(2, 3, 128, 128), torch.zeros(2, 128)
         )
 
 

@@ -119,14 +119,13 @@ def kohya_file(path: Path) -> Path:
 
 def diffusers_file(path: Path) -> Path:
     """Let diffusers and PEFT write a file whose alpha, 12 at rank 4, is beside the tensors."""
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
     unet = pipeline_of_tiny().unet
     config = LoraConfig(r=4, lora_alpha=12, target_modules=["to_q", "to_out.0", "conv1"])
     unet.add_adapter(config)
-    tensors = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    tensors = get_peft_model_state_dict(unet)
     StableDiffusionPipeline.save_lora_weights(
         path.parent,
         unet_lora_layers={k: random(tuple(v.shape), 0) for k, v in tensors.items()},

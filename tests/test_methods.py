@@ -28,7 +28,7 @@ from registry.spec import SampleSettings
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
 CONFIG = RefineConfig(steps=6, batch=4, optimizer="adamw")
-LR = {"lidb": 5e-3, "lora": 3e-3, "inversion": 0.1, "dreambooth": 3e-4}
+LR = {"lidb": 5e-3, "lora": 3e-3, "inversion": 0.3, "dreambooth": 3e-4}
 
 
 def quiet(stage: str, done: int, total: int) -> None: ...

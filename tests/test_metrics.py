@@ -3,6 +3,7 @@ apart."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,14 +143,17 @@ def test_words_follow_the_numbers() -> None:
     assert len(words(Score(None, {}, 1.0, 10.0))) == 2
 
 
-def test_score_of_an_identity(hdb_home: Path, astronaut: Path) -> None:
+def test_score_of_an_identity(
+    hdb_home: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hdbcli.score.SampleSettings", partial(SampleSettings, steps=10))
     ok("new", astronaut, "alice", "--yes", "--no-refine")
     values = told("score", "alice", "--photo", astronaut)
     like = values["likeness"]
     assert 0 <= like["floor"] < like["ceiling"] < 1 and 0 < like["portraits"] < like["ceiling"]
     style = values["styles"]["in-domain-clip"]
     assert 0 <= style["named"] <= 1 and style["base_named"] > 0.6 and values["drift"] > 0
-    said = ok("score", "alice").stdout
+    said = ok("score", "alice").stdout  # without a photo
     assert "drift" in said and "likeness" not in said
     wrong = hdb("score", "nobody")
     assert wrong.exit_code == 1 and "nobody" in wrong.stderr

@@ -80,7 +80,7 @@ def test_what_is_kept_is_most_of_a_picture(model: AutoencoderTiny, pictures: Ten
     images = pictures[:8] / 127.5 - 1
     back = model.decode(model.encode(images).latents).sample
     error, plain = (back - images).pow(2).mean(), (images.mean() - images).pow(2).mean()
-    assert error < 0.05 * plain
+    assert error < 0.1 * plain
 
 
 def test_no_linear_code_of_as_many_numbers_keeps_more(parts: Components, pictures: Tensor) -> None:

@@ -98,7 +98,7 @@ def test_broken_bitsandbytes_leaves_all_as_it_is(
 def bf16() -> tuple[list[Tensor], dict[str, Any]]:
     """Refine on tiny with bf16 weights: the latents, and the losses by kind."""
     base = tiny_in(MemoryPlan("half", "bfloat16"))
-    face = np.asarray(Image.open(FACE).convert("RGB").resize((64, 64)))
+    face = np.asarray(Image.open(FACE).convert("RGB").resize((128, 128)))
     latents = [base.backbone.encode_images(base.images([face]))]
     return latents, {"bf16": losses(base, latents)}
 
@@ -148,7 +148,7 @@ def test_face_encoder_in_8_bits_predicts_the_same(tiny: Base) -> None:
     from hdbcli.memory import PLANS
 
     generator = np.random.default_rng(0)
-    crop = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    crop = generator.integers(0, 255, (128, 128, 3), dtype=np.uint8)
     faces = tiny.faces([crop])
     whole = load_predictor(tiny)[0].predict(faces)
     few, _ = load_predictor(replace(tiny, plan=PLANS[-2]))

@@ -85,10 +85,14 @@ def step(*arguments: str | Path) -> int:
 
 @pytest.mark.egl
 def test_every_step_from_renders_to_weights(
-    assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    assets: Assets,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from diffusers import StableDiffusionPipeline
 
+    monkeypatch.setattr("registry.tiny.recipe.base.SHOWN", 1)
     build, weights = tmp_path / "build", tmp_path / "weights"
     assert step("--build", build, "base", "--steps", "1") == 1
     assert "no rendered pictures" in capsys.readouterr().err
@@ -123,7 +127,7 @@ def test_every_step_from_renders_to_weights(
         path.write_bytes((build / "people/000000/portrait-0.png").read_bytes())
     out = tmp_path / "sheet.png"
     assert step("contact", photo, "--drawn", drawn, "--out", out) == 0
-    assert read_image(out, cv2.IMREAD_COLOR).shape == (2 * 64, 2 * 3 * 64, 3)
+    assert read_image(out, cv2.IMREAD_COLOR).shape == (128, 3 * 128, 3)
 
 
 def test_blend_lies_between_and_refuses_strangers(

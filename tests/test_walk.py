@@ -22,7 +22,7 @@ from registry import store
 from registry.diffusion import StableDiffusion
 from registry.spec import SampleSettings
 
-SIDE, STEPS = 64, 3
+SIDE, STEPS = 128, 3
 
 
 def random_theta(base: Base, seed: int, rank: int) -> Theta:

@@ -53,7 +53,8 @@ class InDomainClip(nn.Module):
         rows = []
         for text in texts:
             known = [index[word] for word in text.lower().split() if word in index]
-            rows.append(self.word(torch.tensor(known)).mean(0) if known else torch.zeros(WIDTH))
+            ids = torch.tensor(known, dtype=torch.long, device=self.word.weight.device)
+            rows.append(self.word(ids).mean(0) if known else ids.new_zeros(WIDTH).float())
         return F.normalize(self.text_out(torch.stack(rows)), dim=1)
 
     def forward(self, pictures: Tensor, texts: Sequence[str]) -> Tensor:

@@ -56,15 +56,15 @@ def decoder(options: argparse.Namespace) -> Iterator[str]:
 
     embedding = _load(options.perceptual) if options.perceptual else None
     plan = Plan(options.steps, options.lr, warmup=100, average=0.999, seed=options.seed)
-    return _report(train_decoder(options.build, plan, embedding))
+    return _report(train_decoder(options.build, plan, options.batch, options.device, embedding))
 
 
 def base(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.base import train_base
     from registry.training import Plan
 
-    plan = Plan(options.steps, options.lr, warmup=200, average=0.998, seed=options.seed)
-    return _report(train_base(options.build, plan, options.compile))
+    plan = Plan(options.steps, options.lr, warmup=200, average=0.999, seed=options.seed)
+    return _report(train_base(options.build, plan, options.batch, options.device, options.compile))
 
 
 def clip(options: argparse.Namespace) -> Iterator[str]:
@@ -72,13 +72,13 @@ def clip(options: argparse.Namespace) -> Iterator[str]:
     from registry.training import Plan
 
     plan = Plan(options.steps, options.lr, warmup=50, average=0.99, seed=options.seed)
-    return _report(train_clip(options.build, plan))
+    return _report(train_clip(options.build, plan, options.batch, options.device))
 
 
 def contact(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.pictures import photo_rows, sheet
 
-    sheet(photo_rows(options.photos, options.drawn, 64), options.out)
+    sheet(photo_rows(options.photos, options.drawn, 128), options.out, scale=1)
     yield str(options.out)
 
 
@@ -118,6 +118,18 @@ def _progress(done: int, total: int, unit: str, seconds: float) -> str:
     return f"{done}/{total} {unit}, {seconds:.0f} s, {left / 60:.1f} min left"
 
 
+def _trains(
+    step: argparse.ArgumentParser, run: Callable, count: int, lr: float, batch: int
+) -> None:
+    """Let a step take what every training takes."""
+    step.set_defaults(run=run)
+    step.add_argument("--steps", type=int, default=count)
+    step.add_argument("--lr", type=float, default=lr)
+    step.add_argument("--batch", type=int, default=batch)
+    step.add_argument("--seed", type=int, default=0)
+    step.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="registry.tiny.recipe", description=__doc__)
     parser.add_argument("--build", type=Path, default=Path("build/tiny"), help="work folder")
@@ -125,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     step = steps.add_parser("render", help="fetch the assets and render people")
     step.set_defaults(run=render)
     step.add_argument("--people", type=int, default=6000)
-    step.add_argument("--size", type=int, default=64)
+    step.add_argument("--size", type=int, default=128)
     step.add_argument("--held-out", action="store_true", help="people that no training step sees")
     step.add_argument("--worker", type=int, default=0, help="which of --workers this process is")
     step.add_argument("--workers", type=int, default=1)
@@ -139,22 +151,13 @@ def main(arguments: list[str] | None = None) -> int:
     step.set_defaults(run=autoencoder)
     step.add_argument("--seed", type=int, default=0)
     step = steps.add_parser("base", help="train the UNet and the text encoder")
-    step.set_defaults(run=base)
-    step.add_argument("--steps", type=int, default=8000)
-    step.add_argument("--lr", type=float, default=1e-3)
-    step.add_argument("--seed", type=int, default=0)
+    _trains(step, base, count=8000, lr=1e-3, batch=64)
     step.add_argument("--compile", action="store_true", help="a third faster; needs a C++ compiler")
     step = steps.add_parser("decoder", help="train the decoder to hide a drawing's errors")
-    step.set_defaults(run=decoder)
-    step.add_argument("--steps", type=int, default=6000)
-    step.add_argument("--lr", type=float, default=5e-4)
-    step.add_argument("--seed", type=int, default=0)
+    _trains(step, decoder, count=6000, lr=5e-4, batch=8)
     step.add_argument("--perceptual", help="module:function of a differentiable face embedding")
     step = steps.add_parser("clip", help="train the in-domain CLIP that measures style")
-    step.set_defaults(run=clip)
-    step.add_argument("--steps", type=int, default=800)
-    step.add_argument("--lr", type=float, default=2e-3)
-    step.add_argument("--seed", type=int, default=0)
+    _trains(step, clip, count=800, lr=2e-3, batch=128)
     step = steps.add_parser("blend", help="mix a network with what further training made of it")
     step.set_defaults(run=blend)
     step.add_argument("before", type=Path)

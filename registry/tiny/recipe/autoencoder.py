@@ -15,10 +15,10 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from registry.errors import RegistryError
-from registry.tiny.recipe.pictures import read_pictures, sheet, to_pixels, to_unit
+from registry.tiny.recipe.pictures import half, read_pictures, sheet, to_pixels, to_unit
 from registry.tiny.recipe.principal import WIDTH, components, write_decoder, write_encoder
 
-CHANNELS = 24  # principal components kept of each patch's 192 numbers
+CHANNELS = 16  # principal components kept of each patch's 192 numbers
 TEMPER = 0.5  # deviations of the components are raised to this power
 SCALE = 8.0  # latents that diffuse / latents that the decoder reads: tanh bends those beyond 1
 
@@ -64,12 +64,12 @@ def encode(model: AutoencoderTiny, pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def decode(model: AutoencoderTiny, latents: Tensor) -> Tensor:
     """Decode latents to uint8 pictures (N, 3, S, S)."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with half(latents.device):
         return to_pixels(model.decode(latents / SCALE).sample)
 
 
 def show(model: AutoencoderTiny, build: Path) -> None:
     """Draw held-out pictures above what comes back."""
     held = read_pictures(build / "heldout").pixels[:36]
-    back = decode(model, encode(model, held))
-    sheet([held[:18], back[:18], held[18:], back[18:]], build / "sheets/autoencoder.png")
+    back = decode(model, encode(model, held.to(model.device))).cpu()
+    sheet([held[:18], back[:18], held[18:], back[18:]], build / "sheets/autoencoder.png", scale=1)

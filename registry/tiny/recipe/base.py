@@ -12,27 +12,28 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from registry.tiny.recipe.autoencoder import CHANNELS, decode, encode
-from registry.tiny.recipe.pictures import STYLES, Pictures, read_pictures, sheet
+from registry.tiny.recipe.pictures import STYLES, Pictures, half, read_pictures, sheet
 from registry.tiny.recipe.styles import CAPTIONS
 from registry.tiny.recipe.vocabulary import LENGTH, write_tokenizer
 from registry.training import Plan, Step, averages_of, fit, settle, short_attention
 
 IDENTIFIER = "sks"
 WIDTH = 128  # of the text encoder
-BATCH = 64
+SHOWN = 12  # samples a style in the sheet
+ATTENDED = 8  # side of the largest grid with attention
 EMPTY = 0.1  # share of captions left out, for classifier-free guidance
 PORTRAIT_WORDS = ("A [V] face", "a photo of a [V] face", "a portrait of a [V] face", "[V] face")
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Build the untrained UNet: two levels, 8 x 8 and 4 x 4, attention in both."""
+    """Build the untrained UNet: three levels, attention at 8 x 8 and 4 x 4, none at 16 x 16."""
     return UNet2DConditionModel(
-        sample_size=8,
+        sample_size=16,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=(128, 192),
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=(96, 128, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
@@ -70,32 +71,32 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def train_base(build: Path, plan: Plan, compiled: bool) -> Iterator[Step]:
+def train_base(build: Path, plan: Plan, batch: int, device: str, compiled: bool) -> Iterator[Step]:
     """Train on every picture and its mirror image; save a pipeline folder and a sheet of
     samples."""
     pictures = read_pictures(build / "people")
     vae = AutoencoderTiny.from_pretrained(build / "vae").to(memory_format=torch.channels_last)
-    latents = _latents(vae.eval(), pictures)
+    latents = _latents(vae.eval().to(device), pictures)
     tokenizer = write_tokenizer(build / "vocabulary", _words())
     tokens = _tokens(tokenizer)
     torch.manual_seed(plan.seed)
-    unet, text_encoder = new_unet(), new_text_encoder(tokenizer)
+    unet, text_encoder = new_unet().to(device), new_text_encoder(tokenizer).to(device)
     scheduler = new_scheduler()
-    signal = scheduler.alphas_cumprod
+    signal = scheduler.alphas_cumprod.to(device)
+    randomness = torch.Generator(device)
     forward = torch.compile(unet) if compiled else unet
 
     def loss(generator: torch.Generator) -> Tensor:
-        pick = torch.randint(len(pictures.pixels), (BATCH,), generator=generator)
-        mirrored = torch.randint(2, (BATCH,), generator=generator)
-        clean = latents[mirrored, pick].float()
-        ids = _captions(tokens, pictures.styles[pick], generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        t = torch.randint(len(signal), (BATCH,), generator=generator)
+        pick = torch.randint(len(pictures.pixels), (batch,), generator=generator)
+        ids = _captions(tokens, pictures.styles[pick], generator).to(device)
+        # Drawn where it is needed: a GPU would wait for the numbers.
+        randomness.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
+        mirrored = torch.randint(2, (batch,), generator=randomness, device=device)
+        clean = latents[mirrored, pick.to(device)].float()
+        noise = torch.randn(clean.shape, generator=randomness, device=device)
+        t = torch.randint(len(signal), (batch,), generator=randomness, device=device)
         a, s = signal[t].sqrt().view(-1, 1, 1, 1), (1 - signal[t]).sqrt().view(-1, 1, 1, 1)
-        with (
-            torch.autocast("cpu", dtype=torch.bfloat16),
-            short_attention("cpu", clean[0, 0].numel()),
-        ):
+        with half(unet.device), short_attention(device, ATTENDED**2):
             states = text_encoder(ids).last_hidden_state
             velocity = forward(a * clean + s * noise, t, states).sample
         return F.mse_loss(velocity.float(), a * noise - s * clean)
@@ -118,14 +119,14 @@ def train_base(build: Path, plan: Plan, compiled: bool) -> Iterator[Step]:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(build / "pipeline")
     _show(pipeline, build / "sheets/base.png")
+    pipeline.to("cpu").save_pretrained(build / "pipeline")
 
 
 def _latents(vae: AutoencoderTiny, pictures: Pictures) -> Tensor:
-    """Encode all pictures and their mirror images : (2, N, 16, 8, 8) float16, about two minutes."""
+    """Encode all pictures and their mirror images: (2, N, c, h, w) float16, on the device."""
     both = [
-        torch.cat([encode(vae, part).half() for part in pixels.split(200)])
+        torch.cat([encode(vae, part.to(vae.device)).half() for part in pixels.split(200)])
         for pixels in (pictures.pixels, pictures.pixels.flip(-1))
     ]
     return torch.stack(both)
@@ -159,17 +160,17 @@ def _captions(tokens: Tensor, styles: Tensor, generator: torch.Generator) -> Ten
 
 @torch.no_grad()
 def _show(pipeline: StableDiffusionPipeline, path: Path) -> None:
-    """Draw every style with the same twelve seeds."""
+    """Draw every style with the same seeds."""
     pipeline.set_progress_bar_config(disable=True)
     rows = []
     for caption in CAPTIONS.values():
         prompt = caption.replace("[V]", IDENTIFIER)
         latents = pipeline(
-            [prompt] * 12,
+            [prompt] * SHOWN,
             num_inference_steps=30,
             guidance_scale=3.0,
-            generator=[torch.Generator().manual_seed(i) for i in range(12)],
+            generator=[torch.Generator().manual_seed(i) for i in range(SHOWN)],
             output_type="latent",
         ).images
-        rows.append(decode(pipeline.vae, latents))
-    sheet(rows, path)
+        rows.append(decode(pipeline.vae, latents).cpu())
+    sheet(rows, path, scale=1)

@@ -16,20 +16,20 @@ from registry.tiny.recipe.pictures import read_pictures, to_unit
 from registry.tiny.recipe.styles import CAPTIONS
 from registry.training import Plan, Step, averages_of, fit
 
-BATCH = 128
 TEXTS = [caption.replace("[V] ", "") for caption in CAPTIONS.values()]
 
 
-def train_clip(build: Path, plan: Plan) -> Iterator[Step]:
+def train_clip(build: Path, plan: Plan, batch: int, device: str) -> Iterator[Step]:
     """Train by cross-entropy over the captions: CLIP's loss where a batch repeats its captions."""
     pictures = read_pictures(build / "people")
     torch.manual_seed(plan.seed)
     model = InDomainClip(sorted({word for text in TEXTS for word in text.lower().split()}))
+    model.to(device)
 
     def loss(generator: torch.Generator) -> Tensor:
-        pick = torch.randint(len(pictures.pixels), (BATCH,), generator=generator)
-        images = _worsened(to_unit(pictures.pixels[pick]), generator)
-        return F.cross_entropy(model(images, TEXTS), pictures.styles[pick])
+        pick = torch.randint(len(pictures.pixels), (batch,), generator=generator)
+        images = _worsened(to_unit(pictures.pixels[pick]), generator).to(device)
+        return F.cross_entropy(model(images, TEXTS), pictures.styles[pick].to(device))
 
     parameters = dict(model.named_parameters())
     averages = averages_of(parameters)
@@ -37,7 +37,7 @@ def train_clip(build: Path, plan: Plan) -> Iterator[Step]:
     yield from fit(
         parameters, loss, optimizer, plan, averages, build / "clip-checkpoint.safetensors"
     )
-    half = {name: value.half() for name, value in averages.items()}
+    half = {name: value.half().cpu() for name, value in averages.items()}
     metadata = {"format": "pt", "words": json.dumps(model.words)}
     save_file(half, build / "clip.safetensors", metadata=metadata)
 

@@ -45,6 +45,11 @@ def read_pictures(folder: Path) -> Pictures:
     return Pictures(tensor, torch.tensor(styles), torch.tensor(people))
 
 
+def half(device: torch.device) -> torch.autocast:
+    """Compute in bfloat16, on any device."""
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
 def to_unit(pixels: Tensor) -> Tensor:
     """Map uint8 to -1..1, channels last: the layout that convolutions on a CPU like."""
     return (pixels.float() / 127.5 - 1).to(memory_format=torch.channels_last)
