@@ -4,7 +4,7 @@ hand."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -29,6 +29,7 @@ from hdbcli.tokens import Tokens
 from registry.plugins import load_registry
 from registry.settings import customised
 from registry.spec import Backbone, BaseSpec, Frugal
+from registry.training import short_attention
 
 Worn: TypeAlias = Theta | Factors | Tokens
 
@@ -62,6 +63,12 @@ class Base:
         """Let go of the autoencoder until it is needed again, if the plan is to save memory."""
         if self.plan.frugal and isinstance(self.backbone, Frugal):
             self.backbone.free_autoencoder()
+
+    def short_attention(self, latents: Tensor) -> AbstractContextManager[None]:
+        """Train on latents (B, c, h, w) with the attention that is the fastest for as few tokens as
+        they have where the base first attends."""
+        tokens = latents[0, 0].numel() >> 2 * getattr(self.backbone, "halvings", 0)
+        return short_attention(self.device, tokens)
 
     def images(self, crops: list[np.ndarray]) -> Tensor:
         """Stack uint8 crops (S, S, 3) as (B, 3, S, S) in -1..1 on the device."""

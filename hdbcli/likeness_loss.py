@@ -24,7 +24,6 @@ from hdbcli.errors import HdbError
 from hdbcli.hypernet import Faces
 from hdbcli.lidb import Factors, Theta
 from registry.spec import Drafting, SampleSettings
-from registry.training import short_attention
 
 STEPS = 4
 SHARE = 4  # one in so many samples of a step is drawn from noise too: that costs eight passes
@@ -72,7 +71,7 @@ def portrait_likeness(
         with (
             base.wearing(theta),
             autocast(base.device),
-            short_attention(base.device, noise[0, 0].numel()),
+            base.short_attention(noise),
         ):
             far = likeness_loss(
                 base,

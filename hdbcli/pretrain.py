@@ -41,7 +41,7 @@ from hdbcli.objective import (
 )
 from hdbcli.people import People
 from hdbcli.refine import draw_times
-from registry.training import Plan, Step, averages_of, closing, fit, settle, short_attention
+from registry.training import Plan, Step, averages_of, closing, fit, settle
 
 AVERAGE = 0.998
 
@@ -97,7 +97,7 @@ def pretrain(
     on = ExitStack()
 
     def loss(generator: torch.Generator) -> Tensor:
-        on.enter_context(short_attention(base.device, latents[0, 0, 0].numel()))
+        on.enter_context(base.short_attention(latents[0]))
         return _loss(base, model, material, config, workers, generator)
 
     steps = fit(

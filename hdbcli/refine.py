@@ -23,7 +23,7 @@ from hdbcli.lidb import Factors, Theta, pack, unpack
 from hdbcli.likeness_loss import portrait_likeness
 from hdbcli.objective import Samples
 from registry.spec import BaseSpec
-from registry.training import Plan, Step, closing, fit, short_attention
+from registry.training import Plan, Step, closing, fit
 
 PAIRS = 8  # times a step's batch: (timestep, noise) pairs that the loss is reported on
 PAIRS_SEED = 0
@@ -138,7 +138,7 @@ def train(
         for first in range(0, batch, size):
             on.close()
             on.enter_context(base.wearing(trial.worn()))
-            on.enter_context(short_attention(base.device, noise[0, 0].numel()))
+            on.enter_context(base.short_attention(noise))
             part = slice(first, first + size)
             samples = _samples(base, latents, noise[part], t[part], first)
             if prior is not None:

@@ -123,6 +123,12 @@ class StableDiffusion:
         pictures = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return pictures.permute(0, 2, 3, 1).cpu().numpy()
 
+    @property
+    def halvings(self) -> int:
+        """How often the UNet halves its grid before anything in it attends."""
+        kinds = self.pipeline.unet.config.down_block_types
+        return next((i for i, kind in enumerate(kinds) if "Attn" in kind), 0)
+
     def loss(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
         a, s = self._mix(self._steps(t), latents)
         target = a * noise - s * latents if self._velocity else noise
