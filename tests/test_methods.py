@@ -28,7 +28,8 @@ from registry.spec import SampleSettings
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
 CONFIG = RefineConfig(steps=6, batch=4, optimizer="adamw")
-LR = {"lidb": 5e-3, "lora": 3e-3, "inversion": 0.3, "dreambooth": 3e-4}
+STEPS = {"inversion": 20}  # a word moves slowly
+LR = {"lidb": 5e-3, "lora": 3e-3, "inversion": 0.03, "dreambooth": 3e-4}
 
 
 def quiet(stage: str, done: int, total: int) -> None: ...
@@ -60,7 +61,13 @@ def trial_of(method: str, base: Base, people: int) -> Iterator[Trial]:
 
 def run(base: Base, trial: Trial, latents: list[Tensor], method: str) -> Tensor:
     optimizer = torch.optim.AdamW(trial.parameters.values())
-    for _ in train(base, trial, latents, replace(CONFIG, lr=LR[method]), optimizer):
+    for _ in train(
+        base,
+        trial,
+        latents,
+        replace(CONFIG, lr=LR[method], steps=STEPS.get(method, CONFIG.steps)),
+        optimizer,
+    ):
         pass
     return portrait_loss(base, trial.worn(), latents)
 
