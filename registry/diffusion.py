@@ -153,9 +153,9 @@ class StableDiffusion:
         times = torch.linspace(last, 0, steps + 1).long().to(noise.device)
         x = noise
         learns = torch.is_grad_enabled()
-        for now, later in itertools.pairwise(times):
+        for number, (now, later) in enumerate(itertools.pairwise(times), 1):
             a, s = self._mix(now, noise)
-            with torch.set_grad_enabled(learns and bool(later == times[-1])):
+            with torch.set_grad_enabled(learns and number == steps):
                 both = self._predict(torch.cat([x, x]), now.expand(2 * len(x)), read)
             away, towards = both.chunk(2)
             predicted = away + guidance * (towards - away)

@@ -15,9 +15,9 @@ from registry.tiny.recipe.principal import PATCH, Components, components
 
 @pytest.fixture(scope="module")
 def pictures() -> Tensor:
-    """Smooth random pictures, uint8 (96, 3, 64, 64): their patches have a few strong components."""
-    noise = torch.rand(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    smooth = F.interpolate(noise, (64, 64), mode="bicubic").clamp(0, 1)
+    """Smooth random pictures, uint8 (96, 3, 128, 128), whose patches have few strong components."""
+    noise = torch.rand(96, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(noise, (128, 128), mode="bicubic").clamp(0, 1)
     return (smooth * 255).round().to(torch.uint8)
 
 
@@ -80,7 +80,7 @@ def test_what_is_kept_is_most_of_a_picture(model: AutoencoderTiny, pictures: Ten
     images = pictures[:8] / 127.5 - 1
     back = model.decode(model.encode(images).latents).sample
     error, plain = (back - images).pow(2).mean(), (images.mean() - images).pow(2).mean()
-    assert error < 0.1 * plain
+    assert error < 0.05 * plain
 
 
 def test_no_linear_code_of_as_many_numbers_keeps_more(parts: Components, pictures: Tensor) -> None:

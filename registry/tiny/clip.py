@@ -50,11 +50,12 @@ class InDomainClip(nn.Module):
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed captions as unit vectors (T, WIDTH); words that no caption has say nothing."""
         index = {word: i for i, word in enumerate(self.words)}
-        rows = []
+        rows, device = [], self.word.weight.device
+        none = torch.zeros(1, WIDTH, device=device)
         for text in texts:
             known = [index[word] for word in text.lower().split() if word in index]
-            ids = torch.tensor(known, dtype=torch.long, device=self.word.weight.device)
-            rows.append(self.word(ids).mean(0) if known else ids.new_zeros(WIDTH).float())
+            words = self.word(torch.tensor(known, device=device)) if known else none
+            rows.append(words.mean(0))
         return F.normalize(self.text_out(torch.stack(rows)), dim=1)
 
     def forward(self, pictures: Tensor, texts: Sequence[str]) -> Tensor:

@@ -75,11 +75,10 @@ def _draw_again(
     pipeline: StableDiffusionPipeline, vae: AutoencoderTiny, pictures: Pictures, seed: int
 ) -> Tensor:
     """Take each picture part of the way to noise, and back in a few steps: (N, c, h, w) float16."""
-    signal = pipeline.scheduler.alphas_cumprod
+    signal = pipeline.scheduler.alphas_cumprod.to(pipeline.device)
     prompts = [CAPTIONS[style].replace("[V]", IDENTIFIER) for style in STYLES]
     ids = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
     states = pipeline.text_encoder(ids.to(pipeline.device)).last_hidden_state
-    signal = signal.to(pipeline.device)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for pixels, styles in zip(pictures.pixels.split(200), pictures.styles.split(200), strict=True):
