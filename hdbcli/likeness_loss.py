@@ -38,6 +38,7 @@ def likeness_loss(
     noise: Tensor,
     true: Tensor,
     traits: Tensor,
+    precision: str = "auto",
 ) -> Tensor:
     """Return the squared distances (B,) of drawn faces from the true ones, of embeddings and of
     colours.
@@ -47,9 +48,13 @@ def likeness_loss(
     theta, who lie fastest.
     """
     base.injected.wear(theta)
-    images = check_drafts(base).draft(prompts, noise, STEPS, GUIDANCE)
-    far = (base.embed(images) - traits).square().sum(1)
-    return far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
+    backbone = check_drafts(base)
+    with autocast(base.device, precision, noise):
+        drawn = backbone.draft(prompts, noise, STEPS, GUIDANCE)
+    with autocast(base.device, precision):
+        images = backbone.decode(drawn)
+        far = (base.embed(images) - traits).square().sum(1)
+        return far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
 
 
 def portrait_likeness(
@@ -68,11 +73,7 @@ def portrait_likeness(
         own = [(each, k % len(each.crops)) for k in range(count) for each in faces]
         noise = torch.randn((count, *shape), generator=generator).repeat_interleave(len(faces), 0)
         theta = worn()
-        with (
-            base.wearing(theta),
-            autocast(base.device),
-            base.short_attention(noise),
-        ):
+        with base.wearing(theta), base.short_attention(noise):
             far = likeness_loss(
                 base,
                 theta,

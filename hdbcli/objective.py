@@ -106,8 +106,7 @@ def likeness_jobs(
     def loss(some: Tensor, worn: Theta) -> Tensor:
         rows = _rows(some, people)
         theirs = [prompts[row] for row in rows.tolist()]
-        with autocast(base.device, precision):
-            far = likeness_loss(base, worn, theirs, noise[rows], true[rows], traits[rows])
+        far = likeness_loss(base, worn, theirs, noise[rows], true[rows], traits[rows], precision)
         return weight * far.sum() / len(noise)
 
     return [(some, partial(loss, some)) for some in _parts(base, people)]

@@ -143,7 +143,7 @@ def train(
             samples = _samples(base, latents, noise[part], t[part], first)
             if prior is not None:
                 samples = samples.joined(prior.part(part))
-            with autocast(base.device):
+            with autocast(base.device, latents=samples.clean):
                 value = base.backbone.loss(*samples).sum() / batch
             if first + size < batch:  # the gradients of the last part are left to the loop
                 value.backward()

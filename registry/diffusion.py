@@ -118,10 +118,13 @@ class StableDiffusion:
     def decode_latents(self, latents: Tensor) -> np.ndarray:
         vae = self.autoencoder
         with _exact(vae):
-            scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-            decoded = vae.decode(scaled).sample
+            decoded = self.decode(latents.to(vae.device))
         pictures = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return pictures.permute(0, 2, 3, 1).cpu().numpy()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.autoencoder
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
 
     @property
     def halvings(self) -> int:
@@ -165,8 +168,7 @@ class StableDiffusion:
                 clean, rest = (x - s * predicted) / a, predicted
             a, s = self._mix(later, noise)
             x = a * clean + s * rest
-        vae = self.autoencoder
-        return vae.decode(clean.to(vae.dtype) / vae.config.scaling_factor).sample
+        return clean
 
     @property
     def _velocity(self) -> bool:

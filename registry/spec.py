@@ -109,8 +109,11 @@ class Drafting(Protocol):
     """What a backbone may offer beside, so that a hypernetwork can learn from what is drawn."""
 
     def draft(self, prompts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
-        """Draw images (B, 3, H, W), about -1..1, in a few steps from noise (B, c, h, w), with
-        gradients to whatever is worn."""
+        """Draw latents (B, c, h, w) in a few steps from noise of that shape, with gradients to
+        whatever is worn."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images (B, 3, H, W), about -1..1, of latents, with gradients."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hdbcli.base import Base
 from hdbcli.config import RefineConfig
-from hdbcli.device import make_optimizer
+from hdbcli.device import autocast, make_optimizer
 from hdbcli.lidb import first_theta
 from hdbcli.pretrain import new_hypernetwork
 from hdbcli.refine import lidb_trial, portrait_loss, train
@@ -60,3 +60,14 @@ def test_hypernetwork_is_held_in_8_bits(tiny: Base) -> None:
     numbers = sum(p.numel() for p in model.parameters())
     held = sum(p.numel() for p in model.parameters() if p.numel() >= 4096)
     assert held > 0.98 * numbers
+
+
+def test_few_latents_are_left_in_float32_on_a_cpu() -> None:
+    def product(latents: Tensor | None, precision: str = "auto") -> torch.dtype:
+        with autocast("cpu", precision, latents):
+            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+    one_person, batch = torch.zeros(2, 16, 16, 16), torch.zeros(32, 16, 16, 16)
+    fast = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    assert product(one_person) == product(batch, "fp32") == torch.float32
+    assert product(batch) == product(None) == fast

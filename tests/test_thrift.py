@@ -42,7 +42,7 @@ def exact_numbers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leave out bfloat16 products inside the block."""
     with monkeypatch.context() as patch:
         for module in ("refine", "pretrain"):
-            patch.setattr(f"hdbcli.{module}.autocast", lambda *_: nullcontext())
+            patch.setattr(f"hdbcli.{module}.autocast", lambda *_, **__: nullcontext())
         yield
 
 
