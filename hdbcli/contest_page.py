@@ -19,6 +19,7 @@ Seconds and memory are one person's, in a process of their own, start-up apart. 
 1 - distance of face embeddings to {photo}, with 95 % intervals over people.
 Bytes are two a trained number. Fidelity is how well a metric finds a picture to fit its prompt,
 drift the mean change of a pixel, of 255, in pictures of other people."""
+PAPERS = (1200, 5000)  # steps of DreamBooth and of Textual Inversion
 OTHER_PHOTO, SAME_PHOTO = "a photo that no method saw", "the photo that methods learned from"
 
 LIMITS = """\
@@ -61,18 +62,13 @@ def page(contest: Contest, command: str, date: str) -> str:
 
 def tables(contest: Contest) -> Iterator[Table]:
     """Yield the methods, and with several people whom pictures find and what styles keep."""
-    heads: tuple[str, ...] = (
-        "method",
-        "people",
-        "steps",
-        "seconds",
-        "ratio",
-        "to first's likeness",
-        "start-up",
-    )
     first, *rest = contest.standings
-    heads += ("memory", "bytes", *first.measured)
-    yield Table("Methods", heads, tuple(_line(each, first) for each in contest.standings))
+    heads: tuple[str, ...] = ("method", "people", "steps", "seconds", "start-up", "memory", "bytes")
+    yield Table("Methods", (*heads, *first.measured), tuple(map(_line, contest.standings)))
+    names = tuple(standing.name for standing in contest.standings)
+    if rest:
+        title = f"Seconds to the likeness of {first.name}, and times its own"
+        yield Table(title, ("likeness", *names), tuple(_speeds(contest)))
     less = tuple(
         (each.name, str(min(each.people, first.people)), *map(_interval, gaps.values()))
         for each, gaps in ((each, each.less_than_first) for each in rest)
@@ -85,7 +81,7 @@ def tables(contest: Contest) -> Iterator[Table]:
         yield Table(
             "The right person among all", ("picture", "people", "first", "in five", "AUC"), found
         )
-    across = ("prompt", *(standing.name for standing in contest.standings), "true pictures")
+    across = ("prompt", *names, "true pictures")
     if contest.people > 1:
         yield Table("Faces in a style, its mean taken away: AUC", across, tuple(_styles(contest)))
     yield Table("Style named by a classifier, face found", across, tuple(_named(contest)))
@@ -109,20 +105,36 @@ def notes(contest: Contest) -> list[str]:
     return [bounds, size]
 
 
-def _line(line: Standing, first: Standing) -> tuple[str, ...]:
-    reached = line.seconds_to_first
+def _line(line: Standing) -> tuple[str, ...]:
     return (
         line.name,
         str(line.people),
         f"{line.steps:,}",
         f"{line.seconds:.1f} s",
-        f"{line.seconds / first.seconds:.1f} x" if first.seconds else "-",
-        "never" if reached is None else f"{reached:.1f} s",
         f"{line.startup:.1f} s",
         f"{line.memory / 1e6:,.0f} MB",
         f"{2 * line.numbers:,}",
         *map(_interval, line.measured.values()),
     )
+
+
+def _speeds(contest: Contest) -> Iterator[tuple[str, ...]]:
+    """Hold seconds against the first method's: to the likeness that it has at its marks, on the
+    people that both learned, and of as many steps as the papers took."""
+    first = contest.standings[0]
+    for i, (seconds, likeness) in enumerate(first.curve):
+        until = (_against(each.seconds_to_first[i], seconds) for each in contest.standings)
+        yield f"{likeness.mean:.3f}", *until
+    for steps in PAPERS if first.steps else ():
+        taken = (each.seconds_of(steps) if each.step else None for each in contest.standings[1:])
+        yield f"{steps:,} steps", "-", *(_against(each, first.seconds, "-") for each in taken)
+
+
+def _against(seconds: float | None, first: float, absent: str = "never") -> str:
+    if seconds is None:
+        return absent
+    times = f" ({seconds / first:,.1f} x)" if first else ""
+    return f"{seconds:,.{1 if seconds >= 1 else 3}f} s{times}"
 
 
 def _found(contest: Contest) -> Iterator[tuple[str, ...]]:

@@ -28,17 +28,23 @@ class Standing:
     people: int  # the first so many
     steps: int
     seconds: float
+    prepare: float  # of these, before the first step
+    step: float  # and of each step
     startup: float
     memory: int
     numbers: int
     measured: Mapping[str, Interval]  # likeness, fidelity by each metric, drift
     less_than_first: Mapping[str, Interval]  # paired: the first method's minus this one's
-    seconds_to_first: float | None  # until the first method's final likeness; None: never
+    seconds_to_first: tuple[float | None, ...]  # to what the first has at its marks; None: never
     portraits: Retrieval | None
     styled: tuple[Retrieval, ...]  # a caption each
     found: tuple[float, ...]  # share of pictures with a face: portraits, and a caption each
     named: Mapping[str, tuple[float, ...]]  # metric -> share whose own prompt scores highest, each
     curve: tuple[tuple[float, Interval], ...]  # (seconds, likeness)
+
+    def seconds_of(self, steps: int) -> float:
+        """Return the seconds of so many steps."""
+        return self.prepare + steps * self.step
 
 
 def likeness_of(embeddings: Tensor, truth: Tensor) -> Tensor:
@@ -71,6 +77,7 @@ def stand(
     less = {key: bootstrap(best[key][:both] - row[:both]) for key, row in mine.items()}
     steps = int(record.marks[-1])
     at_marks = [likeness_of(row, truth) for row in record.portraits]
+    goals = [float(likeness_of(row, truth)[:both].mean()) for row in (against or record).portraits]
     means = [float(row[:both].mean()) for row in at_marks]
     seconds = [alone.seconds(float(mark)) for mark in record.marks]
     truth = truth[:people]
@@ -84,12 +91,14 @@ def stand(
         people=people,
         steps=steps,
         seconds=seconds[-1],
+        prepare=alone.prepare,
+        step=alone.step,
         startup=alone.startup,
         memory=alone.memory,
         numbers=int(record.numbers),
         measured={key: bootstrap(row) for key, row in mine.items()},
         less_than_first={} if against is None else less,
-        seconds_to_first=reached(seconds, means, float(best["likeness"][:both].mean())),
+        seconds_to_first=tuple(reached(seconds, means, goal) for goal in goals),
         portraits=retrieval(record.portraits[-1], truth) if several else None,
         styled=tuple(retrieval(row, truth) for row in record.prompted[1:]) if several else (),
         found=tuple(record.found.float().mean(1).tolist()),

@@ -20,7 +20,10 @@ from hdbcli.base import Base
 from hdbcli.compare import Record, marks_of
 from hdbcli.config import CAPTIONS, MAIN_METHODS, METHODS, PROMPTS
 from hdbcli.contenders import CONTENDERS, choose
+from hdbcli.contest import Contest
+from hdbcli.contest_page import tables
 from hdbcli.errors import HdbError
+from hdbcli.evaluate import Interval
 from hdbcli.standings import bootstrap, likeness_of, reached, stand
 from registry.spec import SampleSettings
 
@@ -54,13 +57,16 @@ def test_a_standing_is_what_the_record_says() -> None:
     means = {key: interval.mean for key, interval in first.measured.items()}
     assert means == pytest.approx({"likeness": 0.75, "fidelity (t)": 1.0, "drift": 2.0}, abs=1e-5)
     assert first.less_than_first == {} and first.seconds == 1 + 40 * 0.5
-    assert first.seconds_to_first == pytest.approx(first.seconds, abs=1e-3)
+    own = [seconds for seconds, _ in first.curve]
+    assert first.seconds_to_first == pytest.approx(own, abs=1e-3) and own == [1, 6, 21]
+    assert first.seconds_of(1200) == 601
     assert first.portraits is not None and first.portraits.top1 == 1.0
     assert first.named == {"t": (1.0,) * 6}
     assert [round(interval.mean, 4) for _, interval in first.curve] == [0.2, 0.5, 0.75]
     worse = replace(best, portraits=best.portraits[[0, 1, 1]], texts={"t": best.texts["t"].flip(2)})
     second = stand("b", worse, ALONE, truth, best)
-    assert second.seconds_to_first is None and second.named == {"t": (0.0,) * 6}
+    assert second.seconds_to_first[:2] == pytest.approx(own[:2], abs=1e-3)
+    assert second.seconds_to_first[2] is None and second.named == {"t": (0.0,) * 6}
     paired = second.less_than_first["likeness"]
     assert paired.low > 0.2 and paired.mean == pytest.approx(0.25, abs=1e-5)
     fidelity = second.less_than_first["fidelity (t)"]
@@ -79,6 +85,25 @@ def test_methods_that_learned_fewer_people_are_judged_on_those() -> None:
         assert paired.mean == pytest.approx(gap, abs=1e-5)
         assert {line.people, other.people} == {3, 9}
         assert other.portraits is not None and other.portraits.top1 == 1.0
+
+
+def test_seconds_are_held_against_the_first_methods() -> None:
+    truth = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
+    best, worse = record(truth, (0.8, 0.5, 0.25)), record(truth, (0.8, 0.8, 0.5))
+    slow = replace(ALONE, prepare=0.0, step=5.0)
+    first, second = stand("a", best, ALONE, truth, None), stand("b", worse, slow, truth, best)
+    same, none = Interval(0.5, 0.4, 0.6), None
+    contest = Contest(9, "here", False, (first, second), none, same, same, same, none, none, ())
+    (speeds,) = (table for table in tables(contest) if table.title.startswith("Seconds"))
+    assert speeds.rows == (
+        ("0.200", "1.0 s (1.0 x)", "0.000 s (0.0 x)"),
+        ("0.500", "6.0 s (1.0 x)", "200.0 s (33.3 x)"),
+        ("0.750", "21.0 s (1.0 x)", "never"),
+        ("1,200 steps", "-", "6,000.0 s (285.7 x)"),
+        ("5,000 steps", "-", "25,000.0 s (1,190.5 x)"),
+    )
+    alone = tables(replace(contest, standings=(first,)))
+    assert not any(table.title.startswith("Seconds") for table in alone)
 
 
 def test_reached_goes_straight_between_points() -> None:

@@ -55,7 +55,7 @@ def register(add: Callable[[BaseSpec], None]) -> None:
             load=load,
             files=WEIGHTS,
             batch=2,
-            likeness=1.0,
+            likeness=3.0,
         )
     )
 
