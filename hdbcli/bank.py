@@ -54,7 +54,7 @@ def build_bank(
             latents.append(base.backbone.encode_images(base.images(crops)))
         first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, config.rank)
         theta = Theta(*(core.expand(len(chosen), -1, -1, -1) for core in (first.down, first.up)))
-        result = refine(base, _to(theta, base.device), latents, config.refine(), tell)
+        result = refine(base, theta.to(base.device), latents, config.refine(), tell)
         name = f"theta-{len(index['shards']):05d}.safetensors"
         tensors = {"down": result.theta.down, "up": result.theta.up}
         index["shards"].append({"file": name, "names": [people.names[i] for i in chosen]})
@@ -91,10 +91,6 @@ def read_bank(folder: Path, base: Base) -> dict[str, Theta]:
         for i, name in enumerate(shard["names"]):
             found[name] = Theta(down[i : i + 1], up[i : i + 1])
     return found
-
-
-def _to(theta: Theta, device: str) -> Theta:
-    return Theta(theta.down.to(device), theta.up.to(device))
 
 
 def _settings(base: Base, config: BankConfig) -> dict[str, Any]:

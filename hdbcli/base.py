@@ -140,6 +140,11 @@ def load_predictor(base: Base) -> tuple[HyperNetwork, str]:
             f"{model.config.basis_digest[:12]}), {base.spec.name} has {mine[:12]}, {basis[:12]}; "
             "train a hypernetwork for this base"
         )
+    if model.config.resolution != base.spec.resolution:
+        raise HdbError(
+            f"{path.name} reads faces of {model.config.resolution} px, {base.spec.name} draws "
+            f"{base.spec.resolution}; train a hypernetwork for this base"
+        )
     model.to(base.device)
     if base.plan.quantised:
         _quantise_encoder(model, base.plan.quantised)

@@ -70,7 +70,8 @@ def _people(*_: object) -> list[Row]:
     """Four people in one pass against four pictures of one person."""
     base = open_base(BASE)
     first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, 4)
-    four = Theta(first.down.repeat(4, 1, 1, 1), torch.randn(4, *first.up.shape[1:]) * 0.02)
+    up = torch.randn(4, *first.up.shape[1:]) * 0.02
+    four = Theta(first.down.repeat(4, 1, 1, 1), up).to(base.device)
 
     def draw(worn: Theta) -> None:
         generate(base, worn, PORTRAIT, range(4), SampleSettings(), lambda *_: None)
@@ -97,7 +98,7 @@ def _optimise(base: Base, people: int) -> float:
     theta = Theta(*(core.expand(people, -1, -1, -1) for core in (first.down, first.up)))
     side = base.spec.resolution
     latents = [base.backbone.encode_images(torch.zeros(1, 3, side, side)) for _ in range(people)]
-    trial, config = lidb_trial(base, theta), BankConfig(steps=ROUNDS + 2).refine()
+    trial, config = lidb_trial(base, theta.to(base.device)), BankConfig(steps=ROUNDS + 2).refine()
     return statistics.median(step_seconds(train(base, trial, latents, config))[2:])
 
 

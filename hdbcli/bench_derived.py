@@ -77,7 +77,8 @@ def _stored(base: Base, theta: Theta, dtype: str) -> Theta:
             file = Path(folder) / f"{k}.safetensors"
             save(describe(base, theta[k : k + 1], ""), file, dtype)
             back.append(theta_of(load(file)))
-    return Theta(torch.cat([t.down for t in back]), torch.cat([t.up for t in back]))
+    whole = Theta(torch.cat([t.down for t in back]), torch.cat([t.up for t in back]))
+    return whole.to(base.device)
 
 
 def _order(base: Base, theta: Theta, truth: Tensor, pair: tuple[int, int], tell: Tell) -> float:

@@ -20,6 +20,7 @@ from hdbcli.cli_doctor import doctor
 from hdbcli.cli_measure import bench, compare, score
 from hdbcli.cli_merge import merge
 from hdbcli.cli_options import (
+    SEEDS,
     BaseName,
     Boundary,
     Device,
@@ -174,8 +175,12 @@ def gen(
     ],
     prompt: Annotated[str, typer.Argument(help="What to draw; [V] is the person's place in it.")],
     count: Annotated[int, typer.Option("-n", min=1, max=1000, help="How many pictures.")] = 4,
-    seed: Annotated[int | None, typer.Option(min=0, help="First seed; default: random.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = SampleSettings.steps,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=SEEDS, help="First seed; default: random.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = (
+        SampleSettings.steps
+    ),
     guidance: Guidance = SampleSettings.guidance,
     negative: Annotated[
         str, typer.Option(help="What to avoid. It wears the identity too, as in a merged model.")

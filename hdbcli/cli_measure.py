@@ -20,12 +20,14 @@ from hdbcli.cli_options import (
     More,
     Pattern,
     base_name,
+    check_folder,
     wear,
 )
 from hdbcli.config import (
     MAIN_METHODS,
     METHODS,
 )
+from hdbcli.errors import HdbError
 from registry import store
 
 if TYPE_CHECKING:
@@ -103,6 +105,9 @@ def compare(
     from registry.plugins import load_metrics
 
     chosen = choose(methods.split(","), steps)
+    check_folder(out)
+    if truth is not None and not truth.is_dir():
+        raise HdbError(f"{truth} is no folder of true pictures")
     load = partial(open_pair, base_name(base), device)
     loaded, model = load()
     with render.progress() as tell:

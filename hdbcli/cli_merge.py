@@ -52,6 +52,8 @@ def merge(
         Path(name).stem if weight == 1 else f"{weight:g} {Path(name).stem}"
         for name, weight in weights.items()
     )
+    if spec.files is not None:
+        merge_out.check_apart(out, spec.files)
     with render.progress() as tell, merge_out.with_files(spec, chosen) as copied:
         checkpoint = open_checkpoint(copied)
         merge_out.check_apart(out, checkpoint.root)

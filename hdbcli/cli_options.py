@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from registry.spec import BaseSpec
 
 T = TypeVar("T")
+SEEDS = 2**63 - 1
 
 
 class Boundary(typer.core.TyperGroup):
@@ -44,7 +45,7 @@ class Boundary(typer.core.TyperGroup):
             render.note(f"error: {error}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            render.note("interrupted; nothing was written")
+            render.note("interrupted; no file was left half-written")
             raise typer.Exit(130) from None
 
 
@@ -114,7 +115,7 @@ Loras = Annotated[
 ]
 NewName = Annotated[str, typer.Argument(help="The new name.")]
 Steps = Annotated[int, typer.Option(min=1, help="Iterations of refinement.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the refinement's noise.")]
+Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of the noise.")]
 Memory = Annotated[
     str, typer.Option(help="auto (what fits into the free memory), low (the least) or normal.")
 ]
@@ -149,6 +150,17 @@ def check_output(out: Path, *inputs: Path) -> None:
         raise HdbError(f"{out} is what is read; give another file with -o")
     check_among(out)
     check_writable(out)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder of results that is a file, or in which nothing can be written."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise HdbError(f"{place} is a file; give a folder")
+    check_among(out)
+    check_output(place / "results")
 
 
 def check_among(out: Path) -> None:

@@ -21,6 +21,8 @@ from hdbcli.cli_options import (
     Optimizer,
     Pattern,
     Seed,
+    check_folder,
+    check_output,
     finite,
     new_app,
     open_on,
@@ -33,6 +35,7 @@ from hdbcli.config import (
     PretrainConfig,
     Tell,
 )
+from hdbcli.errors import HdbError
 
 if TYPE_CHECKING:
     from hdbcli.base import Base
@@ -63,6 +66,7 @@ def train_bank(
     from hdbcli.bank import build_bank
     from hdbcli.people import read_people
 
+    check_folder(out)
     loaded = open_on(base, device)
     config = BankConfig(steps, lr=lr, at_once=at_once, seed=seed, optimizer=optimizer)
     start, made = time.perf_counter(), 0
@@ -140,6 +144,9 @@ def train_hypernetwork(
     from hdbcli.objective import DRAWS
     from hdbcli.people import read_people
 
+    if out.is_dir():
+        raise HdbError(f"{out} is a folder; give a file in it, such as hyper.safetensors")
+    check_output(out)
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
     goals = (steps, lr, batch, beta, prior, likeness)
     config = PretrainConfig(

@@ -1,9 +1,10 @@
 """Let every method learn the same people and keep what it drew, as embeddings: the run of
 `hdb compare`.
 
-People learn side by side where a method allows it, which changes nothing for any of them (a test
-says so); seconds and memory are those of one person in a process of their own (`alone`). A run that
-was cut off goes on where it was.
+People learn side by side where a method allows it, which changes nothing for any of them but
+rounding: many are computed in bfloat16 where one alone is not, and blocks of the 8-bit optimizer
+may reach from one to the next. Seconds and memory are those of one person in a process of their own
+(`alone`). A run that was cut off goes on where it was.
 """
 
 from __future__ import annotations

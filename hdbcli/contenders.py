@@ -75,7 +75,7 @@ CONTENDERS = {
         _without("hypernetwork-only", "predict", steps=0, lr=0.0, rank=1),
         _without("one-pass", "predict with k = 1", iterations=1),
         _without("no-relaxation", "predict, 40 iterations at rank 1", rank=1),
-        _without("no-likeness", "40 iterations of the diffusion loss alone", likeness=0.0),
+        _without("no-likeness", "40 iterations of the diffusion loss", lr=5e-4, likeness=0.0),
         _without("free-relaxation", "relax outside the basis", trains="lora"),
         Contender("lora", "LoRA DreamBooth", "lora", 1200, 1e-3),
         _dreambooth("dreambooth", "all weights, prior preservation", 1200, 1.5e-4),
@@ -127,6 +127,6 @@ def _start(contender: Contender, base: Base, model: HyperNetwork, faces: Sequenc
     if not contender.predicted:
         first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
         expanded = (core.expand(len(faces), -1, -1, -1) for core in (first.down, first.up))
-        return Theta(*(core.to(base.device) for core in expanded))
+        return Theta(*expanded).to(base.device)
     thetas = [model.predict(each, contender.iterations) for each in faces]
     return Theta(torch.cat([t.down for t in thetas]), torch.cat([t.up for t in thetas]))

@@ -138,6 +138,8 @@ def true_styles(folder: Path, people: People, arena: Arena) -> list[TrueStyle]:
         faces, found = embed([read_photo(row[0]) for row in rows])
         share = sum(found) / len(found)
         styles.append(TrueStyle(prompt, retrieval(faces, arena.truth), share))
+    if not styles and len(people.names) > 1:
+        raise HdbError(f"{folder} has no PERSON/STYLE-*.png of these people")
     return styles
 
 

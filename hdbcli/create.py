@@ -98,7 +98,7 @@ def create(crops: Sequence[Crop], base: Base, config: RefineConfig | None, tell:
     tell("predict", 0, 1)
     if base.spec.hypernetwork is None:
         first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
-        theta, digest = Theta(first.down.to(base.device), first.up.to(base.device)), ""
+        theta, digest = first.to(base.device), ""
     else:
         predictor, digest = load_predictor(base)
         theta = predictor.predict(base.faces([crop.image for crop in crops]))
@@ -112,6 +112,7 @@ def continue_refining(
 ) -> Created:
     """Give an existing identity more iterations, from where it is; its rank may be raised first."""
     theta, warning = theta_for(base, identity)
+    identity = replace(identity, **home_of(base.spec, base.injected))  # it may be another base
     created = _refined(identity, theta, crops, base, config, tell, {"predict": 0.0})
     return replace(created, warnings=(*created.warnings, warning)) if warning else created
 

@@ -9,12 +9,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 
 from hdbcli.algebra import compose, shrink
 from hdbcli.errors import HdbError
 from hdbcli.identity import Identity
 from hdbcli.lidb import Theta
 from hdbcli.relax import relax
+from registry.header import WORD
 
 SAME = ("family", "base_digest", "targets_digest", "basis", "identifier")  # to be added up
 
@@ -47,8 +49,11 @@ def composed(parts: Mapping[str, tuple[Identity, float]], rank: int | None) -> I
                 )
     thetas = [theta_of(identity) for identity in identities]
     theta = compose(thetas, [weight for _, weight in parts.values()], rank)
-    sum_of = " + ".join(f"{weight:g} {name}" for name, (_, weight) in parts.items())
-    made = _made(replace(first, lineage=()), theta, f"composed of {sum_of}")
+    shares = [f"{weight:g} {Path(name).stem}" for name, (_, weight) in parts.items()]
+    how = [f"composed of {' + '.join(shares)}"]
+    if len(how[0]) > WORD:
+        how = [f"composed of {share}" for share in shares]
+    made = _made(replace(first, lineage=()), theta, *how)
     return replace(made, steps=0, optimizer="", hypernetwork="")
 
 
@@ -74,12 +79,12 @@ def theta_of(identity: Identity) -> Theta:
     return Theta(identity.down[None], identity.up[None])
 
 
-def _made(identity: Identity, theta: Theta, how: str) -> Identity:
+def _made(identity: Identity, theta: Theta, *how: str) -> Identity:
     return replace(
         identity,
         down=theta.down[0].contiguous(),
         up=theta.up[0].contiguous(),
-        lineage=(*identity.lineage, how),
+        lineage=(*identity.lineage, *how),
         likeness=None,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )

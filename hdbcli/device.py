@@ -87,7 +87,11 @@ def autocast(
         return nullcontext()
     if kind == "cpu":
         few = latents is not None and latents[:, 0].numel() < FEW
-        fast = not few and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fast = (
+            not few
+            and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
     else:
         fast = kind == "cuda" and has_bf16()
     return torch.autocast(kind, dtype=torch.bfloat16) if fast else nullcontext()

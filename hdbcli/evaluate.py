@@ -46,7 +46,8 @@ class Evaluation:
     base_minus_own: Interval
     another_minus_own: Interval
     portraits: Retrieval
-    refined: Retrieval | None
+    refined: Retrieval | None  # the first `refined_people` among themselves
+    refined_people: int
     other_photo: Retrieval
     autoencoded: Retrieval
 
@@ -60,6 +61,9 @@ def evaluate(
     """
     if len(people.names) < 2 or any(len(m) < 2 for m in people.members):
         raise HdbError("evaluation needs at least two people with two usable photos each")
+    if refined == 1:
+        raise HdbError("one refined person has nobody to be told from; refine 0, or two or more")
+    refined = min(refined, len(people.names))
     first = people.crops[[m[0] for m in people.members]]
     second = people.crops[[m[1] for m in people.members]]
     theta = _predict(model, base.faces(list(first)))
@@ -83,6 +87,7 @@ def evaluate(
         another_minus_own=_interval(another - own),
         portraits=_retrieval_of(base, theta, gallery, tell),
         refined=more,
+        refined_people=refined,
         other_photo=retrieval(embed(list(first))[0], gallery),
         autoencoded=retrieval(embed(returned)[0], gallery),
     )

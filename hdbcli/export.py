@@ -21,6 +21,8 @@ from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta
 from hdbcli.readers import Reading, replay
 from registry.errors import RegistryError
+from registry.ldm import LAYOUTS, architecture_of
+from registry.settings import predicts
 from registry.store import write_beside
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -125,8 +127,11 @@ def _metadata(base: Base, rank: int, name: str, tensors: dict[str, Tensor]) -> d
     content = save(tensors)
     start = 8 + int.from_bytes(content[:8], "little")  # metadata edits must not change the hash
     digest = hashlib.sha256(content[start:]).hexdigest()
-    side = base.spec.resolution
-    return {
+    side, family = base.spec.resolution, base.spec.family
+    # A1111 takes a LoRA that does not say what it is for for one of Stable Diffusion 1.
+    known = {"ss_base_model_version": LAYOUTS[family].version} if family in LAYOUTS else {}
+    return known | {
+        "ss_v2": str(family == "sd2"),
         "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
@@ -134,7 +139,7 @@ def _metadata(base: Base, rank: int, name: str, tensors: dict[str, Tensor]) -> d
         "ss_output_name": name,
         "sshs_model_hash": digest,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{base.spec.family}/lora",
+        "modelspec.architecture": f"{architecture_of(family, predicts(base.spec.name))}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.resolution": f"{side}x{side}",

@@ -34,6 +34,9 @@ class Theta:
     def __getitem__(self, samples: slice | list[int] | Tensor) -> Theta:
         return Theta(self.down[samples], self.up[samples])
 
+    def to(self, device: str | torch.device) -> Theta:
+        return Theta(self.down.to(device), self.up.to(device))
+
     def scaled(self, strength: float) -> Theta:
         """Scale dW by `strength`, exactly: dW is linear in `up`."""
         return Theta(self.down, self.up * strength)

@@ -17,11 +17,13 @@ from hdbcli.merge import Merge
 from hdbcli.places import DTYPES, Checkpoint, open_checkpoint
 from hdbcli.stream import Item, write_tensors
 from registry.errors import RegistryError
-from registry.ldm import layout_of
+from registry.ldm import architecture_of
+from registry.settings import predicts
 from registry.spec import BaseSpec
 from registry.store import write_beside
 
 FORMATS = ("diffusers", "single-file")
+MODEL_SPEC = {"epsilon": "epsilon", "v_prediction": "v"}
 WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5"}
 
 
@@ -160,12 +162,19 @@ def _folder_beside(out: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `out` at the end; any error removes it."""
     out = out.absolute()
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    before = beside.with_name(f"{beside.name}-before")
     try:
         yield beside
         beside.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(beside, out)
+        if out.exists():  # is moved away, and back if the new one does not take its place
+            os.replace(out, before)
+        try:
+            os.replace(beside, out)
+        except BaseException:
+            if before.exists():
+                os.replace(before, out)
+            raise
+        shutil.rmtree(before, ignore_errors=True)
     except OSError as error:
         raise HdbError(
             f"{out} could not be written ({error.strerror or error}); free space or go elsewhere"
@@ -177,14 +186,12 @@ def _folder_beside(out: Path) -> Iterator[Path]:
 def _model_spec(checkpoint: Checkpoint, title: str) -> dict[str, str]:
     """Say what the file is, in the words of ModelSpec."""
     spec = checkpoint.spec
-    try:
-        architecture = layout_of(spec.family).architecture
-    except RegistryError:
-        architecture = spec.family
-    return {
+    prediction = predicts(spec.name)
+    told = {"modelspec.prediction_type": MODEL_SPEC[prediction]} if prediction else {}
+    return told | {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture,
+        "modelspec.architecture": architecture_of(spec.family, prediction),
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.resolution": f"{spec.resolution}x{spec.resolution}",

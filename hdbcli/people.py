@@ -122,7 +122,10 @@ def _caption(file: Path) -> str | None:
 
 def _persons(folder: Path, pattern: str) -> dict[str, list[Path]]:
     def photos(place: Path) -> list[Path]:
-        return sorted(f for f in place.glob(pattern) if f.suffix.lower() in SUFFIXES)
+        try:
+            return sorted(f for f in place.glob(pattern) if f.suffix.lower() in SUFFIXES)
+        except (ValueError, NotImplementedError) as error:
+            raise HdbError(f"no pattern of file names: {pattern!r} ({error})") from None
 
     folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
     persons = {place.name: photos(place) for place in folders}

@@ -2,7 +2,7 @@
 relaxed theta.
 
 HyperDreamBooth §3.4; the paper takes 40 iterations on "a [V] face". P people are refined side by
-side through the per-sample layer, each exactly as if alone: same noise, no shared number.
+side through the per-sample layer, each as if alone but for rounding: same noise, nothing shared.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from registry.training import Plan, Step, closing, fit
 
 PAIRS = 8  # times a step's batch: (timestep, noise) pairs that the loss is reported on
 PAIRS_SEED = 0
+BEFORE_ONE = 1 - 2**-20  # float32 rounds what lies closer up to 1, where no timestep is
 POSITIONS = 16_384  # of latents, measured at once: 256 samples of 8 x 8, 4 of 64 x 64
 
 
@@ -163,7 +164,7 @@ def draw_times(count: int, generator: torch.Generator) -> Tensor:
     less noisy.
     """
     part = torch.arange(count) + torch.rand(count, generator=generator)
-    return (part / count) ** (1 / 3)
+    return ((part / count) ** (1 / 3)).clamp(max=BEFORE_ONE)
 
 
 @torch.no_grad()

@@ -223,9 +223,11 @@ def show_evaluation(result: Evaluation) -> None:
         ("ceiling: that photo through the autoencoder", result.autoencoded),
     ]
     if result.refined:
-        rows.insert(1, ("portrait, refined theta", result.refined))
+        among = f", {result.refined_people} people among themselves"
+        among = "" if result.refined_people == result.people else among
+        rows.insert(1, (f"portrait, refined theta{among}", result.refined))
     cells = [(name, f"{r.top1:.0%}", f"{r.top5:.0%}", f"{r.auc:.3f}") for name, r in rows]
-    cells.append(("chance", f"{chance:.0%}", f"{5 * chance:.0%}", "0.500"))
+    cells.append(("chance", f"{chance:.0%}", f"{min(1, 5 * chance):.0%}", "0.500"))
     table(("retrieval among true photos", "first", "in five", "AUC"), cells)
 
 

@@ -105,14 +105,16 @@ def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool) -> Outputs:
     folder = out or Path()
     if folder.exists() and not folder.is_dir():
         raise HdbError(f"{folder} is a file; give a folder or a name that ends in .png")
-    paths = tuple(_free(folder, stem) for stem in stems)
+    paths: list[Path] = []
+    for stem in stems:  # two files in different folders may have one stem
+        paths.append(_free(folder, stem, paths))
     check_writable(paths[0])
-    return Outputs(paths, _free(folder, f"{stems[0]}-grid") if grid else None)
+    return Outputs(tuple(paths), _free(folder, f"{stems[0]}-grid") if grid else None)
 
 
-def _free(folder: Path, stem: str) -> Path:
+def _free(folder: Path, stem: str, taken: Sequence[Path] = ()) -> Path:
     path, again = folder / f"{stem}.png", 2
-    while path.exists():
+    while path.exists() or path in taken:
         path, again = folder / f"{stem}-{again}.png", again + 1
     return path
 

@@ -35,8 +35,10 @@ def weights_of(people: int, columns: int = COLUMNS) -> list[list[float]]:
 
 def walk(thetas: Sequence[Theta]) -> Theta:
     """Return a batch with one composed identity a step."""
-    steps = [compose(thetas, weights) for weights in weights_of(len(thetas))]
-    return Theta(torch.cat([step.down for step in steps]), torch.cat([step.up for step in steps]))
+    here = [theta.to("cpu") for theta in thetas]  # composing takes float64, which MPS lacks
+    steps = [compose(here, weights) for weights in weights_of(len(here))]
+    whole = Theta(torch.cat([step.down for step in steps]), torch.cat([step.up for step in steps]))
+    return whole.to(thetas[0].down.device)
 
 
 def draw(base: Base, thetas: Sequence[Theta], tell: Tell) -> Picture:

@@ -23,6 +23,7 @@ from registry.errors import RegistryError
 
 MAX_FILE = 16 * 2**20  # an identity has 120 KB; the room is for higher ranks
 MAX_HEADER = 2**20
+WORD = 200  # characters of a short text, such as a line of the lineage
 COUNT = re.compile("[0-9]{1,18}")
 SHA256 = re.compile("[0-9a-f]{64}")
 KIND = "identity"
@@ -294,7 +295,7 @@ def _damaged(path: Path, reason: str) -> RegistryError:
 
 def _word(key: str, value: Any, low: int = 1) -> str:
     """Check a short text that may be printed on a terminal: no escapes, no line ends."""
-    if type(value) is not str or not low <= len(value) <= 200 or not value.isprintable():
+    if type(value) is not str or not low <= len(value) <= WORD or not value.isprintable():
         raise RegistryError(f"metadata {key} is {str(value)[:40]!r}; the file is damaged")
     return value
 

@@ -33,21 +33,27 @@ class Layout:
     """What a family's single file holds beside the UNet and the autoencoder."""
 
     architecture: str  # as ModelSpec names it
+    version: str  # as kohya's trainer names it
     text: Mapping[str, TextLayout]
     plain_up_levels: int = 1  # levels of the UNet's way up without attention, from the first
+    epsilon: str | None = None  # the architecture that predicts noise, where that is not the usual
 
 
 LAYOUTS = {
     "sd1": Layout(
         "stable-diffusion-v1",
+        "sd_v1",
         {"text_encoder": TextLayout("cond_stage_model.transformer.", False)},
     ),
     "sd2": Layout(
         "stable-diffusion-v2-768-v",
+        "sd_v2",
         {"text_encoder": TextLayout("cond_stage_model.model.", True, 23)},
+        epsilon="stable-diffusion-v2-512",
     ),
     "sdxl": Layout(
         "stable-diffusion-xl-v1-base",
+        "sdxl_base_v1-0",
         {
             "text_encoder": TextLayout("conditioner.embedders.0.transformer.", False),
             "text_encoder_2": TextLayout("conditioner.embedders.1.model.", True),
@@ -55,6 +61,14 @@ LAYOUTS = {
         plain_up_levels=0,
     ),
 }
+
+
+def architecture_of(family: str, prediction: str | None) -> str:
+    """Name what a model is as ModelSpec does; by its family where ModelSpec has no name."""
+    if family not in LAYOUTS:
+        return family
+    layout = LAYOUTS[family]
+    return layout.epsilon if layout.epsilon and prediction == "epsilon" else layout.architecture
 
 
 def layout_of(family: str) -> Layout:

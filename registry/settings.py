@@ -92,6 +92,12 @@ def customised(spec: BaseSpec) -> BaseSpec:
     return replace(spec, hypernetwork=Path(file)) if file else spec
 
 
+def predicts(base: str) -> str | None:
+    """Return what an added base was found or said to predict; None for what others bring."""
+    added = read_settings(settings_path(base)).added
+    return added.prediction if added else None
+
+
 def set_hypernetwork(base: str, file: Path | None) -> None:
     """Use `file` as the hypernetwork of a base from now on; None goes back to its own.
 

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -297,6 +298,7 @@ def test_weights_that_could_not_be_worked_on(narrow: Narrow, hdb_home: Path, fol
 def test_a_hypernetwork_of_another_base(narrow: Narrow, hdb_home: Path, tmp_path: Path) -> None:
     from hdbcli.base import open_base
     from hdbcli.hyperfile import save_hypernetwork
+    from hdbcli.hypernet import HyperNetwork
     from hdbcli.pretrain import new_hypernetwork
     from registry.tiny import WEIGHTS
 
@@ -307,6 +309,10 @@ def test_a_hypernetwork_of_another_base(narrow: Narrow, hdb_home: Path, tmp_path
     save_hypernetwork(new_hypernetwork(open_base("mine", "cpu"), 0), file)
     assert hdb(*give, file).exit_code == 0
     assert told("base", "show", "mine")["hypernetwork"] is True
+    model = new_hypernetwork(open_base("mine", "cpu"), 0)
+    larger = HyperNetwork(replace(model.config, resolution=2 * model.config.resolution))
+    save_hypernetwork(larger, tmp_path / "large.safetensors")
+    refused(*give, tmp_path / "large.safetensors", says="reads faces of 128 px, mine draws 64")
     assert told("base", "verify", "mine")["name"] == "mine"  # still an added base
     assert hdb(*give, "--reset").exit_code == 0
     assert told("base", "show", "mine")["hypernetwork"] is False

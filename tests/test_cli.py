@@ -16,6 +16,7 @@ import pytest
 from commands import QUICK, hdb, ok, refused
 from PIL import Image
 
+from hdbcli.sample import plan_outputs
 from registry import store
 from registry.plugins import load_registry
 from registry.settings import customised, settings_path
@@ -107,6 +108,9 @@ def test_gen_of_several_people_is_each_alone(alice: Path, astronaut: Path, tmp_p
             pictures[name, seed] = alone
     assert abs(pictures["alice", 5] - pictures["bob", 5]).max() > 1  # they are not the same person
     refused("gen", "alice,nobody", "x", says="unknown identity 'nobody'")
+    for words in (("--steps", 1001), ("--seed", 2**64)):
+        result = hdb("gen", "alice", "x", *words)
+        assert result.exit_code == 2 and "is not in the range" in result.stderr
 
 
 def test_gen_json_grid_file_and_hint(alice: Path, tmp_path: Path) -> None:
@@ -271,7 +275,7 @@ def test_interrupt_leaves_nothing(
     monkeypatch.setattr(create, "portrait_loss", interrupt)
     monkeypatch.setattr(create, "refine", interrupt)
     result = hdb("new", astronaut, "bob", *QUICK)
-    assert result.exit_code == 130 and "nothing was written" in result.stderr
+    assert result.exit_code == 130 and "no file was left half-written" in result.stderr
     assert [p.name for p in alice.parent.iterdir()] == ["alice.safetensors"]
 
 
@@ -279,3 +283,8 @@ def test_console_script(hdb_home: Path) -> None:
     script = Path(sys.executable).with_name("hdb")
     done = subprocess.run([script, "list", "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and json.loads(done.stdout) == [] and not done.stderr
+
+
+def test_pictures_of_two_files_of_one_name_are_all_kept(tmp_path: Path) -> None:
+    planned = plan_outputs(tmp_path, ["alice-1", "alice-1", "bob-1"], grid=False)
+    assert [path.name for path in planned.pictures] == ["alice-1.png", "alice-1-2.png", "bob-1.png"]

@@ -191,6 +191,8 @@ def test_compare_from_photos_to_sheet(
 def test_compare_says_what_is_wrong(tmp_path: Path) -> None:
     for words, says in (
         (["--methods", "magic"], "unknown method 'magic'"),
+        (["-o", __file__], "is a file; give a folder"),
+        (["--truth", tmp_path / "nowhere"], "is no folder of true pictures"),
         ([], "does not exist"),
     ):
         result = hdb("compare", tmp_path / "nobody", *words)

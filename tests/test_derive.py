@@ -124,6 +124,19 @@ def test_compose_is_the_sum(keep: Keep) -> None:
     says(hdb(*words), "all exists already")
 
 
+def test_a_composition_names_what_is_in_it_without_paths(keep: Keep) -> None:
+    alice, names = keep("alice"), ["a" * 53 + str(k) for k in range(4)]
+    keep("bob")
+    assert hdb("compose", f"{alice}=0.5", "bob=0.5", "--as", "carol").exit_code == 0
+    assert load(store.path_of("carol")).lineage == ("composed of 0.5 alice + 0.5 bob",)
+    assert store.composed_of("alice") == ["carol"]
+    for name in names:
+        keep(name)
+    assert hdb("compose", *names, "--as", "all").exit_code == 0  # too long for one line
+    assert load(store.path_of("all")).lineage == tuple(f"composed of 1 {name}" for name in names)
+    assert [store.composed_of(name) for name in names] == [["all"]] * 4
+
+
 def test_compose_refuses_what_cannot_be_added_up(keep: Keep) -> None:
     alice = keep("alice")
     keep("stranger", basis="f" * 64), keep("bob", 1)

@@ -62,6 +62,7 @@ def test_diffusers_draws_the_same_with_it(
     with safe_open(out, "pt") as file:
         words = file.metadata()
     assert words["ss_network_dim"] == words["ss_network_alpha"] == "2"
+    assert words["ss_v2"] == "False" and words["modelspec.architecture"] == "tiny/lora"
     assert words["ss_output_name"] == "alice" and str(tmp_path) not in str(words)
 
     def draw(load: Callable[[StableDiffusionPipeline], object]) -> np.ndarray:

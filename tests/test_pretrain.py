@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import hdb
+from commands import hdb, refused
 from PIL import Image
 from torch import Tensor
 
@@ -58,6 +58,9 @@ def test_read_people(tiny: Base, people: Path) -> None:
     (people / "900000/not-a-photo.jpg").unlink()
     with pytest.raises(HdbError, match="no photo"):
         read_people(people, tiny.spec, "*.webp", False, quiet)
+    for pattern in ("", "/tmp/*"):
+        with pytest.raises(HdbError, match="no pattern of file names"):
+            read_people(people, tiny.spec, pattern, False, quiet)
     with pytest.raises(HdbError, match="256 x 256"):
         read_people(people, tiny.spec, "*", True, quiet)
 
@@ -141,6 +144,13 @@ def test_times_lie_late_and_one_in_each_part() -> None:
     assert (times < 0.4).float().mean() == pytest.approx(0.4**3, abs=0.02)
 
 
+def test_the_latest_time_is_a_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 the root of what lies close below 1 is 1."""
+    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.full((count,), 1 - 2**-24))
+    late = draw_times(64, torch.Generator())
+    assert (late * 1000).long().max() == 999
+
+
 def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
     out = tmp_path / "h.safetensors"
     words = ["train", "hypernetwork", people, "--out", out, "--steps", 3, "--batch", 4]
@@ -155,7 +165,8 @@ def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
     result = hdb(*words)
     assert result.exit_code == 0, result.stderr
     values = json.loads(result.stdout)
-    assert values["people"] == 8
+    assert values["people"] == 8 and values["refined_people"] == 2
+    refused(*words[:-2], 1, says="nobody to be told from")
     interval = values["base_minus_own"]
     assert interval["low"] <= interval["mean"] <= interval["high"]
     assert values["base_minus_own"]["mean"] == pytest.approx(
