@@ -162,6 +162,10 @@ def refine(
     _store(created, path.stem, path, spec.budget, as_json)
 
 
+FirstSeed = Annotated[
+    int | None, typer.Option(min=0, max=SEEDS, help="First seed; default: random.")
+]
+SamplingSteps = Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")]
 Guidance = Annotated[float, typer.Option(min=0, callback=finite, help="CFG scale.")]
 Strength = Annotated[
     float, typer.Option(callback=finite, help="Weight of the identity; 0 is the base.")
@@ -175,12 +179,8 @@ def gen(
     ],
     prompt: Annotated[str, typer.Argument(help="What to draw; [V] is the person's place in it.")],
     count: Annotated[int, typer.Option("-n", min=1, max=1000, help="How many pictures.")] = 4,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=SEEDS, help="First seed; default: random.")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = (
-        SampleSettings.steps
-    ),
+    seed: FirstSeed = None,
+    steps: SamplingSteps = SampleSettings.steps,
     guidance: Guidance = SampleSettings.guidance,
     negative: Annotated[
         str, typer.Option(help="What to avoid. It wears the identity too, as in a merged model.")

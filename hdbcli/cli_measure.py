@@ -27,7 +27,6 @@ from hdbcli.config import (
     MAIN_METHODS,
     METHODS,
 )
-from hdbcli.errors import HdbError
 from registry import store
 
 if TYPE_CHECKING:
@@ -106,8 +105,6 @@ def compare(
 
     chosen = choose(methods.split(","), steps)
     check_folder(out)
-    if truth is not None and not truth.is_dir():
-        raise HdbError(f"{truth} is no folder of true pictures")
     load = partial(open_pair, base_name(base), device)
     loaded, model = load()
     with render.progress() as tell:

@@ -19,6 +19,7 @@ from hdbcli.export import export_tensors
 from hdbcli.identity import save
 from hdbcli.lidb import Theta, first_theta
 from registry import store
+from registry.ldm import architecture_of
 from registry.tiny import WEIGHTS
 
 
@@ -101,3 +102,11 @@ def test_what_cannot_be_exported_is_told(alice: Path, tmp_path: Path) -> None:
     ):
         refused("export", *words, says=says)
     assert not (tmp_path / "y").exists()
+
+
+def test_architectures_are_named_by_what_they_predict() -> None:
+    named = {kind: architecture_of("sd2", kind) for kind in ("epsilon", "v_prediction", None)}
+    assert named["epsilon"] == "stable-diffusion-v2-512"
+    assert named["v_prediction"] == named[None] == "stable-diffusion-v2-768-v"
+    assert architecture_of("sd1", "epsilon") == "stable-diffusion-v1"
+    assert architecture_of("tiny", None) == "tiny"

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from commands import ok, refused
 from PIL import Image
 from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from cutdown import Narrow
+
+ASTRONAUT = Path(__file__).parent / "data" / "astronaut.png"
 
 
 def test_merge_gives_the_same_picture_with_stock_diffusers(alice: Path, tmp_path: Path) -> None:
@@ -65,3 +72,17 @@ def test_merge_several_and_what_it_refuses(alice: Path, tmp_path: Path) -> None:
     assert (tmp_path / "old.safetensors").read_bytes() == b"old"
     refused("merge", "alice=much", "--out", tmp_path / "x", says="has no weight")
     assert not single.exists() and not (tmp_path / "x").exists()
+
+
+def test_a_merged_folder_never_takes_the_place_of_its_base(
+    narrow: Narrow, hdb_home: Path, tmp_path: Path
+) -> None:
+    """A single file may lie where a model's folder lies, as on the hub."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "model_index.json").write_text("{}")
+    file = Path(shutil.copy(narrow.single("sd1"), own / "v1-5.safetensors"))
+    ok("base", "add", "plain", file)
+    ok("new", ASTRONAUT, "alice", "--base", "plain", "--steps", 1, "--yes")
+    refused("merge", "alice", "--out", own, "--force", says="overlap")
+    assert sorted(path.name for path in own.iterdir()) == ["model_index.json", "v1-5.safetensors"]
