@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import hdb, refused, told
+from commands import hdb, told
 from PIL import Image
 
 from hdbcli.alone import Alone
@@ -184,9 +184,11 @@ def test_compare_from_photos_to_sheet(
     fewer = run(*words[:1], "--people", 1, *words[3:], "--methods", "hypernetwork-only")
     assert fewer["people"] == 1  # another arena: its records are its own
     (tmp_path / "truth/900001/pixar-0.png").unlink()
-    refused("compare", *words, "--methods", "lora", says="900001 has no true picture of")
+    result = hdb("compare", *words, "--methods", "lora")
+    assert result.exit_code == 1 and "900001 has no true picture of" in result.stderr
     shutil.rmtree(tmp_path / "truth")
-    refused("compare", *words, "--methods", "lora", says="truth has no PERSON/STYLE-*.png")
+    result = hdb("compare", *words, "--methods", "lora")
+    assert result.exit_code == 1 and "truth has no PERSON/STYLE-*.png" in result.stderr
 
 
 def test_compare_says_what_is_wrong(tmp_path: Path) -> None:
