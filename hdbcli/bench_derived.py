@@ -21,6 +21,7 @@ from hdbcli.identity import load, save
 from hdbcli.lidb import Theta
 from hdbcli.measuring import Row
 from hdbcli.people import read_people
+from hdbcli.relax import stack
 from hdbcli.sample import generate
 from hdbcli.standings import likeness_of
 from hdbcli.walk import walk
@@ -77,8 +78,7 @@ def _stored(base: Base, theta: Theta, dtype: str) -> Theta:
             file = Path(folder) / f"{k}.safetensors"
             save(describe(base, theta[k : k + 1], ""), file, dtype)
             back.append(theta_of(load(file)))
-    whole = Theta(torch.cat([t.down for t in back]), torch.cat([t.up for t in back]))
-    return whole.to(base.device)
+    return stack(back).to(base.device)
 
 
 def _order(base: Base, theta: Theta, truth: Tensor, pair: tuple[int, int], tell: Tell) -> float:

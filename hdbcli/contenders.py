@@ -21,7 +21,7 @@ from hdbcli.hypernet import Faces, HyperNetwork
 from hdbcli.lidb import Theta, first_theta
 from hdbcli.methods import class_latents, dreambooth_trial, inversion_trial, lora_trial
 from hdbcli.refine import Trial, lidb_trial, with_likeness
-from hdbcli.relax import relax
+from hdbcli.relax import relax, stack
 
 
 @dataclass(frozen=True)
@@ -128,5 +128,4 @@ def _start(contender: Contender, base: Base, model: HyperNetwork, faces: Sequenc
         first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
         expanded = (core.expand(len(faces), -1, -1, -1) for core in (first.down, first.up))
         return Theta(*expanded).to(base.device)
-    thetas = [model.predict(each, contender.iterations) for each in faces]
-    return Theta(torch.cat([t.down for t in thetas]), torch.cat([t.up for t in thetas]))
+    return stack([model.predict(each, contender.iterations) for each in faces])

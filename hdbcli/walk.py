@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from hdbcli.algebra import compose
 from hdbcli.base import Base
 from hdbcli.config import CAPTIONS, PORTRAIT, Tell
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta
+from hdbcli.relax import stack
 from hdbcli.sample import Picture, contact_sheet, generate
 from registry.spec import SampleSettings
 
@@ -37,8 +37,7 @@ def walk(thetas: Sequence[Theta]) -> Theta:
     """Return a batch with one composed identity a step."""
     here = [theta.to("cpu") for theta in thetas]  # composing takes float64, which MPS lacks
     steps = [compose(here, weights) for weights in weights_of(len(here))]
-    whole = Theta(torch.cat([step.down for step in steps]), torch.cat([step.up for step in steps]))
-    return whole.to(thetas[0].down.device)
+    return stack(steps).to(thetas[0].down.device)
 
 
 def draw(base: Base, thetas: Sequence[Theta], tell: Tell) -> Picture:
