@@ -96,6 +96,15 @@ Likeness = Annotated[
         help="Weight of the likeness of portraits drawn while training.",
     ),
 ]
+Share = Annotated[
+    int,
+    typer.Option(min=1, help="Of one in so many people of a step portraits are drawn."),
+]
+# Not "--start": torchrun takes that for one of its own, wherever it stands.
+Start = Annotated[
+    Path | None,
+    typer.Option("--from", help="A hypernetwork to train on, instead of from nothing."),
+]
 Precision = Annotated[str, typer.Option(help=f"{' or '.join(PRECISIONS)}.")]
 SaveSeconds = Annotated[
     float, typer.Option(min=0, callback=finite, help="Seconds between checkpoints.")
@@ -120,15 +129,14 @@ def train_hypernetwork(
     ] = PretrainConfig.beta,
     prior: Prior = PretrainConfig.prior,
     likeness: Likeness = PretrainConfig.likeness,
+    share: Share = PretrainConfig.share,
     seed: Seed = PretrainConfig.seed,
     optimizer: Optimizer = PretrainConfig.optimizer,
     precision: Precision = PretrainConfig.precision,
     save_seconds: SaveSeconds = PretrainConfig.save_seconds,
     look: Look = PretrainConfig.look,
     held_out: HeldOut = PretrainConfig.held_out,
-    start: Annotated[
-        Path | None, typer.Option(help="A hypernetwork to train on, instead of from nothing.")
-    ] = None,
+    start: Start = None,
     pattern: Pattern = "*",
     aligned: Aligned = False,
     device: Device = None,
@@ -139,7 +147,7 @@ def train_hypernetwork(
     On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
     processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
-    from hdbcli.likeness_loss import KEPT, SHARE
+    from hdbcli.likeness_loss import KEPT
     from hdbcli.memory import Work
     from hdbcli.objective import DRAWS
     from hdbcli.people import read_people
@@ -148,7 +156,7 @@ def train_hypernetwork(
         raise HdbError(f"{out} is a folder; give a file in it, such as hyper.safetensors")
     check_output(out)
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
-    goals = (steps, lr, batch, beta, prior, likeness)
+    goals = (steps, lr, batch, beta, prior, likeness, share)
     config = PretrainConfig(
         *goals, seed, optimizer, precision, save_seconds, look, held_out, checkpoint
     )
@@ -162,7 +170,7 @@ def train_hypernetwork(
             _learn(loaded, people, config, bank, start is not None, out, tell)
 
     drafts = DRAWS * KEPT * bool(likeness)  # of a person, all in one graph
-    samples = max(batch * DRAWS, -(-batch // SHARE) * drafts)
+    samples = max(batch * DRAWS, -(-batch // share) * drafts)
     least = max(DRAWS, drafts)
     work = Work(samples, spec.resolution, trains=True, exact=True, least=least)
     within_memory(spec, device, memory, work, learn)

@@ -28,7 +28,7 @@ from hdbcli.device import ALONE, Workers, autocast, make_optimizer
 from hdbcli.errors import HdbError
 from hdbcli.hypernet import TRAITS, Faces, HyperConfig, HyperNetwork
 from hdbcli.lidb import Theta
-from hdbcli.likeness_loss import SHARE, check_drafts
+from hdbcli.likeness_loss import check_drafts
 from hdbcli.objective import (
     DRAWS,
     Portraits,
@@ -144,7 +144,8 @@ def _described(base: Base, model: HyperNetwork, config: PretrainConfig, optimize
         "start": start.hexdigest()[:8],
         "optimizer": optimizer,
         **{
-            k: getattr(config, k) for k in ("lr", "batch", "beta", "prior", "likeness", "precision")
+            k: getattr(config, k)
+            for k in ("lr", "batch", "beta", "prior", "likeness", "share", "precision")
         },
     }
     return ", ".join(f"{name} {value}" for name, value in facts.items())
@@ -193,7 +194,7 @@ def _loss(
     jobs = diffusion_jobs(
         base, samples(batch.drawn, people.caption(batch.drawn)), len(theta), config.precision
     )
-    some, part = share_out(config.batch, workers)
+    some, part = share_out(config.batch, workers, config.share)
     if some and config.prior:
         anybody, empty = batch.anybody[:some], batch.empty[:some].T.flatten()
         captions = [
@@ -220,10 +221,10 @@ def _loss(
     return value
 
 
-def share_out(batch: int, workers: Workers) -> tuple[int, float]:
+def share_out(batch: int, workers: Workers, share: int) -> tuple[int, float]:
     """Return how many of this process's people have portraits drawn and others left alone, one in
-    SHARE of everybody's, and what a mean over them counts beside the other processes'."""
-    total = -(-batch * workers.count // SHARE)
+    `share` of everybody's, and what a mean over them counts beside the other processes'."""
+    total = -(-batch * workers.count // share)
     mine = len(range(workers.rank, total, workers.count))
     return mine, mine * workers.count / total
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 from safetensors.torch import load_file
 
+from hdbcli.cli_train import train_app
 from hdbcli.device import ALONE, Workers
-from hdbcli.likeness_loss import SHARE
 from hdbcli.pretrain import share_out
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
@@ -78,14 +79,30 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert difference(both, whole) < 0.02 * difference(half, whole)
 
 
-@pytest.mark.parametrize(("batch", "count"), [(2, 2), (6, 2), (8, 3), (32, 4)])
-def test_processes_share_out_who_is_drawn(batch: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "count", "share"), [(2, 2, 4), (6, 2, 4), (8, 3, 4), (32, 4, 4), (6, 2, 1)]
+)
+def test_processes_share_out_who_is_drawn(batch: int, count: int, share: int) -> None:
     """As many as one process with the whole batch draws, each counting as much."""
-    total, whole = share_out(batch * count, ALONE)
-    parts = [share_out(batch, Workers(rank, count, None)) for rank in range(count)]
-    assert whole == 1 and total == -(-batch * count // SHARE) == sum(mine for mine, _ in parts)
+    total, whole = share_out(batch * count, ALONE, share)
+    parts = [share_out(batch, Workers(rank, count, None), share) for rank in range(count)]
+    assert whole == 1 and total == -(-batch * count // share) == sum(mine for mine, _ in parts)
     for mine, part in parts:
         assert not mine or part / mine / count == pytest.approx(1 / total)
+
+
+def test_torchrun_takes_no_option_for_its_own() -> None:
+    """It reads abbreviations of its options behind the command too."""
+    from torch.distributed.run import parse_args
+
+    parameters = typer.main.get_command(train_app).commands["hypernetwork"].params  # type: ignore[attr-defined]
+    options = [o for p in parameters for o in p.opts if o.startswith("--")]
+    assert "--from" in options and "--likeness" in options
+    for option in options:
+        rest = ["train", "hypernetwork", option, "1"]
+        assert parse_args(["-m", "hdbcli", *rest]).training_script_args == rest
+    with pytest.raises(SystemExit):  # the control: an option that it does take
+        parse_args(["-m", "hdbcli", "train", "hypernetwork", "--start", "1"])
 
 
 def test_killed_and_resumed_is_the_same(people: Path, whole: Path, tmp_path: Path) -> None:
