@@ -56,7 +56,6 @@ def merge(
         merge_out.check_apart(out, spec.files)
     with render.progress() as tell, merge_out.with_files(spec, chosen) as copied:
         checkpoint = open_checkpoint(copied)
-        merge_out.check_apart(out, checkpoint.root)
         warning = check_fits(identity, **home_of(spec, checkpoint))
         if warning:
             render.note(f"warning: {warning}")
