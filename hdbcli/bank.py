@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from hdbcli.base import Base
 from hdbcli.config import BankConfig, Tell
 from hdbcli.errors import HdbError
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from hdbcli.people import People
 from hdbcli.refine import refine
 from registry.errors import RegistryError
@@ -52,9 +52,8 @@ def build_bank(
         for person in chosen:
             crops = [people.crops[photo] for photo in people.members[person]]
             latents.append(base.backbone.encode_images(base.images(crops)))
-        first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, config.rank)
-        theta = Theta(*(core.expand(len(chosen), -1, -1, -1) for core in (first.down, first.up)))
-        result = refine(base, theta.to(base.device), latents, config.refine(), tell)
+        theta = base.first_theta(config.rank, len(chosen))
+        result = refine(base, theta, latents, config.refine(), tell)
         name = f"theta-{len(index['shards']):05d}.safetensors"
         tensors = {"down": result.theta.down, "up": result.theta.up}
         index["shards"].append({"file": name, "names": [people.names[i] for i in chosen]})

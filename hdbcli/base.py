@@ -3,7 +3,7 @@ hand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from hdbcli.hyperfile import load_hypernetwork
 from hdbcli.hypernet import Faces, HyperNetwork
 from hdbcli.identity import Identity, check_fits, home_of
 from hdbcli.inject import Injected, inject
-from hdbcli.lidb import Factors, Theta
+from hdbcli.lidb import Factors, Theta, first_theta
 from hdbcli.memory import NORMAL, MemoryPlan
 from hdbcli.places import open_checkpoint
 from hdbcli.quantise import quantise
@@ -48,6 +48,12 @@ class Base:
     def prompt(self, text: str) -> str:
         """Put the base's rare token where the user wrote [V]."""
         return text.replace(PLACEHOLDER, self.spec.identifier)
+
+    def first_theta(self, rank: int = 1, people: int = 1) -> Theta:
+        """Return theta_0 of so many people, all alike."""
+        first = first_theta(len(self.injected.layers), self.spec.a, self.spec.b, rank)
+        repeated = (core.repeat(people, 1, 1, 1) for core in (first.down, first.up))
+        return Theta(*repeated).to(self.device)
 
     @contextmanager
     def wearing(self, worn: Worn | None) -> Iterator[None]:
@@ -80,6 +86,13 @@ class Base:
         images = self.images(crops)
         with torch.no_grad():
             return Faces(images, self.embed(images))
+
+    @torch.no_grad()
+    def through_autoencoder(self, crops: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Encode and decode uint8 crops (S, S, 3), one at a time: the best that the base could
+        draw."""
+        latents = (self.backbone.encode_images(self.images([crop])) for crop in crops)
+        return [self.backbone.decode_latents(each)[0] for each in latents]
 
     def embed(self, images: Tensor) -> Tensor:
         """Return what the face recogniser says (B, 128) of aligned images, with gradients."""

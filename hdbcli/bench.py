@@ -14,7 +14,7 @@ from hdbcli.base import Base, open_base
 from hdbcli.basis import down_basis, up_basis
 from hdbcli.config import PORTRAIT, BankConfig, Tell
 from hdbcli.errors import HdbError
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from hdbcli.measuring import (
     ROUNDS,
     Row,
@@ -69,9 +69,8 @@ def _basis(*_: object) -> list[Row]:
 def _people(*_: object) -> list[Row]:
     """Four people in one pass against four pictures of one person."""
     base = open_base(BASE)
-    first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, 4)
-    up = torch.randn(4, *first.up.shape[1:]) * 0.02
-    four = Theta(first.down.repeat(4, 1, 1, 1), up).to(base.device)
+    first = base.first_theta(rank=4, people=4)
+    four = Theta(first.down, torch.randn(first.up.shape).to(first.up) * 0.02)
 
     def draw(worn: Theta) -> None:
         generate(base, worn, PORTRAIT, range(4), SampleSettings(), lambda *_: None)
@@ -94,11 +93,10 @@ def _bank(*_: object) -> list[Row]:
 
 def _optimise(base: Base, people: int) -> float:
     """Return the median seconds of one step of so many people."""
-    first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
-    theta = Theta(*(core.expand(people, -1, -1, -1) for core in (first.down, first.up)))
     side = base.spec.resolution
     latents = [base.backbone.encode_images(torch.zeros(1, 3, side, side)) for _ in range(people)]
-    trial, config = lidb_trial(base, theta.to(base.device)), BankConfig(steps=ROUNDS + 2).refine()
+    trial = lidb_trial(base, base.first_theta(people=people))
+    config = BankConfig(steps=ROUNDS + 2).refine()
     return statistics.median(step_seconds(train(base, trial, latents, config))[2:])
 
 

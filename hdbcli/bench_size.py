@@ -26,7 +26,7 @@ from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.contenders import CONTENDERS
 from hdbcli.device import autocast
 from hdbcli.hypernet import HyperNetwork
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from hdbcli.measuring import Row, hdb, measured, paired, random_identity, scratch
 from hdbcli.memory import PLANS, MemoryPlan
 from hdbcli.pretrain import new_hypernetwork
@@ -126,7 +126,7 @@ def _overhead() -> list[Row]:
     base, _ = _load(PLAN["recompute"])
     side = base.spec.resolution // 8
     latents = torch.randn(1, 4, side, side)
-    theta = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, 4)
+    theta = base.first_theta(rank=4)
     config = RefineConfig(steps=1000, batch=1)
     trial = lidb_trial(base, theta)
     steps = train(base, trial, [latents], config)
@@ -164,10 +164,9 @@ def _bare(base: Base, latents: Tensor) -> None:
 @torch.no_grad()
 def _apart(base: Base) -> float:
     """Return the largest difference of losses between a batch of two people and one by one."""
-    first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, 4)
+    first = base.first_theta(rank=4, people=2)
     generator = torch.Generator().manual_seed(0)
-    up = torch.randn((2, *first.up.shape[1:]), generator=generator) * 0.1
-    both = Theta(first.down.repeat(2, 1, 1, 1), up)
+    both = Theta(first.down, torch.randn(first.up.shape, generator=generator) * 0.1)
     side = base.spec.resolution // 8
     latents = torch.randn((2, 4, side, side), generator=generator)
     noise, t = torch.randn(latents.shape, generator=generator), torch.full((2,), 0.7)

@@ -18,7 +18,7 @@ from hdbcli.base import Base
 from hdbcli.config import RefineConfig, Tell
 from hdbcli.errors import HdbError
 from hdbcli.hypernet import Faces, HyperNetwork
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from hdbcli.methods import class_latents, dreambooth_trial, inversion_trial, lora_trial
 from hdbcli.refine import Trial, lidb_trial, with_likeness
 from hdbcli.relax import relax, stack
@@ -125,7 +125,5 @@ def entered(
 def _start(contender: Contender, base: Base, model: HyperNetwork, faces: Sequence[Faces]) -> Theta:
     """Predict everybody's theta, or take theta_0."""
     if not contender.predicted:
-        first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
-        expanded = (core.expand(len(faces), -1, -1, -1) for core in (first.down, first.up))
-        return Theta(*expanded).to(base.device)
+        return base.first_theta(people=len(faces))
     return stack([model.predict(each, contender.iterations) for each in faces])

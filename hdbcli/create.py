@@ -21,7 +21,7 @@ from hdbcli.config import PORTRAIT, UNPREDICTED_LR, UNPREDICTED_STEPS, RefineCon
 from hdbcli.errors import HdbError
 from hdbcli.faces import embed
 from hdbcli.identity import Identity, home_of
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from hdbcli.likeness_loss import drafts
 from hdbcli.memory import Work
 from hdbcli.photo import Crop, crop_face
@@ -97,8 +97,7 @@ def create(crops: Sequence[Crop], base: Base, config: RefineConfig | None, tell:
     start = time.perf_counter()
     tell("predict", 0, 1)
     if base.spec.hypernetwork is None:
-        first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
-        theta, digest = first.to(base.device), ""
+        theta, digest = base.first_theta(), ""
     else:
         predictor, digest = load_predictor(base)
         theta = predictor.predict(base.faces([crop.image for crop in crops]))
