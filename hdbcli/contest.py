@@ -9,6 +9,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+
 from hdbcli.alone import time_alone
 from hdbcli.base import Base
 from hdbcli.compare import Arena, Record, compete, new_arena
@@ -36,12 +39,20 @@ AXES = Axes("one person, start-up apart", "seconds", "likeness of portraits", lo
 
 
 @dataclass(frozen=True)
-class TrueStyle:
-    """What true pictures of the people in a style reach: the ceiling of everything drawn."""
+class Ceiling:
+    """Whom pictures of everybody find, and the share of them with a face."""
 
-    prompt: str
     portraits: Retrieval
     found: float
+
+
+@dataclass(frozen=True)
+class TrueStyle:
+    """What true pictures of the people in a style reach, and what the autoencoder leaves of it."""
+
+    prompt: str
+    true: Ceiling
+    through: Ceiling
 
 
 @dataclass(frozen=True)
@@ -135,12 +146,27 @@ def true_styles(folder: Path, people: People, arena: Arena) -> list[TrueStyle]:
         if not all(rows):
             missing = people.names[[bool(row) for row in rows].index(False)]
             raise HdbError(f"{folder / missing} has no true picture of {prompt!r}; others have")
-        faces, found = embed([read_photo(row[0]) for row in rows])
-        share = sum(found) / len(found)
-        styles.append(TrueStyle(prompt, retrieval(faces, arena.truth), share))
+        pictures = [_as_drawn(read_photo(row[0]), arena.base) for row in rows]
+        through = arena.base.through_autoencoder(pictures)
+        styles.append(TrueStyle(prompt, _ceiling(pictures, arena), _ceiling(through, arena)))
     if not styles and len(people.names) > 1:
         raise HdbError(f"{folder} has no PERSON/STYLE-*.png of these people")
     return styles
+
+
+def _ceiling(pictures: Sequence[np.ndarray], arena: Arena) -> Ceiling:
+    faces, found = embed(pictures)
+    return Ceiling(retrieval(faces, arena.truth), sum(found) / len(found))
+
+
+def _as_drawn(picture: np.ndarray, base: Base) -> np.ndarray:
+    """Scale the middle square of a picture to the size of what the base draws."""
+    side = min(picture.shape[:2])
+    top, left = ((length - side) // 2 for length in picture.shape[:2])
+    middle = picture[top : top + side, left : left + side]
+    size = base.spec.resolution
+    filtering = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+    return cv2.resize(middle, (size, size), interpolation=filtering)
 
 
 def text_metrics(
@@ -176,11 +202,8 @@ def _bounds(
     whom the last two find among all, where there are others."""
     side = arena.plain.shape[1:]
     floor = embed(list(arena.plain.reshape(-1, 2, *side)[:, 0]))[0]
-    back = []
-    for crop in arena.given:
-        latents = arena.base.backbone.encode_images(arena.base.images([crop]))
-        back.append(arena.base.backbone.decode_latents(latents)[0])
-    through, given = embed(back)[0], embed(arena.given)[0]
+    through = embed(arena.base.through_autoencoder(arena.given))[0]
+    given = embed(arena.given)[0]
     rows = (likeness_of(row, arena.truth) for row in (floor, through, given))
     low, middle, high = (bootstrap(row) for row in rows)
     if len(given) < 2:

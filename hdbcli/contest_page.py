@@ -81,7 +81,7 @@ def tables(contest: Contest) -> Iterator[Table]:
         yield Table(
             "The right person among all", ("picture", "people", "first", "in five", "AUC"), found
         )
-    across = ("prompt", *names, "true pictures")
+    across = ("prompt", *names, "true pictures", "through the autoencoder")
     if contest.people > 1:
         yield Table("Faces in a style, its mean taken away: AUC", across, tuple(_styles(contest)))
     yield Table("Style named by a classifier, face found", across, tuple(_named(contest)))
@@ -150,20 +150,26 @@ def _found(contest: Contest) -> Iterator[tuple[str, ...]]:
 
 
 def _styles(contest: Contest) -> Iterator[tuple[str, ...]]:
-    true = {style.prompt: f"{style.portraits.auc:.3f}" for style in contest.styles}
+    true = {
+        style.prompt: [f"{c.portraits.auc:.3f}" for c in (style.true, style.through)]
+        for style in contest.styles
+    }
     for i, prompt in enumerate(CAPTIONS):
         aucs = (f"{s.styled[i].auc:.3f}" if s.styled else "-" for s in contest.standings)
-        yield prompt, *aucs, true.get(prompt, "-")
+        yield prompt, *aucs, *true.get(prompt, ("-", "-"))
 
 
 def _named(contest: Contest) -> Iterator[tuple[str, ...]]:
-    true = {style.prompt: f"{style.found:.0%}" for style in contest.styles}
+    true = {
+        style.prompt: [f"{c.found:.0%}" for c in (style.true, style.through)]
+        for style in contest.styles
+    }
     for i, prompt in enumerate(PROMPTS):
         for metric in contest.standings[0].named:
             shares = (f"{s.named[metric][i]:.0%}" for s in contest.standings)
-            yield f"{prompt}: named ({metric})", *shares, "-"
+            yield f"{prompt}: named ({metric})", *shares, "-", "-"
         faces = (f"{s.found[i]:.0%}" for s in contest.standings)
-        yield f"{prompt}: face", *faces, true.get(prompt, "-")
+        yield f"{prompt}: face", *faces, *true.get(prompt, ("-", "-"))
 
 
 def _interval(interval: Interval) -> str:

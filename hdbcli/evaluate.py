@@ -18,7 +18,7 @@ from hdbcli.lidb import Theta
 from hdbcli.people import People
 from hdbcli.pretrain import encode_crops
 from hdbcli.refine import portrait_loss, refine
-from hdbcli.relax import relax
+from hdbcli.relax import relax, stack
 from hdbcli.sample import generate
 from registry.spec import SampleSettings
 
@@ -73,7 +73,6 @@ def evaluate(
         person_losses(base, worn, latents, tell) for worn in (theta, others, None)
     )
     gallery, _ = embed(list(second))
-    returned = _through_autoencoder(base, first, tell)
     more = None
     if refined:
         final = refine_all(base, theta[:refined], first[:refined], tell)
@@ -89,7 +88,7 @@ def evaluate(
         refined=more,
         refined_people=refined,
         other_photo=retrieval(embed(list(first))[0], gallery),
-        autoencoded=retrieval(embed(returned)[0], gallery),
+        autoencoded=retrieval(embed(base.through_autoencoder(list(first)))[0], gallery),
     )
 
 
@@ -116,14 +115,12 @@ def refine_all(base: Base, theta: Theta, crops: np.ndarray, tell: Tell) -> Theta
     config = RefineConfig()
     faces = [base.faces([crop]) for crop in crops]
     latents = [latent[None] for latent in encode_crops(base, crops, tell)[0].float()]
-    downs, ups = [], []
+    done = []
     for i in range(0, len(latents), AT_ONCE):
         part = slice(i, i + AT_ONCE)
         start = relax(theta[part], config.rank)
-        refined = refine(base, start, latents[part], config, tell, faces[part]).theta
-        downs.append(refined.down)
-        ups.append(refined.up)
-    return Theta(torch.cat(downs), torch.cat(ups))
+        done.append(refine(base, start, latents[part], config, tell, faces[part]).theta)
+    return stack(done)
 
 
 def _retrieval_of(base: Base, theta: Theta, gallery: Tensor, tell: Tell) -> Retrieval:
@@ -131,12 +128,6 @@ def _retrieval_of(base: Base, theta: Theta, gallery: Tensor, tell: Tell) -> Retr
     seeds = list(range(len(theta.down)))
     drawn = generate(base, theta, PORTRAIT, seeds, SampleSettings(), tell)
     return retrieval(embed([picture.image for picture in drawn])[0], gallery)
-
-
-@torch.no_grad()
-def _through_autoencoder(base: Base, crops: np.ndarray, tell: Tell) -> list[np.ndarray]:
-    latents = encode_crops(base, crops, tell)[0].float().to(base.device)
-    return list(base.backbone.decode_latents(latents))
 
 
 def _interval(differences: Tensor) -> Interval:

@@ -164,7 +164,10 @@ def test_compare_from_photos_to_sheet(
     assert lora["seconds"] > only["seconds"] > 0 and min(only["memory"], lora["memory"]) > 1e8
     assert only["less_than_first"] == {} and lora["less_than_first"]["likeness"]["mean"]
     assert [s["prompt"] for s in document["styles"]] == [CAPTIONS[1], CAPTIONS[3]]
-    assert document["styles"][0]["portraits"]["top1"] == 1.0 == document["styles"][0]["found"]
+    for style in document["styles"]:
+        true, through = style["true"], style["through"]
+        assert true["portraits"]["top1"] == 1.0 == true["found"] == through["found"]
+        assert true["portraits"]["auc"] >= through["portraits"]["auc"] > 0.5
     assert 0 < document["floor"]["mean"] < document["photo"]["mean"] < 1
     assert Image.open(tmp_path / "out/sheet.png").size == (6 * 128, 2 * 128)
     assert Image.open(tmp_path / "out/curves.png").size[0] == 800
