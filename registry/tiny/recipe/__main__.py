@@ -75,6 +75,13 @@ def clip(options: argparse.Namespace) -> Iterator[str]:
     return _report(train_clip(options.build, plan, options.batch, options.device))
 
 
+def emphasis(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.emphasis import emphasise
+
+    out = options.build / "emphasis"
+    yield f"{out}: {emphasise(options.build / 'people', out):,} people"
+
+
 def contact(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.pictures import photo_rows, sheet
 
@@ -164,6 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("after", type=Path)
     step.add_argument("--share", type=float, default=0.7, help="of the second")
     step.add_argument("--out", type=Path, required=True)
+    step = steps.add_parser("emphasis", help="choose pictures in the styles that lose most")
+    step.set_defaults(run=emphasis)
     step = steps.add_parser("contact", help="put photos and what hdb drew of them on one sheet")
     step.set_defaults(run=contact)
     step.add_argument("photos", type=Path, nargs="+")
