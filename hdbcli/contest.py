@@ -235,7 +235,7 @@ def save(
     curves = [_curve(s) for s in contest.standings if len(s.curve) > 1]
     x = [second for s in contest.standings for second, _ in s.curve]
     for label, bound in (("photo (ceiling)", contest.photo), ("base (floor)", contest.floor)):
-        curves.append(Curve(label, [max(0.01, min(x)), max(x)], [bound.mean] * 2))
+        curves.append(Curve(label, [max(0.01, min(x)), max(x)], [bound.mean] * 2, bound=True))
     with write_beside(paths[1]) as beside:
         save_chart(AXES, curves, [], beside)
     rows = [record.pictures[:, 0] for record in records.values()]  # methods x prompts

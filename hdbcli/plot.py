@@ -12,13 +12,17 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A line of a chart; `low` and `high` bound a band around it."""
+    """A line of a chart; `low` and `high` bound a band around it.
+
+    A `bound` is what the others lie above or below: dashed, so that no colour comes twice.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,16 @@ def save_chart(
     parts: Any = sheet.subplots(1 + below, 1, squeeze=False, height_ratios=[4.5] + [1.3] * below)
     chart = parts[0, 0]
     for curve in curves:
-        (line,) = chart.plot(curve.x, curve.y, label=curve.label, marker="." * (len(curve.x) < 40))
+        look = {"linestyle": "--", "color": "black"} if curve.bound else {}
+        marker = "." * (len(curve.x) < 40)
+        (line,) = chart.plot(curve.x, curve.y, label=curve.label, marker=marker, **look)
         if curve.low is not None and curve.high is not None:
             chart.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.15)
     chart.set(title=axes.title, xlabel=axes.x, ylabel=axes.y)
     if axes.log_x:
         chart.set_xscale("log")
     chart.grid(alpha=0.3)
-    chart.legend()
+    sheet.legend(loc="outside right upper")
     for part, row in zip(parts[1:, 0], rows, strict=True):
         part.imshow(np.hstack(list(row)))
         part.axis("off")
