@@ -160,12 +160,16 @@ def test_one_step_down_and_no_further() -> None:
 
 
 def test_low_memory_end_to_end(hdb_home: Path, astronaut: Path, tmp_path: Path) -> None:
-    made = hdb("new", astronaut, "low", "--memory", "low", "--steps", 3, "--json")
+    words = ["--memory", "low", "--steps", 3, "--json"]
+    like = hdb("new", astronaut, "like", *words)
+    assert like.exit_code == 0, like.stderr
+    made = hdb("new", astronaut, "low", *words, "--likeness", 0)
     assert made.exit_code == 0, made.stderr
     line = made.stderr.splitlines()[0]
     assert line.startswith("memory: nf4, bfloat16 weights, linear layers in nf4, gradient ")
-    values = json.loads(made.stdout)
-    assert values["loss"]["end"] < values["loss"]["start"]
+    loss, other = (json.loads(each.stdout)["loss"] for each in (made, like))
+    assert loss["end"] < loss["start"] == other["start"]
+    assert loss["end"] < other["end"]  # which learns from portraits too
     again = hdb("refine", "low", astronaut, "--memory", "normal", "--steps", 2, "--json")
     assert again.exit_code == 0 and again.stderr.startswith("memory: normal, float32 weights")
     assert "likeness may suffer" not in again.stderr  # it is at home on the whole base
