@@ -98,7 +98,10 @@ Likeness = Annotated[
 ]
 Share = Annotated[
     int,
-    typer.Option(min=1, help="Of one in so many people of a step portraits are drawn."),
+    typer.Option(
+        min=1,
+        help="Of one in so many people of a step portraits are drawn and strangers left alone.",
+    ),
 ]
 # Not "--start": torchrun takes that for one of its own, wherever it stands.
 Start = Annotated[

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hdbcli.config import CAPTIONS, PROMPTS
 
 if TYPE_CHECKING:
-    from hdbcli.contest import Contest
+    from hdbcli.contest import Ceiling, Contest
     from hdbcli.evaluate import Interval
     from hdbcli.faces import Retrieval
     from hdbcli.standings import Standing
@@ -150,26 +150,25 @@ def _found(contest: Contest) -> Iterator[tuple[str, ...]]:
 
 
 def _styles(contest: Contest) -> Iterator[tuple[str, ...]]:
-    true = {
-        style.prompt: [f"{c.portraits.auc:.3f}" for c in (style.true, style.through)]
-        for style in contest.styles
-    }
+    true = _ceilings(contest, lambda ceiling: f"{ceiling.portraits.auc:.3f}")
     for i, prompt in enumerate(CAPTIONS):
         aucs = (f"{s.styled[i].auc:.3f}" if s.styled else "-" for s in contest.standings)
         yield prompt, *aucs, *true.get(prompt, ("-", "-"))
 
 
 def _named(contest: Contest) -> Iterator[tuple[str, ...]]:
-    true = {
-        style.prompt: [f"{c.found:.0%}" for c in (style.true, style.through)]
-        for style in contest.styles
-    }
+    true = _ceilings(contest, lambda ceiling: f"{ceiling.found:.0%}")
     for i, prompt in enumerate(PROMPTS):
         for metric in contest.standings[0].named:
             shares = (f"{s.named[metric][i]:.0%}" for s in contest.standings)
             yield f"{prompt}: named ({metric})", *shares, "-", "-"
         faces = (f"{s.found[i]:.0%}" for s in contest.standings)
         yield f"{prompt}: face", *faces, *true.get(prompt, ("-", "-"))
+
+
+def _ceilings(contest: Contest, told: Callable[[Ceiling], str]) -> dict[str, tuple[str, str]]:
+    """Return what is told of both ceilings of each prompt that has true pictures."""
+    return {style.prompt: (told(style.true), told(style.through)) for style in contest.styles}
 
 
 def _interval(interval: Interval) -> str:

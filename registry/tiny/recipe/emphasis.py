@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from registry.errors import RegistryError
+from registry.tiny.recipe.pictures import style_of
 
 # Styles and how many people show them: the first group with room that somebody has pictures of.
 # The professional shot's face is small; the last three are there so that they are not forgotten.
@@ -31,7 +32,7 @@ def emphasise(
     room = dict(groups)
     for person in sorted(people.iterdir()):
         pictures = sorted(person.glob("*.png"))
-        shown = {_style(file) for file in pictures}
+        shown = {style_of(file) for file in pictures}
         chosen = next((g for g, left in room.items() if left and shown & set(g)), None)
         if chosen is None:
             continue
@@ -39,7 +40,7 @@ def emphasise(
         folder = beside / person.name
         folder.mkdir(parents=True)
         for file in pictures:
-            if _style(file) in ("portrait", *chosen):
+            if style_of(file) in ("portrait", *chosen):
                 for each in (file, file.with_suffix(".txt")):  # with its caption
                     if each.exists():
                         os.symlink(each.resolve(), folder / each.name)
@@ -47,7 +48,3 @@ def emphasise(
         raise RegistryError(f"no pictures in these styles in {people}; run the render step first")
     beside.rename(out)
     return sum(count for _, count in groups) - sum(room.values())
-
-
-def _style(file: Path) -> str:
-    return file.stem.rsplit("-", 1)[0]

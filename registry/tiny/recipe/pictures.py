@@ -33,13 +33,18 @@ class Pictures:
         return Pictures(self.pixels[chosen], self.styles[chosen], self.people[chosen])
 
 
+def style_of(file: Path) -> str:
+    """Return the style of a rendered picture, `STYLE-K.png`."""
+    return file.stem.split("-")[0]
+
+
 def read_pictures(folder: Path) -> Pictures:
     """Read `folder/SEED/STYLE-K.png`, sorted, so that the order is the same on every machine."""
     files = sorted(folder.glob("[0-9]*/*.png"))
     if not files:
         raise RegistryError(f"no rendered pictures in {folder}; run the render step first")
     pixels = np.stack([read_image(f, cv2.IMREAD_COLOR)[:, :, ::-1] for f in files])
-    styles = [STYLES.index(f.stem.split("-")[0]) for f in files]
+    styles = [STYLES.index(style_of(f)) for f in files]
     people = [int(f.parent.name) for f in files]
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     return Pictures(tensor, torch.tensor(styles), torch.tensor(people))
