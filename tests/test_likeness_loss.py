@@ -266,7 +266,7 @@ def test_train_with_likeness_and_from_a_file(tiny: Base, hdb_home: Path, tmp_pat
     fresh, plain, with_it = (
         trained("fresh"),
         trained("plain", "--from", tiny.spec.hypernetwork),
-        trained("with", "--from", tiny.spec.hypernetwork, "--likeness", 100),
+        trained("with", "--from", tiny.spec.hypernetwork, "--likeness", 100, "--share", 1),
     )
     assert apart(fresh, start) > 0.1 > 2e-3 > apart(plain, start)
     assert 0 < apart(plain, with_it) < 2e-3
