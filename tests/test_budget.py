@@ -106,13 +106,13 @@ def test_new_with_a_hypernetwork_is_fast_again(
 def test_an_identity_of_xl(narrow: Narrow, hdb_home: Path, tmp_path: Path) -> None:
     from hdbcli.base import open_base
     from hdbcli.create import describe, settle
-    from hdbcli.lidb import Theta, first_theta
+    from hdbcli.lidb import Theta
 
     ok("base", "add", "xl", shutil.copy(narrow.single("sdxl"), tmp_path / "xl.safetensors"))
     base = open_base("xl", "cpu")
     settings = settle(base, 1, None, 0, "adamw")
     assert settings.rank == 4
-    first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, settings.rank)
+    first = base.first_theta(settings.rank)
     up = torch.randn(first.up.shape, generator=torch.Generator().manual_seed(0))
     made = describe(base, Theta(first.down, 0.1 * up), hypernetwork="")
     size = save(made, store.path_of("alice"), "int8")

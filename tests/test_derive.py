@@ -22,7 +22,7 @@ from hdbcli.derive import read_weights, relaxed
 from hdbcli.errors import HdbError
 from hdbcli.identity import Identity, load, save
 from hdbcli.inspection import TargetEnergy, block_of
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from registry import store
 
 Keep = Callable[..., Path]
@@ -224,7 +224,7 @@ def test_inspect_adds_up(keep: Keep, tmp_path: Path) -> None:
 
 
 def test_inspect_names_the_targets_of_a_real_identity(tiny: Base, hdb_home: Path) -> None:
-    theta = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b)
+    theta = tiny.first_theta()
     theta = Theta(theta.down, theta.up + 0.01)
     save(describe(tiny, theta, ""), store.path_of("alice"))
     values = json.loads(hdb("inspect", "alice", "--json").stdout)

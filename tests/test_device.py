@@ -12,7 +12,6 @@ from torch import Tensor
 from hdbcli.base import Base
 from hdbcli.config import RefineConfig
 from hdbcli.device import autocast, make_optimizer
-from hdbcli.lidb import first_theta
 from hdbcli.pretrain import new_hypernetwork
 from hdbcli.refine import lidb_trial, portrait_loss, train
 
@@ -28,7 +27,7 @@ def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> set[torch.dt
 def learnt(base: Base, optimizer: str) -> tuple[list[float], torch.dtype]:
     """Refine from theta_0: the loss of every step with those at the start and the end around them,
     and the format of the optimizer's state."""
-    trial = lidb_trial(base, first_theta(len(base.injected.layers), base.spec.a, base.spec.b))
+    trial = lidb_trial(base, base.first_theta())
     face = np.asarray(Image.open(FACE).convert("RGB").resize((128, 128)))
     latents = [base.backbone.encode_images(base.images([face]))]
     chosen, name = make_optimizer(optimizer, trial.parameters.values(), 5e-3)

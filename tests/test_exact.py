@@ -16,7 +16,7 @@ from hdbcli.basis import Fingerprint
 from hdbcli.create import describe
 from hdbcli.derive import composed, relaxed, theta_of
 from hdbcli.identity import Identity, load, save
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 
 SD15 = {"targets": 192, "a": 100, "b": 50}
 # How a rank's strength may compare with the rank before it: none is weaker, to far weaker.
@@ -36,7 +36,7 @@ def worst(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 def on_tiny(base: Base, seed: int, rank: int) -> Identity:
     """Return a random identity of the strength that refinement gives."""
-    first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, rank)
+    first = base.first_theta(rank)
     generator = torch.Generator().manual_seed(seed)
     up = 0.1 * torch.randn(first.up.shape, generator=generator)
     return describe(base, Theta(first.down, up), "")

@@ -17,7 +17,7 @@ from hdbcli.base import Base
 from hdbcli.create import describe
 from hdbcli.export import export_tensors
 from hdbcli.identity import save
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from registry import store
 from registry.ldm import architecture_of
 from registry.tiny import WEIGHTS
@@ -25,7 +25,7 @@ from registry.tiny import WEIGHTS
 
 @pytest.fixture
 def theta(tiny: Base) -> Theta:
-    first = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b, 2)
+    first = tiny.first_theta(2)
     generator = torch.Generator().manual_seed(0)
     return Theta(first.down, 0.2 * torch.randn(first.up.shape, generator=generator))
 

@@ -14,7 +14,7 @@ from hdbcli.lidb import LiDBLinear, Theta, first_theta
 
 def random_theta(base: Base, batch: int) -> Theta:
     generator = torch.Generator().manual_seed(batch)
-    start = first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
+    start = base.first_theta()
     up = torch.randn((batch, *start.up.shape[1:]), generator=generator)
     return Theta(start.down.expand(batch, -1, -1, -1), 0.3 * up)
 
@@ -47,7 +47,7 @@ def test_batch_of_people_equals_one_by_one(tiny: Base) -> None:
 
 
 def test_theta_0_and_nobody_are_the_base(tiny: Base) -> None:
-    start = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b)
+    start = tiny.first_theta()
     assert torch.equal(loss(tiny, start, 1), loss(tiny, None, 1))
 
 

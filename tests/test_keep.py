@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from hdbcli.base import Base
 from hdbcli.create import describe
 from hdbcli.identity import Identity, load, save
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from registry import store
 from registry.errors import RegistryError
 from registry.foreign import lora_style
@@ -34,7 +34,7 @@ def files() -> list[str]:
 @pytest.fixture
 def identity(tiny: Base) -> Identity:
     """Return an identity that is at home on `tiny`."""
-    theta = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b, 2)
+    theta = tiny.first_theta(2)
     generator = torch.Generator().manual_seed(0)
     up = 0.1 * torch.randn(theta.up.shape, generator=generator)
     return describe(tiny, Theta(theta.down, up), "")

@@ -20,7 +20,7 @@ from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.errors import HdbError
 from hdbcli.faces import aligned_chips, chip, embed_aligned, load_embedding
 from hdbcli.hypernet import Faces
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from hdbcli.likeness_loss import likeness_loss, mosaic
 from hdbcli.photo import crop_face
 from hdbcli.refine import refine
@@ -135,7 +135,7 @@ def test_mosaics_see_complexion_and_not_wrinkles() -> None:
 
 
 def test_gradients_reach_theta_and_nothing_else(tiny: Base, crops: list[np.ndarray]) -> None:
-    first = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b)
+    first = tiny.first_theta()
     down = first.down.repeat(2, 1, 1, 1)
     theta = Theta(down, (0.01 * torch.randn(2, *first.up.shape[1:])).requires_grad_(True))
     with tiny.injected.wearing(None):

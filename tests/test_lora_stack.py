@@ -24,7 +24,7 @@ from hdbcli.base import Base, load_base
 from hdbcli.create import describe
 from hdbcli.errors import HdbError
 from hdbcli.identity import save
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from registry import store
 from registry.diffusion import _scheduler
 from registry.families import CONFIGS
@@ -49,7 +49,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def people(tiny: Base, hdb_home: Path) -> None:
     """Put alice and bob, random people of rank 2, into the store."""
     for seed, name in enumerate(("alice", "bob")):
-        first = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b, 2)
+        first = tiny.first_theta(2)
         generator = torch.Generator().manual_seed(seed)
         down = first.down + 0.1 * torch.randn(first.down.shape, generator=generator)
         theta = Theta(down, 0.4 * torch.randn(first.up.shape, generator=generator))

@@ -17,7 +17,6 @@ from torch import Tensor
 from hdbcli.base import Base
 from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.errors import HdbError
-from hdbcli.lidb import first_theta
 from hdbcli.methods import class_latents, dreambooth_trial, inversion_trial, lora_trial
 from hdbcli.photo import crop_face
 from hdbcli.refine import Trial, lidb_trial, portrait_loss, train
@@ -50,8 +49,7 @@ def trial_of(method: str, base: Base, people: int) -> Iterator[Trial]:
         with dreambooth_trial(base, class_latents(base, 2, quiet)) as trial:
             yield trial
     elif method == "lidb":
-        start = first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
-        yield lidb_trial(base, start[[0] * people])
+        yield lidb_trial(base, base.first_theta(people=people))
     else:
         yield {
             "lora": lambda: lora_trial(base, people, 2),
@@ -110,7 +108,7 @@ def test_people_side_by_side_learn_as_if_alone(
 def test_relaxation_outside_the_basis_starts_where_the_prediction_is(
     tiny: Base, latents: list[Tensor]
 ) -> None:
-    theta = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b)
+    theta = tiny.first_theta()
     theta.up.normal_(generator=torch.Generator().manual_seed(0), std=0.3)
     trial = lora_trial(tiny, 1, 2, beneath=theta)
     predicted = portrait_loss(tiny, theta, latents[:1])

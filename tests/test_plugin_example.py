@@ -19,7 +19,6 @@ from hdbcli import doctor
 from hdbcli.base import Base, load_base, theta_for
 from hdbcli.create import describe
 from hdbcli.identity import load, save
-from hdbcli.lidb import first_theta
 from registry import store
 from registry.plugins import load_registry
 
@@ -118,7 +117,7 @@ def test_merging_copies_it(
 
 
 def test_identities_of_another_family_are_refused(installed: None, tiny: Base) -> None:
-    theta = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b)
+    theta = tiny.first_theta()
     save(describe(tiny, theta, ""), store.path_of("tim"), "fp16")
     result = hdb("gen", "tim", "a [V] face", "--base", "example")
     assert result.exit_code == 1 and "family" in result.stderr

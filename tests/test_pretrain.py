@@ -21,7 +21,7 @@ from hdbcli.create import describe
 from hdbcli.errors import HdbError
 from hdbcli.evaluate import person_losses
 from hdbcli.faces import embed
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from hdbcli.objective import DRAWS, Samples, prior_jobs, spread
 from hdbcli.people import People, read_people
 from hdbcli.pretrain import draw_batch, new_hypernetwork
@@ -117,7 +117,7 @@ def test_what_names_nobody_is_taught_to_stay_as_it_is(tiny: Base) -> None:
     clean, noise = torch.randn((2, 2 * DRAWS, 16, 16, 16), generator=generator)
     prompts = ["a face", "", "a bronze statue of a face", "a face"]
     samples = Samples(clean, prompts, noise, torch.tensor([0.6, 0.7, 0.8, 0.9]))
-    first = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b)
+    first = tiny.first_theta()
     down = first.down.repeat(2, 1, 1, 1)
     some = torch.randn((2, *first.up.shape[1:]), generator=generator)
 

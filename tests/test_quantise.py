@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hdbcli.base import Base, load_base, load_predictor
 from hdbcli.config import RefineConfig
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from hdbcli.memory import MemoryPlan
 from hdbcli.quantise import quantise, quantised
 from hdbcli.refine import refine
@@ -104,7 +104,7 @@ def bf16() -> tuple[list[Tensor], dict[str, Any]]:
 
 
 def losses(base: Base, latents: list[Tensor]) -> tuple[float, float]:
-    first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, 2)
+    first = base.first_theta(2)
     config = RefineConfig(steps=12, rank=2, lr=5e-3)
     result = refine(base, Theta(first.down, first.up), latents, config, lambda *_: None)
     return float(result.loss_start), float(result.loss_end)

@@ -86,7 +86,7 @@ def small() -> Base:
 
 
 def random_theta(base: Base) -> Theta:
-    first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, 2)
+    first = base.first_theta(2)
     generator = torch.Generator().manual_seed(0)
     return Theta(first.down, 0.2 * torch.randn(first.up.shape, generator=generator))
 
@@ -230,7 +230,7 @@ def hdb(*words: object) -> tuple[int, str, str]:
 def test_the_command_tells_each_reader_and_keeps_only_what_is_proven(
     tiny: Base, hdb_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = first_theta(len(tiny.injected.layers), tiny.spec.a, tiny.spec.b, 2)
+    first = tiny.first_theta(2)
     theta = Theta(first.down, 0.1 * torch.randn(first.up.shape))
     save(describe(tiny, theta, ""), store.path_of("alice"))
     out = tmp_path / "a.safetensors"

@@ -15,7 +15,7 @@ from torch import Tensor
 from hdbcli import objective
 from hdbcli.base import Base, load_base
 from hdbcli.config import RefineConfig
-from hdbcli.lidb import LiDBLinear, Theta, first_theta
+from hdbcli.lidb import LiDBLinear, Theta
 from hdbcli.memory import NORMAL, PLANS, MemoryPlan
 from hdbcli.refine import lidb_trial, portrait_loss, refine, train
 from registry.families import FAMILIES
@@ -34,7 +34,7 @@ def latents_of(base: Base) -> list[Tensor]:
 
 
 def start_of(base: Base) -> Theta:
-    return first_theta(len(base.injected.layers), base.spec.a, base.spec.b)
+    return base.first_theta()
 
 
 @contextmanager

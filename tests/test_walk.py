@@ -16,7 +16,7 @@ from hdbcli.base import Base
 from hdbcli.create import describe
 from hdbcli.errors import HdbError
 from hdbcli.identity import save
-from hdbcli.lidb import Theta, first_theta
+from hdbcli.lidb import Theta
 from hdbcli.walk import COLUMNS, ROWS, SEED, walk, weights_of
 from registry import store
 from registry.diffusion import StableDiffusion
@@ -26,7 +26,7 @@ SIDE, STEPS = 128, 3
 
 
 def random_theta(base: Base, seed: int, rank: int) -> Theta:
-    first = first_theta(len(base.injected.layers), base.spec.a, base.spec.b, rank)
+    first = base.first_theta(rank)
     generator = torch.Generator().manual_seed(seed)
     return Theta(first.down, 0.2 * torch.randn(first.up.shape, generator=generator))
 
