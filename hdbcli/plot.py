@@ -14,7 +14,7 @@ import numpy as np
 class Curve:
     """A line of a chart; `low` and `high` bound a band around it.
 
-    A `bound` is what the others lie above or below: dashed, so that no colour comes twice.
+    A `bound` is what the others lie above or below: dashed, black, and no colour of its own.
     """
 
     label: str
@@ -40,12 +40,15 @@ def save_chart(
 ) -> None:
     """Write the chart, and below it each row of uint8 pictures (H, W, 3), as a PNG whatever the
     path's suffix."""
+    from matplotlib import color_sequences
     from matplotlib.figure import Figure
 
     below = len(rows)
     sheet = Figure(figsize=(8, 4.5 + 1.3 * below), dpi=100, layout="constrained")
     parts: Any = sheet.subplots(1 + below, 1, squeeze=False, height_ratios=[4.5] + [1.3] * below)
     chart = parts[0, 0]
+    twenty = color_sequences["tab20"]  # in pairs of a colour and its paler one
+    chart.set_prop_cycle(color=[*twenty[::2], *twenty[1::2]])  # no colour twice: ten are too few
     for curve in curves:
         look = {"linestyle": "--", "color": "black"} if curve.bound else {}
         marker = "." * (len(curve.x) < 40)
