@@ -14,9 +14,8 @@ from hdbcli.lidb import LiDBLinear, Theta, first_theta
 
 def random_theta(base: Base, batch: int) -> Theta:
     generator = torch.Generator().manual_seed(batch)
-    start = base.first_theta()
-    up = torch.randn((batch, *start.up.shape[1:]), generator=generator)
-    return Theta(start.down.expand(batch, -1, -1, -1), 0.3 * up)
+    start = base.first_theta(people=batch)
+    return Theta(start.down, 0.3 * torch.randn(start.up.shape, generator=generator))
 
 
 def loss(base: Base, theta: Theta | None, batch: int) -> torch.Tensor:

@@ -135,9 +135,8 @@ def test_mosaics_see_complexion_and_not_wrinkles() -> None:
 
 
 def test_gradients_reach_theta_and_nothing_else(tiny: Base, crops: list[np.ndarray]) -> None:
-    first = tiny.first_theta()
-    down = first.down.repeat(2, 1, 1, 1)
-    theta = Theta(down, (0.01 * torch.randn(2, *first.up.shape[1:])).requires_grad_(True))
+    first = tiny.first_theta(people=2)
+    theta = Theta(first.down, (0.01 * torch.randn(first.up.shape)).requires_grad_(True))
     with tiny.injected.wearing(None):
         far = likeness_loss(tiny, theta, PROMPTS, noise(2), *tiny.faces(crops[:2]))
         far[0].backward()

@@ -117,12 +117,11 @@ def test_what_names_nobody_is_taught_to_stay_as_it_is(tiny: Base) -> None:
     clean, noise = torch.randn((2, 2 * DRAWS, 16, 16, 16), generator=generator)
     prompts = ["a face", "", "a bronze statue of a face", "a face"]
     samples = Samples(clean, prompts, noise, torch.tensor([0.6, 0.7, 0.8, 0.9]))
-    first = tiny.first_theta()
-    down = first.down.repeat(2, 1, 1, 1)
-    some = torch.randn((2, *first.up.shape[1:]), generator=generator)
+    first = tiny.first_theta(people=2)
+    some = torch.randn(first.up.shape, generator=generator)
 
     def loss(up: Tensor) -> Tensor:
-        value = spread(Theta(down, up), prior_jobs(tiny, samples, 2, 3.0, "fp32"))
+        value = spread(Theta(first.down, up), prior_jobs(tiny, samples, 2, 3.0, "fp32"))
         tiny.injected.wear(None)
         return value
 

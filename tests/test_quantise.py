@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from hdbcli.base import Base, load_base, load_predictor
 from hdbcli.config import RefineConfig
-from hdbcli.lidb import Theta
 from hdbcli.memory import MemoryPlan
 from hdbcli.quantise import quantise, quantised
 from hdbcli.refine import refine
@@ -104,9 +103,8 @@ def bf16() -> tuple[list[Tensor], dict[str, Any]]:
 
 
 def losses(base: Base, latents: list[Tensor]) -> tuple[float, float]:
-    first = base.first_theta(2)
     config = RefineConfig(steps=12, rank=2, lr=5e-3)
-    result = refine(base, Theta(first.down, first.up), latents, config, lambda *_: None)
+    result = refine(base, base.first_theta(2), latents, config, lambda *_: None)
     return float(result.loss_start), float(result.loss_end)
 
 

@@ -33,10 +33,6 @@ def latents_of(base: Base) -> list[Tensor]:
     return [base.backbone.encode_images(images)]
 
 
-def start_of(base: Base) -> Theta:
-    return base.first_theta()
-
-
 @contextmanager
 def exact_numbers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leave out bfloat16 products inside the block."""
@@ -48,7 +44,7 @@ def exact_numbers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def gradient(base: Base, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, int]:
     """Return theta's gradient in the first step of refinement, and how often layers ran."""
-    trial, runs = lidb_trial(base, start_of(base)), []
+    trial, runs = lidb_trial(base, base.first_theta()), []
     flat = trial.parameters["theta"]
     optimizer = torch.optim.SGD([flat], lr=1e-9)
     hooks = [
@@ -89,9 +85,9 @@ def test_hypernetwork_in_parts_has_the_same_gradient(
     clean, noise = torch.randn((2, count, *latents_of(tiny)[0].shape[1:]), generator=generator)
     prompts = [tiny.prompt("a [V] face") if i % 3 else "" for i in range(count)]
     samples = objective.Samples(clean, prompts, noise, torch.rand(count, generator=generator))
-    first = start_of(tiny)
-    down = first.down.repeat(many, 1, 1, 1) + torch.randn(many, 1, 1, 1, generator=generator)
-    up = torch.randn((many, *first.up.shape[1:]), generator=generator) * 0.1
+    first = tiny.first_theta(people=many)
+    down = first.down + torch.randn(many, 1, 1, 1, generator=generator)
+    up = torch.randn(first.up.shape, generator=generator) * 0.1
     found = []
     for plan in (None, NORMAL, PLANS[2]):
         theta = Theta(*(core.clone().requires_grad_(True) for core in (down, up)))
@@ -124,7 +120,7 @@ def test_autoencoder_is_let_go_of_and_comes_back(tiny: Base) -> None:
     base.free_autoencoder()
     assert base.backbone.pipeline.vae is None
     config = RefineConfig(steps=1, rank=1)
-    refine(base, start_of(base), latents, config, lambda *_: None)
+    refine(base, base.first_theta(), latents, config, lambda *_: None)
     portrait_loss(base, None, latents, 2)
     assert base.backbone.pipeline.vae is None  # nothing of refinement needs it
     assert (base.backbone.decode_latents(latents[0]) == before).all()
