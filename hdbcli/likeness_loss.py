@@ -11,6 +11,7 @@ a distilled model (Guo et al. 2024, §3.3).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -67,10 +68,11 @@ def portrait_likeness(
     """
     check_drafts(base)
     shape = base.backbone.encode_images(faces[0].crops[:1]).shape[1:]
+    turns = itertools.count()
 
     def loss(generator: torch.Generator, batch: int) -> Tensor:
-        count = max(1, batch // SHARE)
-        own = [(each, k % len(each.crops)) for k in range(count) for each in faces]
+        count, turn = max(1, batch // SHARE), next(turns)
+        own = [(each, (turn + k) % len(each.crops)) for k in range(count) for each in faces]
         noise = torch.randn((count, *shape), generator=generator).repeat_interleave(len(faces), 0)
         theta = worn()
         with base.wearing(theta), base.short_attention(noise):

@@ -16,13 +16,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hdbcli.base import Base
+from hdbcli.batch import Batch, draw_batch
 from hdbcli.config import PretrainConfig, Tell, unnamed
 from hdbcli.device import ALONE, Workers, autocast, make_optimizer
 from hdbcli.errors import HdbError
@@ -40,7 +41,6 @@ from hdbcli.objective import (
     weight_loss,
 )
 from hdbcli.people import People
-from hdbcli.refine import draw_times
 from registry.training import Plan, Step, averages_of, closing, fit, settle
 
 AVERAGE = 0.998
@@ -63,8 +63,8 @@ def new_hypernetwork(base: Base, seed: int, rank: int = 1) -> HyperNetwork:
         resolution=base.spec.resolution,
         patch=base.spec.resolution // 8,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # built on the CPU; GPUs are not to be woken for it
+        torch.default_generator.manual_seed(seed)
         return HyperNetwork(config)
 
 
@@ -100,6 +100,12 @@ def pretrain(
         on.enter_context(base.short_attention(latents[0]))
         return _loss(base, model, material, config, workers, generator)
 
+    def look(*seen: Any) -> None:
+        assert watch is not None
+        watch(*seen)
+        if not config.likeness:
+            base.free_autoencoder()  # which drew the portraits, and serves nothing else
+
     steps = fit(
         parameters,
         loss,
@@ -116,7 +122,7 @@ def pretrain(
             lambda: _averaged(parameters, averages),
             model,
             config.look,
-            watch,
+            look if watch else None,
         )
     settle(parameters, averages)
     model.eval()
@@ -259,51 +265,6 @@ def _averaged(parameters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) 
     finally:
         for name, parameter in parameters.items():
             parameter.data = own[name]
-
-
-class Batch(NamedTuple):
-    """What a step draws for each of P people: which photo is read, and the K pictures drawn."""
-
-    person: Tensor  # (P,)
-    read: Tensor  # (P,) the photo that the hypernetwork reads
-    mirror: Tensor  # (P,) in 0..1: half of the people are read and drawn mirrored
-    drawn: Tensor  # (P, K) others of the person; the last half in styles, where there are such
-    anybody: Tensor  # (P, K) photos of whomever
-    empty: Tensor  # (P, K) which of those have an empty prompt
-    noise: Tensor  # (P, K, c, h, w)
-    t: Tensor  # (P, K)
-
-
-def draw_batch(
-    people: People, count: int, shape: Sequence[int], generator: torch.Generator
-) -> Batch:
-    """Draw `count` people and DRAWS pictures of each; `shape` is that of a latent."""
-    person = torch.randint(len(people.names), (count,), generator=generator)
-    read, drawn = [], []
-    for index in person.tolist():
-        photos = people.members[index]
-        first, turn = torch.randint(1 << 30, (2,), generator=generator).tolist()
-        others = max(1, len(photos) - 1)
-        steps = [1 + (turn + k) % others for k in range(DRAWS)]
-        pictures = [photos[(first + step) % len(photos)] for step in steps]
-        styled = people.styled[index] if people.styled else ()
-        if styled:
-            plain = DRAWS - DRAWS // 2
-            pictures[plain:] = [styled[(turn + k) % len(styled)] for k in range(DRAWS // 2)]
-        read.append(photos[first % len(photos)])
-        drawn.append(pictures)
-    everything = torch.tensor([p for group in (*people.members, *people.styled) for p in group])
-    many = count, DRAWS
-    return Batch(
-        person,
-        torch.tensor(read),
-        torch.rand(count, generator=generator),
-        torch.tensor(drawn),
-        everything[torch.randint(len(everything), many, generator=generator)],
-        torch.rand(many, generator=generator) < 0.5,
-        torch.randn((*many, *shape), generator=generator),
-        draw_times(count * DRAWS, generator).view(DRAWS, count).T,
-    )
 
 
 def _known(bank: Mapping[str, Theta], people: People, device: str) -> Theta:

@@ -7,6 +7,7 @@ side through the per-sample layer, each as if alone but for rounding: same noise
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -127,7 +128,7 @@ def train(
     _check(trial, latents)
     optimizer = optimizer or optimizer_of(trial, config)[0]
     batch = config.batch or base.spec.batch
-    on = ExitStack()
+    on, turns = ExitStack(), itertools.count()
     size = _at_once(base, trial.people + (trial.prior is not None), batch)
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -135,13 +136,13 @@ def train(
         t = draw_times(batch, generator)
         beside = None if trial.beside is None else trial.beside(generator, batch)
         prior = None if trial.prior is None else trial.prior(generator, batch)
-        past = torch.zeros(())
+        past, turn = torch.zeros(()), next(turns)
         for first in range(0, batch, size):
             on.close()
             on.enter_context(base.wearing(trial.worn()))
             on.enter_context(base.short_attention(noise))
             part = slice(first, first + size)
-            samples = _samples(base, latents, noise[part], t[part], first)
+            samples = _samples(base, latents, noise[part], t[part], turn + first)
             if prior is not None:
                 samples = samples.joined(prior.part(part))
             with autocast(base.device, latents=samples.clean):
@@ -202,7 +203,8 @@ def _samples(
     """Put pair k before person p, K P samples, k counted from `first`: noise (K, c, h, w) and
     t (K,) serve everybody.
 
-    Person p is drawn from their photos in turn. Samples lie pair by pair, people fastest: the order
+    Person p is drawn from their photos in turn; the caller moves on from step to step, by one, so
+    that every photo gets every part of the times. Samples lie pair by pair, people fastest: the order
     in which the layer deals out P identities.
     """
     people = len(latents)

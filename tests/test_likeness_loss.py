@@ -21,7 +21,7 @@ from hdbcli.errors import HdbError
 from hdbcli.faces import aligned_chips, chip, embed_aligned, load_embedding
 from hdbcli.hypernet import Faces
 from hdbcli.lidb import Theta
-from hdbcli.likeness_loss import likeness_loss, mosaic
+from hdbcli.likeness_loss import likeness_loss, mosaic, portrait_likeness
 from hdbcli.photo import crop_face
 from hdbcli.refine import refine
 from hdbcli.sample import generate
@@ -234,6 +234,17 @@ def test_people_that_learn_likeness_side_by_side_are_each_as_if_alone(
         alone = refined(p)[0]
         assert (together[p] - alone).abs().mean() < 0.02 * alone.abs().mean()
         assert (without[p] - alone).abs().mean() > 0.1 * alone.abs().mean()
+
+
+def test_the_likeness_of_every_photo_counts(
+    tiny: Base, crops: list[np.ndarray], predicted: Theta
+) -> None:
+    two, mixed = tiny.faces(crops[:2]), tiny.faces([crops[0], crops[3]])
+    losses = [
+        [loss(torch.Generator().manual_seed(0), 2).item() for _ in range(2)]
+        for loss in (portrait_likeness(tiny, lambda: predicted[:1], [f], 1.0) for f in (two, mixed))
+    ]
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]  # a photo a step
 
 
 def test_a_base_that_cannot_draft_says_so(tiny: Base, predicted: Theta) -> None:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from commands import hdb, refused
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hdbcli.base import Base, load_predictor, theta_for
+from hdbcli.batch import draw_batch
 from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.create import describe
 from hdbcli.errors import HdbError
@@ -24,7 +26,7 @@ from hdbcli.faces import embed
 from hdbcli.lidb import Theta
 from hdbcli.objective import DRAWS, Samples, prior_jobs, spread
 from hdbcli.people import People, read_people
-from hdbcli.pretrain import draw_batch, new_hypernetwork
+from hdbcli.pretrain import new_hypernetwork
 from hdbcli.refine import draw_times, portrait_loss, refine
 from hdbcli.relax import relax
 from hdbcli.sample import generate
@@ -80,6 +82,19 @@ def test_pairs_are_two_photos_of_one_person() -> None:
     anybody = set(batch.anybody.flatten().tolist())
     assert anybody == set(range(6))  # photo 6 is nobody's here: held out
     assert all(len(each) == 200 for each in batch) and batch.noise.shape == (200, 2, 2, 4, 4)
+
+
+def test_every_picture_of_every_person_can_get_any_noise() -> None:
+    people = People(np.zeros((4, 8, 8, 3), np.uint8), ("a", "b"), ((0, 1), (2, 3)), ())
+    generator = torch.Generator().manual_seed(0)
+    t = torch.stack([draw_batch(people, 32, (1, 1, 1), generator).t for _ in range(100)])
+    whole = torch.stack([draw_times(64, generator) for _ in range(100)])  # in order of time
+    assert (t[0].flatten().sort().values - whole[0]).abs().max() < 0.2, "in equal parts still"
+    for some in (t[..., 0], t[..., 1], t[:, :8]):  # plain, styled, and whom --share picks
+        assert abs(some.mean() - t.mean()) < 0.01
+        assert some.min() < 0.2 and some.max() > 0.98
+    unshuffled = whole.view(100, DRAWS, 32)[:, 0]
+    assert unshuffled.max() < 0.85, "the control: what a batch in order gives its plain portraits"
 
 
 def test_pictures_in_styles_are_drawn_with_their_captions_and_never_read(
@@ -156,10 +171,12 @@ def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
     result = hdb(*words)
     assert result.exit_code == 0, result.stderr
     assert "step 3/3" in result.stderr and result.stdout.strip() == str(out)
-    first = out.read_bytes()
+    first = load_file(out)
     out.unlink()
     assert hdb(*words).exit_code == 0  # from its checkpoint
-    assert len(out.read_bytes()) == len(first)
+    again = load_file(out)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
     words = ["train", "evaluate", people, "--hypernetwork", out, "--refined", 2, "--json"]
     result = hdb(*words)
     assert result.exit_code == 0, result.stderr
