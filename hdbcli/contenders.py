@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hdbcli.base import Base
-from hdbcli.config import RefineConfig, Tell
+from hdbcli.config import DIFFUSION_LR, RefineConfig, Tell
 from hdbcli.errors import HdbError
 from hdbcli.hypernet import Faces, HyperNetwork
 from hdbcli.lidb import Theta
@@ -75,7 +75,9 @@ CONTENDERS = {
         _without("hypernetwork-only", "predict", steps=0, lr=0.0, rank=1),
         _without("one-pass", "predict with k = 1", iterations=1),
         _without("no-relaxation", "predict, 40 iterations at rank 1", rank=1),
-        _without("no-likeness", "40 iterations of the diffusion loss", lr=5e-4, likeness=0.0),
+        _without(
+            "no-likeness", "40 iterations of the diffusion loss", lr=DIFFUSION_LR, likeness=0.0
+        ),
         _without("free-relaxation", "relax outside the basis", trains="lora"),
         Contender("lora", "LoRA DreamBooth", "lora", 1200, 1e-3),
         _dreambooth("dreambooth", "all weights, prior preservation", 1200, 1.5e-4),

@@ -17,7 +17,14 @@ import torch
 from hdbcli import sample
 from hdbcli.base import Base, load_predictor, theta_for
 from hdbcli.budget import rank_within
-from hdbcli.config import PORTRAIT, UNPREDICTED_LR, UNPREDICTED_STEPS, RefineConfig, Tell
+from hdbcli.config import (
+    DIFFUSION_LR,
+    PORTRAIT,
+    UNPREDICTED_LR,
+    UNPREDICTED_STEPS,
+    RefineConfig,
+    Tell,
+)
 from hdbcli.errors import HdbError
 from hdbcli.faces import embed
 from hdbcli.identity import Identity, home_of
@@ -72,10 +79,11 @@ def settle(
     """Fill in what the user left open: what suits a base with a hypernetwork or without, and its
     budget of bytes."""
     spec, predicted = base.spec, base.spec.hypernetwork is not None
+    rate = RefineConfig.lr if weight_of(spec, likeness) else DIFFUSION_LR
     return RefineConfig(
         steps=steps or (RefineConfig.steps if predicted else UNPREDICTED_STEPS),
         rank=rank or rank_within(spec.budget, len(base.injected.layers), spec.a, spec.b),
-        lr=RefineConfig.lr if predicted else UNPREDICTED_LR,
+        lr=rate if predicted else UNPREDICTED_LR,
         seed=seed,
         optimizer=optimizer,
         likeness=likeness,
