@@ -60,7 +60,7 @@ def _time(
     asked: float,
 ) -> Alone:
     from hdbcli.contenders import entered
-    from hdbcli.device import peak_memory
+    from hdbcli.device import peak_memory, wait_for
     from hdbcli.measuring import step_seconds
     from hdbcli.refine import train
 
@@ -70,10 +70,14 @@ def _time(
     config = RefineConfig(
         count, lr=max(contender.lr, 1e-12), batch=batch, optimizer=contender.optimizer
     )
-    faces = [base.faces([crop])]
-    latents = [base.backbone.encode_images(faces[0].crops)]
+    latents = [base.backbone.encode_images(base.images([crop]))]
+    if contender.predicted:  # what is loaded at the first call belongs to the start-up
+        model.predict(base.faces([crop]), contender.iterations)
+    wait_for(base.device)
     began = time.perf_counter()
+    faces = [base.faces([crop])]  # the recogniser's share of a prediction
     with entered(contender, base, model, faces, lambda *_: None) as trial:
+        wait_for(base.device)
         prepared = time.perf_counter()
         steps = train(base, trial, latents, config) if contender.steps else ()
         seconds = step_seconds(steps)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hdbcli.base import Base
 from hdbcli.config import BankConfig, Tell
@@ -24,6 +24,7 @@ from hdbcli.people import People
 from hdbcli.refine import refine
 from registry.errors import RegistryError
 from registry.store import write_beside
+from registry.tensors import save_tensors
 
 INDEX = "index.json"
 FORMAT = 1
@@ -59,7 +60,7 @@ def build_bank(
         index["shards"].append({"file": name, "names": [people.names[i] for i in chosen]})
         try:
             with write_beside(folder / name) as beside:
-                save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, beside)
+                save_tensors({k: v.cpu().contiguous() for k, v in tensors.items()}, beside)
             with write_beside(folder / INDEX) as beside:  # last: it never names what is not there
                 beside.write_text(json.dumps(index, indent=1))
         except RegistryError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hdbcli.base import Base, load_base, load_predictor
 from hdbcli.config import PORTRAIT, RefineConfig
-from hdbcli.device import choose_device
+from hdbcli.device import choose_device, wait_for
 from hdbcli.lidb import Theta
 from hdbcli.measuring import Row, hdb, scratch, step_seconds
 from hdbcli.memory import PLANS
@@ -67,7 +68,7 @@ def _results(base: Base, crop: np.ndarray) -> tuple[Theta, float, float, np.ndar
 
 
 def speeds(spec: BaseSpec, device: str) -> list[Row]:
-    """Return seconds of a refinement step and the peak of the device's memory, plan by plan."""
+    """Return seconds of a refinement step and of a picture, and peak memory, plan by plan."""
     rows = []
     for plan in PLANS:
         _reset(device)
@@ -81,8 +82,13 @@ def speeds(spec: BaseSpec, device: str) -> list[Row]:
         config = RefineConfig(steps=STEPS)
         optimizer, label = optimizer_of(trial, config)
         steps = train(base, trial, latents, config, optimizer)
-        step = statistics.median(step_seconds(steps, partial(_wait, device))[2:])
+        step = statistics.median(step_seconds(steps, partial(wait_for, device))[2:])
         rows.append(Row(f"{spec.name}, plan {plan.name}, {label}: a step", step, "s"))
+        settings = SampleSettings(steps=STEPS)
+        began = time.perf_counter()
+        generate(base, trial.worn(), PORTRAIT, [0], settings, lambda *_: None)
+        drawn = time.perf_counter() - began
+        rows.append(Row(f"{spec.name}, plan {plan.name}: a picture of {STEPS} steps", drawn, "s"))
         if device.startswith("cuda"):
             peak = torch.cuda.max_memory_allocated(device) / 1e9
             rows.append(Row(f"{spec.name}, plan {plan.name}: peak memory", peak, "GB"))
@@ -98,8 +104,3 @@ def _reset(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)

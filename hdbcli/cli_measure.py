@@ -100,6 +100,7 @@ def compare(
     from hdbcli.base import open_pair
     from hdbcli.compare import new_arena
     from hdbcli.contenders import choose
+    from hdbcli.memory import enough
     from hdbcli.people import read_people
     from registry.plugins import load_metrics
 
@@ -107,7 +108,7 @@ def compare(
     check_folder(out)
     load = partial(open_pair, base_name(base), device)
     loaded, model = load()
-    with render.progress() as tell:
+    with render.progress() as tell, enough("close other programs, take a smaller --batch"):
         test = read_people(photos, loaded.spec, pattern, False, tell).first(people)
         render.show_skipped(test.skipped)
         if tune:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hdbcli import render
+from hdbcli.cli_boundary import new_app
 from hdbcli.cli_options import (
     Aligned,
     BaseName,
@@ -24,7 +25,6 @@ from hdbcli.cli_options import (
     check_folder,
     check_output,
     finite,
-    new_app,
     open_on,
     spec_of,
     within_memory,
@@ -51,7 +51,7 @@ train_app = new_app("Train and measure the hypernetwork of a base model.")
 @train_app.command("bank")
 def train_bank(
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the bank.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the bank.")],
     base: BaseName = None,
     steps: Annotated[int, typer.Option(min=1, help="Iterations each.")] = BankConfig.steps,
     lr: LearningRate = BankConfig.lr,
@@ -64,13 +64,15 @@ def train_bank(
 ) -> None:
     """Optimise the LiDB of everybody in a folder; interrupted, the same command goes on."""
     from hdbcli.bank import build_bank
+    from hdbcli.memory import enough
     from hdbcli.people import read_people
 
     check_folder(out)
     loaded = open_on(base, device)
     config = BankConfig(steps, lr=lr, at_once=at_once, seed=seed, optimizer=optimizer)
     start, made = time.perf_counter(), 0
-    with render.progress() as tell:
+    fewer = f"take fewer people side by side than --at-once {at_once}"
+    with render.progress() as tell, enough(fewer):
         people = read_people(data, loaded.spec, pattern, aligned, tell)
         render.show_skipped(people.skipped)
         for shard in build_bank(loaded, people, out, config, tell):
@@ -100,7 +102,7 @@ Share = Annotated[
     int,
     typer.Option(
         min=1,
-        help="Of one in so many people of a step portraits are drawn and strangers left alone.",
+        help="Draw portraits of one in so many people of a step, and leave strangers alone.",
     ),
 ]
 # Not "--start": torchrun takes that for one of its own, wherever it stands.
@@ -121,7 +123,7 @@ HeldOut = Annotated[
 @train_app.command("hypernetwork")
 def train_hypernetwork(
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="File of the hypernetwork.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File of the hypernetwork.")],
     base: BaseName = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps.")] = PretrainConfig.steps,
     batch: Annotated[int, typer.Option(min=1, help="People a step.")] = PretrainConfig.batch,
@@ -197,7 +199,7 @@ def _learn(
     from hdbcli.watch import Watch
 
     known = read_bank(bank, loaded) if bank else None
-    workers = join_workers()
+    workers = join_workers(loaded.device)
     fresh = pretrain.new_hypernetwork
     model = load_predictor(loaded)[0] if goes_on else fresh(loaded, config.seed)
     people, held = people.hold_out(config.held_out)
@@ -231,11 +233,12 @@ def train_evaluate(
     portraits."""
     from hdbcli.base import load_predictor
     from hdbcli.evaluate import evaluate
+    from hdbcli.memory import enough
     from hdbcli.people import read_people
 
     loaded = open_on(base, device, hypernetwork)
     model, _ = load_predictor(loaded)
-    with render.progress() as tell:
+    with render.progress() as tell, enough("close other programs"):
         people = read_people(data, loaded.spec, pattern, aligned, tell)
         render.show_skipped(people.skipped)
         result = evaluate(loaded, model, people, refined, tell)

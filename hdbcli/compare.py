@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hdbcli.base import Base, Worn
@@ -32,6 +32,7 @@ from hdbcli.sample import Picture, generate
 from registry.metric import Metric
 from registry.spec import SampleSettings
 from registry.store import write_beside
+from registry.tensors import save_tensors
 
 SHOWN = 6  # people whose pictures are kept
 MARKS = 8  # points of a curve, each half the steps of the next
@@ -136,7 +137,7 @@ def _group(arena: Arena, contender: Contender, persons: range, file: Path) -> Re
     tensors = {k: v for k, v in vars(record).items() if isinstance(v, Tensor)}
     tensors |= {f"text.{name}": scores for name, scores in record.texts.items()}
     with write_beside(file) as beside:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, beside)
+        save_tensors({k: v.contiguous() for k, v in tensors.items()}, beside)
     return record
 
 

@@ -32,13 +32,20 @@ def choose_device(name: str | None) -> str:
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
-    if name is None and there["cuda"] and "LOCAL_RANK" in os.environ:
-        return f"cuda:{os.environ['LOCAL_RANK']}"  # of `accelerate launch`: a device each
     if name is None:
-        return next(device for device in ("cuda", "mps", "cpu") if there[device])
-    if not there.get(name.split(":")[0], False):
+        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
+    kind, _, index = name.partition(":")
+    if not there.get(kind, False) or (index and not index.isdecimal()):
         usable = ", ".join(device for device in DEVICES if there[device])
         raise HdbError(f"device {name!r} is not available here; use {usable}")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # of `accelerate launch`: a device each
+        index = os.environ["LOCAL_RANK"]
+        name = f"cuda:{index}"
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        raise HdbError(
+            f"there is no {name} here, the GPUs are {torch.cuda.device_count()}; start as many "
+            "processes as there are, or pass --device cpu"
+        )
     return name
 
 
@@ -54,13 +61,13 @@ class Workers:
 ALONE = Workers(0, 1, None)
 
 
-def join_workers() -> Workers:
+def join_workers(device: str) -> Workers:
     """Meet the other processes of `accelerate launch` or `torchrun`, if one of them started us."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=not device.startswith("cuda"))
 
     def share(tensors: list[Tensor]) -> None:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -126,6 +133,12 @@ def give_back_memory() -> None:
         glibc = ctypes.CDLL(None)
         glibc.mallopt(M_MMAP_THRESHOLD, LARGE)
         glibc.malloc_trim(0)
+
+
+def wait_for(device: str) -> None:
+    """Wait until a GPU has done what it was given, before a look at the clock."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
 
 
 def has_bf16() -> bool:

@@ -114,7 +114,8 @@ def refine_all(base: Base, theta: Theta, crops: np.ndarray, tell: Tell) -> Theta
     """Relax and refine with the defaults, a few dozen people at once."""
     config = RefineConfig()
     faces = [base.faces([crop]) for crop in crops]
-    latents = [latent[None] for latent in encode_crops(base, crops, tell)[0].float()]
+    encoded = encode_crops(base, crops, tell)[0].float().to(base.device)
+    latents = [latent[None] for latent in encoded]
     done = []
     for i in range(0, len(latents), AT_ONCE):
         part = slice(i, i + AT_ONCE)

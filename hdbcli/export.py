@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hdbcli.base import Base
@@ -24,6 +24,7 @@ from registry.errors import RegistryError
 from registry.ldm import LAYOUTS, architecture_of
 from registry.settings import predicts
 from registry.store import write_beside
+from registry.tensors import save_tensors
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 # Readers that a format is meant for, by how their names start.
@@ -62,7 +63,7 @@ def export(
     readings: list[Reading] = []
     try:
         with write_beside(path) as beside:
-            save_file(tensors, beside, metadata=metadata)
+            save_tensors(tensors, beside, metadata)
             if check:
                 readings = read_by_all(base, theta, load_file(beside))
                 refuse_unread(readings, form)

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from hdbcli.errors import HdbError
 from hdbcli.hypernet import HyperConfig, HyperNetwork
 from registry.store import write_beside
+from registry.tensors import save_tensors
 
 
 def save_hypernetwork(model: HyperNetwork, path: Path) -> None:
@@ -21,7 +21,7 @@ def save_hypernetwork(model: HyperNetwork, path: Path) -> None:
     metadata = {"format": "pt", "hdb.kind": "hypernetwork"}
     metadata["hdb.config"] = json.dumps(asdict(model.config))
     with write_beside(path) as beside:
-        save_file(tensors, beside, metadata=metadata)
+        save_tensors(tensors, beside, metadata)
 
 
 def load_hypernetwork(path: Path) -> tuple[HyperNetwork, str]:

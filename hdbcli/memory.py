@@ -12,7 +12,8 @@ import gc
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -154,6 +155,17 @@ def run_within(choice: Choice, attempt: Callable[[MemoryPlan], T], say: Callable
         f"out of memory with plan {plans[-1].name} ({choice.reason}); close other programs, ask "
         "for fewer or smaller pictures, or try --memory low or --device cpu"
     )
+
+
+@contextmanager
+def enough(advice: str) -> Iterator[None]:
+    """Turn running out of memory, where there is no smaller plan, into HdbError with advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise HdbError(f"out of memory; {advice}, or try --device cpu") from None
 
 
 def describe(plan: MemoryPlan) -> str:

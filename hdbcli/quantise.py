@@ -41,9 +41,9 @@ def quantise(modules: Iterable[nn.Module], kind: str) -> str | None:
 def quantised(linear: nn.Linear, kind: str) -> nn.Linear:
     """Return a bitsandbytes layer with the linear layer's weight (n, m) in int8 or nf4.
 
-    It stays in training mode, where bitsandbytes expands the weight and multiplies. In evaluation
-    mode on a CPU it would round activations too (int8), or pack the weight for a kernel that knows
-    no gradient (nf4).
+    It stays in training mode, where bitsandbytes expands the weight and multiplies; on a GPU it
+    rounds activations too (int8). So it would in evaluation mode on a CPU, or pack the weight for a
+    kernel that knows no gradient (nf4).
     """
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
@@ -56,7 +56,10 @@ def quantised(linear: nn.Linear, kind: str) -> nn.Linear:
         eight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
         layer.weight = eight.to(weight.device)
     else:
-        layer = Linear4bit(m, n, bias, quant_type="nf4", compress_statistics=False, device="meta")
+        # Else the first input would decide what is computed in, which autocast makes float32.
+        layer = Linear4bit(
+            m, n, bias, weight.dtype, quant_type="nf4", compress_statistics=False, device="meta"
+        )
         four = Params4bit(
             weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=layer
         )

@@ -1,9 +1,9 @@
 """Read the tensors of safetensors files one by one, each in the number format that is wanted: a
-file that is opened as a whole would lie in memory beside the model."""
+file that is opened as a whole would lie in memory beside the model. And write them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -41,3 +41,16 @@ def read_floats(files: Sequence[Path], prefix: str, dtype: torch.dtype) -> dict[
                 numbers = torch.frombuffer(content, dtype=FLOATS[info.dtype])
                 found[name] = numbers.view(info.shape).to(dtype)
     return found
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write contiguous tensors by name; OSError where that does not work.
+
+    The library's own writer leaves a file that only its owner can read, and has an error of its own
+    for a full disk.
+    """
+    from safetensors.torch import save
+
+    path.write_bytes(save(dict(tensors), metadata))

@@ -38,6 +38,7 @@ def command(people: Path, *launcher: str, out: Path, **options: object) -> list[
         "optimizer": "adamw",
         "precision": "fp32",
         "likeness": 1,
+        "device": "cpu",  # GPUs may be fewer than processes
         **options,
     }
     words = ["hdbcli", "train", "hypernetwork", str(people)]
