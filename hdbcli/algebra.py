@@ -40,7 +40,7 @@ def shrink(theta: Theta, rank: int) -> tuple[Theta, Tensor]:
     energy = s.square().sum((1, 2))
     kept = s[..., :rank].square().sum((1, 2))
     lost = (1 - kept / energy.clamp(min=1e-30)).clamp(min=0) * (energy > 0)
-    size = theta.up.norm(dim=(2, 3)) * theta.down.norm(dim=(2, 3))  # (B, L)
+    size = theta.up.double().norm(dim=(2, 3)) * theta.down.double().norm(dim=(2, 3))  # (B, L)
     alive = s[..., :rank] > 1e-8 * size[..., None]  # below is the rounding of float32
     root = s[..., :rank].sqrt()
     down = torch.where(alive, root, 1.0)[..., :, None] * v[..., :rank, :]
@@ -66,6 +66,11 @@ def compose(thetas: Sequence[Theta], weights: Sequence[float], rank: int | None 
         raise HdbError(f"identities of different targets, a, b cannot be composed: {shapes}")
     down = torch.cat([t.down for t in thetas], dim=2)
     up = torch.cat([t.up * weight for t, weight in zip(thetas, weights, strict=True)], dim=3)
+    if not up.isfinite().all():
+        raise HdbError(
+            f"weights up to {max(map(abs, weights)):g} make numbers too large to hold; give "
+            "smaller ones"
+        )
     whole = Theta(down, up)
     ((_, a, b),) = shapes
     return shrink(whole, min(whole.rank, a, b) if rank is None else rank)[0]

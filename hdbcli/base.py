@@ -19,7 +19,7 @@ from hdbcli.errors import HdbError
 from hdbcli.faces import embed_aligned
 from hdbcli.hyperfile import load_hypernetwork
 from hdbcli.hypernet import Faces, HyperNetwork
-from hdbcli.identity import Identity, check_fits, home_of
+from hdbcli.identity import Identity, fit
 from hdbcli.inject import Injected, inject
 from hdbcli.lidb import Factors, Theta, first_theta
 from hdbcli.memory import NORMAL, MemoryPlan
@@ -177,6 +177,6 @@ def _quantise_encoder(model: HyperNetwork, kind: str) -> None:
 def theta_for(base: Base, identity: Identity) -> tuple[Theta, str | None]:
     """Return an identity's theta for this base, and a warning if it was made on another of the
     family."""
-    warning = check_fits(identity, **home_of(base.spec, base.injected))
+    warning = fit(identity, base.spec, base.injected)
     theta = Theta(identity.down[None].to(base.device), identity.up[None].to(base.device))
     return theta, warning

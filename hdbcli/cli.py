@@ -16,29 +16,35 @@ import typer
 from hdbcli import __version__, render
 from hdbcli.cli_algebra import compose, export, inspect, relax, shrink
 from hdbcli.cli_bases import base_app
+from hdbcli.cli_boundary import Boundary, ask, new_app
 from hdbcli.cli_doctor import doctor
 from hdbcli.cli_measure import bench, compare, score
 from hdbcli.cli_merge import merge
 from hdbcli.cli_options import (
-    SEEDS,
     BaseName,
-    Boundary,
+    Count,
     Device,
     FaceNumber,
+    FirstSeed,
     Force,
+    Guidance,
     Identity,
     Json,
+    Likeness,
     Loras,
     Memory,
     More,
+    Negative,
     Optimizer,
     Photo,
+    Prompt,
+    SamplingSteps,
     Scheduler,
     Seed,
+    Size,
     Steps,
+    Strength,
     Yes,
-    finite,
-    new_app,
     new_path,
     open_on,
     spec_of,
@@ -64,15 +70,8 @@ if TYPE_CHECKING:
     from registry.spec import BaseSpec
 
 
-Likeness = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        callback=finite,
-        help="Weight of the likeness of portraits it draws; default: the base's.",
-    ),
-]
-
+MAKE, KEEP = "Make and draw", "Keep"
+TURN, LOOK = "Turn into something else", "Measure, add and train"
 app = new_app("One photo of a face in, that person in any style out.", cls=Boundary)
 
 
@@ -85,7 +84,7 @@ def root(
         raise typer.Exit
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def new(
     photo: Photo,
     name: Annotated[str | None, typer.Argument(help="Default: the photo's file name.")] = None,
@@ -130,10 +129,10 @@ def new(
     )
     spec, photos = spec_of(base), [photo, *(more or [])]
     created = _make(spec, device, memory, photos, face, likeness, None if no_refine else wanted)
-    _store(created, name, path, spec.budget, as_json)
+    _store(created, name, path, spec.budget, as_json, new=not force)
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def refine(
     name: Annotated[str, typer.Argument(help="Name of the identity.")],
     photo: Photo,
@@ -153,46 +152,46 @@ def refine(
     from hdbcli.identity import load
 
     path = store.resolve(store.check_name(name))
-    identity = load(path)
-    rank = rank or identity.rank
-    config = RefineConfig(steps, rank, seed=seed, optimizer=optimizer, likeness=likeness)
+    stamp, identity = store.stamp(path), load(path)
+    from hdbcli.create import settle
+
+    wanted = partial(
+        settle,
+        steps=steps,
+        rank=rank or identity.rank,
+        seed=seed,
+        optimizer=optimizer,
+        likeness=likeness,
+    )
     photos = [photo, *(more or [])]
     spec = spec_of(base or identity.base)
-    created = _make(spec, device, memory, photos, face, likeness, lambda _: config, identity)
+    created = _make(spec, device, memory, photos, face, likeness, wanted, identity)
+    if store.stamp(path) != stamp:
+        raise HdbError(f"{path.stem} changed while it was refined; nothing was written, try again")
     _store(created, path.stem, path, spec.budget, as_json)
 
 
-FirstSeed = Annotated[
-    int | None, typer.Option(min=0, max=SEEDS, help="First seed; default: random.")
-]
-SamplingSteps = Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")]
-Guidance = Annotated[float, typer.Option(min=0, callback=finite, help="CFG scale.")]
-Strength = Annotated[
-    float, typer.Option(callback=finite, help="Weight of the identity; 0 is the base.")
-]
-
-
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def gen(
     identity: Annotated[
         str, typer.Argument(help="Name of an identity, or its file; several: alice,bob,carol.")
     ],
-    prompt: Annotated[str, typer.Argument(help="What to draw; [V] is the person's place in it.")],
-    count: Annotated[int, typer.Option("-n", min=1, max=1000, help="How many pictures.")] = 4,
+    prompt: Prompt,
+    count: Count = 4,
     seed: FirstSeed = None,
     steps: SamplingSteps = SampleSettings.steps,
     guidance: Guidance = SampleSettings.guidance,
-    negative: Annotated[
-        str, typer.Option(help="What to avoid. It wears the identity too, as in a merged model.")
-    ] = "",
+    negative: Negative = "",
     strength: Strength = 1.0,
-    size: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the base's.")] = None,
+    size: Size = None,
     scheduler: Scheduler = None,
     lora: Loras = None,
     base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
     device: Device = None,
     memory: Memory = "auto",
-    out: Annotated[Path | None, typer.Option("-o", help="A folder, or one .png file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="A folder, or one .png file.")
+    ] = None,
     grid: Annotated[
         bool, typer.Option("--grid", help="Save a contact sheet too; with -o FILE.png, only that.")
     ] = False,
@@ -235,7 +234,7 @@ def gen(
     (render.document if as_json else render.show_pictures)(values)
 
 
-@app.command("list")
+@app.command("list", rich_help_panel=KEEP)
 def list_identities(
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Names only.")] = False,
@@ -253,7 +252,7 @@ def list_identities(
         render.note("no identities yet; make one with: hdb new PHOTO")
 
 
-@app.command()
+@app.command(rich_help_panel=KEEP)
 def show(identity: Identity, as_json: Json = False) -> None:
     """Show everything that an identity file says about itself."""
     summary = store.summary(store.resolve(identity))
@@ -263,20 +262,24 @@ def show(identity: Identity, as_json: Json = False) -> None:
         render.facts(summary)
 
 
-for command in (merge, inspect, relax, shrink, compose, export, score, compare, bench):
-    app.command()(command)
-app.command("import")(import_identity)  # a word that Python keeps for itself
-for keeping in (cp, mv, rm, verify, gc, doctor):
-    app.command()(keeping)
-app.add_typer(base_app, name="base")
-app.add_typer(train_app, name="train")
+app.command("import", rich_help_panel=KEEP)(import_identity)  # a word that Python keeps for itself
+for panel, commands in {
+    MAKE: (score,),
+    KEEP: (cp, mv, rm, verify, gc),
+    TURN: (merge, export, inspect, relax, shrink, compose),
+    LOOK: (compare, bench, doctor),
+}.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.add_typer(base_app, name="base", rich_help_panel=LOOK)
+app.add_typer(train_app, name="train", rich_help_panel=LOOK)
 
 
 def _ask_consent(yes: bool) -> None:
     """Ask once, before the first identity of a store, and only where there is somebody to ask."""
     if yes or store.names() or not sys.stdin.isatty():
         return
-    typer.confirm("Faces belong to people. Does this person agree?", abort=True, err=True)
+    ask("Faces belong to people. Does this person agree?")
 
 
 def _make(
@@ -321,14 +324,16 @@ def _make(
     return replace(created, seconds={"crop": cropped, **created.seconds, "total": total})
 
 
-def _store(created: Created, name: str, path: Path, budget: int, as_json: bool) -> None:
+def _store(
+    created: Created, name: str, path: Path, budget: int, as_json: bool, new: bool = False
+) -> None:
     from hdbcli.budget import dtype_within
     from hdbcli.identity import save
 
     identity = created.identity
     (targets, rank, a), b = identity.down.shape, identity.up.shape[1]
     dtype = dtype_within(budget, targets, a, b, rank)
-    size = save(identity, path, dtype)
+    size = save(identity, path, dtype, new)
     for warning in created.warnings:
         render.note(f"warning: {warning}")
     values = render.created_facts(name, str(path), size, dtype, created)

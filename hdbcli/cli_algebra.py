@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hdbcli import render
+from hdbcli.cli_boundary import ask
 from hdbcli.cli_options import (
     As,
     Device,
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 def inspect(
     identity: Identity,
-    out: Annotated[Path | None, typer.Option("-o", help="Draw it as a .png file too.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Draw it as a .png file too.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Look inside an identity: energy by target, component and kind; whether its basis verifies."""
@@ -45,6 +48,8 @@ def inspect(
     loaded = load(path)
     if out:
         check_output(out, path)
+        if out.suffix.lower() != ".png":
+            raise HdbError(f"{out} is not named .png, the kind of picture that hdb draws")
     names, verified, problem = None, None, None
     try:
         base = open_on(loaded.base, "cpu")
@@ -75,10 +80,10 @@ def relax(
     from hdbcli import derive
     from hdbcli.identity import load, save
 
-    source, path = _source_and_target(identity, new_name, force)
+    source, path, new = _source_and_target(identity, new_name, force)
     made = derive.relaxed(load(source), rank)
     dtype = store.summary(source)["dtype"]  # in any other the old numbers would be rounded
-    _tell(path, rank, save(made, path, dtype), as_json)
+    _tell(path, rank, save(made, path, dtype, new), as_json)
 
 
 def shrink(
@@ -94,14 +99,14 @@ def shrink(
     from hdbcli import derive
     from hdbcli.identity import load, save
 
-    source, path = _source_and_target(identity, new_name, force)
+    source, path, new = _source_and_target(identity, new_name, force)
     made, lost = derive.shrunk(load(source), rank)
     render.note(f"rank {rank} keeps {1 - lost:.2%} of the identity's energy, {lost:.2%} is lost")
     if path == source and not yes:
         if not sys.stdin.isatty():
             raise HdbError("shrink replaces what it shrinks; pass --as NEW to keep it, or --yes")
-        typer.confirm(f"Replace {path.stem}?", abort=True, err=True)
-    _tell(path, rank, save(made, path, dtype), as_json, lost=lost)
+        ask(f"Replace {path.stem}?")
+    _tell(path, rank, save(made, path, dtype, new), as_json, lost=lost)
 
 
 def compose(
@@ -115,7 +120,8 @@ def compose(
         bool, typer.Option("--show", help="Draw the walk from the first to the last, step by step.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("-o", help="PNG of --show, or a folder; default: NAME-walk.png.")
+        Path | None,
+        typer.Option("-o", "--out", help="PNG of --show, or a folder; default: NAME-walk.png."),
     ] = None,
     device: Device = None,
     force: Force = False,
@@ -137,7 +143,7 @@ def compose(
     loaded = {name: (load(paths[name]), weight) for name, weight in weights.items()}
     made = derive.composed(loaded, rank)
     drawn = _draw_walk(list(paths.values()), device) if sheet else None
-    size = save(made, path, dtype)
+    size = save(made, path, dtype, new=not force)
     if sheet and drawn:
         save_picture(drawn[0], sheet, drawn[1])
     _tell(path, made.rank, size, as_json, sheet=str(sheet) if sheet else None)
@@ -147,7 +153,7 @@ def export(
     identity: Identity,
     form: Annotated[str, typer.Option("--format", help="kohya or diffusers.")] = "kohya",
     out: Annotated[
-        Path | None, typer.Option("-o", help="File; default: NAME-lora.safetensors.")
+        Path | None, typer.Option("-o", "--out", help="File; default: NAME-lora.safetensors.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp16",
     check: Annotated[
@@ -224,7 +230,10 @@ def _tell(path: Path, rank: int, size: int, as_json: bool, **more: object) -> No
         render.say(str(more["sheet"]))
 
 
-def _source_and_target(identity: str, new_name: str | None, force: bool) -> tuple[Path, Path]:
-    """Return the file of an identity and where what is made of it goes: itself without a name."""
+def _source_and_target(identity: str, new_name: str | None, force: bool) -> tuple[Path, Path, bool]:
+    """Return the file of an identity, where what is made of it goes, itself without a name, and
+    whether that file must be new."""
     source = store.resolve(identity)
-    return source, source if new_name is None else new_path(new_name, force)
+    if new_name is None:
+        return source, source, False
+    return source, new_path(new_name, force), not force

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hdbcli import render
+from hdbcli.cli_boundary import new_app
 from hdbcli.cli_options import (
     Json,
     added_of,
     base_name,
     bases,
-    new_app,
     open_on,
     spec_of,
 )
@@ -55,9 +55,10 @@ def base_add(
 
     registry = bases()
     if check_name(name).casefold() in {known.casefold() for known in registry.names()}:
+        source, free = registry.source(name), added_of(name) is not None
+        rest = f", or hdb base rm {name} first" if free else ""
         raise HdbError(
-            f"there is a base model {name} already, of {registry.source(name)}; choose another "
-            f"name, or hdb base rm {name} first"
+            f"there is a base model {name} already, of {source}; choose another name{rest}"
         )
     path, origin = locate(source, revision)
     from hdbcli.adopt import adopt  # imports torch

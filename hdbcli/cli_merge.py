@@ -17,7 +17,7 @@ def merge(
     parts: Annotated[
         list[str], typer.Argument(help="NAME, or NAME=STRENGTH; several are added up.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="A folder, or a .safetensors file.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder, or a .safetensors file.")],
     form: Annotated[
         str | None,
         typer.Option("--format", help="diffusers or single-file; default: by the name of --out."),
@@ -34,7 +34,7 @@ def merge(
     A folder in the layout of diffusers, or one file as A1111, Forge and ComfyUI load it.
     """
     from hdbcli import derive, merge_out
-    from hdbcli.identity import check_fits, home_of, load
+    from hdbcli.identity import fit, load
     from hdbcli.merge import Merge
     from hdbcli.places import open_checkpoint
 
@@ -56,7 +56,7 @@ def merge(
         merge_out.check_apart(out, spec.files)
     with render.progress() as tell, merge_out.with_files(spec, chosen) as copied:
         checkpoint = open_checkpoint(copied)
-        warning = check_fits(identity, **home_of(spec, checkpoint))
+        warning = fit(identity, spec, checkpoint)
         if warning:
             render.note(f"warning: {warning}")
         merged = Merge(checkpoint, derive.theta_of(identity), dtype)

@@ -4,11 +4,9 @@ identities."""
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -16,9 +14,8 @@ from hdbcli import render
 from hdbcli.config import (
     OPTIMIZERS,
 )
-from hdbcli.errors import HdbError, HdbWarning
+from hdbcli.errors import HdbError
 from registry import store
-from registry.errors import RegistryError
 
 if TYPE_CHECKING:
     from hdbcli.base import Base
@@ -33,20 +30,13 @@ T = TypeVar("T")
 SEEDS = 2**63 - 1
 
 
-class Boundary(typer.core.TyperGroup):
-    """The one place where errors become a line on stderr and an exit code; bugs keep their
-    traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            with _told():
-                return super().invoke(ctx)
-        except (HdbError, RegistryError) as error:
-            render.note(f"error: {error}")
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            render.note("interrupted; no file was left half-written")
-            raise typer.Exit(130) from None
+def as_text(value: str) -> str:
+    """Refuse what no encoding of text could hold, such as bytes of a shell that are no UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter(f"{value!r} is no text in UTF-8") from error
+    return value
 
 
 def finite(value: float | None) -> float | None:
@@ -54,34 +44,6 @@ def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no number to work with")
     return value
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Print hdb's own warnings as a line, and leave others to Python."""
-    shown = warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:
-        if issubclass(category, HdbWarning):
-            render.note(f"warning: {message}")
-        else:
-            shown(message, category, *more, **named)
-
-    warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = shown
-
-
-def new_app(about: str, **more: Any) -> typer.Typer:
-    return typer.Typer(
-        help=about,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        no_args_is_help=True,
-        **more,
-    )
 
 
 Photo = Annotated[Path, typer.Argument(help="JPEG, PNG or WebP photo of the face.")]
@@ -99,7 +61,8 @@ More = Annotated[
     list[Path] | None, typer.Option("--photo", help="Another photo of the person; repeatable.")
 ]
 FaceNumber = Annotated[
-    int | None, typer.Option("--face", help="Which face, from the left, where there are several.")
+    int | None,
+    typer.Option("--face", help="Which of several faces, from 1 at the left."),
 ]
 Scheduler = Annotated[
     str | None,
@@ -112,6 +75,34 @@ Loras = Annotated[
         metavar="FILE[=STRENGTH]",
         help="A LoRA of a style, or of few steps, to add to the base first; repeatable.",
     ),
+]
+Likeness = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        callback=finite,
+        help="Weight of the likeness of portraits that it draws meanwhile; 0 is faster, default: "
+        "the base's.",
+    ),
+]
+FirstSeed = Annotated[
+    int | None, typer.Option(min=0, max=SEEDS, help="First seed; default: random.")
+]
+SamplingSteps = Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")]
+Guidance = Annotated[float, typer.Option(min=0, callback=finite, help="CFG scale.")]
+Strength = Annotated[
+    float, typer.Option(callback=finite, help="Weight of the identity; 0 is the base.")
+]
+Negative = Annotated[
+    str,
+    typer.Option(
+        callback=as_text, help="What to avoid. It wears the identity too, as in a merged model."
+    ),
+]
+Count = Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="How many pictures.")]
+Size = Annotated[int | None, typer.Option(min=8, max=16384, help="Pixels; default: the base's.")]
+Prompt = Annotated[
+    str, typer.Argument(callback=as_text, help="What to draw; [V] is the person's place in it.")
 ]
 NewName = Annotated[str, typer.Argument(help="The new name.")]
 Steps = Annotated[int, typer.Option(min=1, help="Iterations of refinement.")]

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from hdbcli import render
+from hdbcli.cli_boundary import ask
 from hdbcli.cli_options import Force, Identity, Json, NewName, Yes, bases, new_path, open_on
 from hdbcli.errors import HdbError
 from registry import orphans, store
@@ -34,7 +35,7 @@ def import_identity(
     verified, warning = keep.fits_here(lambda base: open_on(base, "cpu"))(identity)
     if warning:
         render.note(f"warning: {path.stem}: {warning}")
-    store.copy(file, path)
+    keep.take_in(file, identity, path, new=not force)
     _tell(path, as_json, base=identity.base, rank=identity.rank, verified=verified)
 
 
@@ -44,7 +45,7 @@ def cp(name: Identity, new_name: NewName, force: Force = False, as_json: Json = 
 
     source = store.resolve(name)
     load(source)  # what is damaged is not copied
-    _tell(store.copy(source, new_path(new_name, force)), as_json)
+    _tell(store.copy(source, new_path(new_name, force), new=not force), as_json)
 
 
 def mv(name: Identity, new_name: NewName, force: Force = False, as_json: Json = False) -> None:
@@ -72,7 +73,7 @@ def rm(
     if not yes:
         if not sys.stdin.isatty():
             raise HdbError("rm deletes for good; without a terminal to ask on, pass --yes")
-        typer.confirm(f"Delete {', '.join(path.stem for path in paths)}?", abort=True, err=True)
+        ask(f"Delete {', '.join(path.stem for path in paths)}?")
     files = [_file(path) for path in paths]
     for path in paths:
         store.remove(path.stem)

@@ -42,10 +42,10 @@ LIBRARIES = {  # what is imported -> who publishes it; without one of these hdb 
 VARIABLES = {
     "HDB_HOME": "the store",
     "HDB_PLUGINS": "which plug-ins are loaded",
-    "HDB_DEBUG": "errors of plug-ins come through",
+    "HDB_DEBUG": "1 lets errors of plug-ins come through",
     "HF_HOME": "folder of the hub's client",
     "HF_HUB_CACHE": "the hub's cache",
-    "HF_HUB_OFFLINE": "the hub is not asked",
+    "HF_HUB_OFFLINE": "1 keeps the hub from being asked",
     "CUDA_VISIBLE_DEVICES": "which GPUs torch sees",
     "OMP_NUM_THREADS": "threads of the CPU",
     "LOCAL_RANK": "of accelerate launch",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,15 +72,15 @@ class Identity:
         return self.down.numel() + self.up.numel()
 
 
-def save(identity: Identity, path: Path, dtype: str = "fp16") -> int:
+def save(identity: Identity, path: Path, dtype: str = "fp16", new: bool = False) -> int:
     """Write an identity and return its bytes; equal content gives equal bytes.
 
     `dtype` is fp32 (exact), fp16 (11 bits of each number) or int8: each target and rank has an
     fp16 step, its largest number / 127 rounded up, and every number is off by at most half a
     step, 0.4 % of the largest in its row (plus 3e-8, the floor of fp16, for rows below 1e-3).
 
-    Raises HdbError, with nothing written, for numbers that are not finite or do not fit, and for
-    anything that `load` would refuse.
+    Raises HdbError, with nothing written, for numbers that are not finite or do not fit, for
+    anything that `load` would refuse, and if the file is to be `new` and there is one by then.
     """
     tensors = _pack(identity, dtype)
     # Widest first, as the format asks, so that every tensor is aligned; then by name.
@@ -104,7 +105,7 @@ def save(identity: Identity, path: Path, dtype: str = "fp16") -> int:
     except RegistryError as error:
         raise HdbError(f"the identity cannot be saved: {error}") from error
     try:
-        with write_beside(path) as temporary:
+        with write_beside(path, new) as temporary:
             temporary.write_bytes(raw)
     except RegistryError as error:
         raise HdbError(str(error)) from error
@@ -156,6 +157,9 @@ class Weights(Protocol):
 
     def fingerprint(self) -> Fingerprint: ...
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]: ...
+
 
 def home_of(spec: BaseSpec, weights: Weights) -> dict[str, Any]:
     """Return what an identity remembers of its base, and `check_fits` asks; it hashes all targeted
@@ -169,6 +173,16 @@ def home_of(spec: BaseSpec, weights: Weights) -> dict[str, Any]:
     }
 
 
+def shape_of(spec: BaseSpec, weights: Weights) -> tuple[int, int, int]:
+    """Return the targets, a and b of identities on a base."""
+    return len(weights.shapes), spec.a, spec.b
+
+
+def fit(identity: Identity, spec: BaseSpec, weights: Weights) -> str | None:
+    """Ask `check_fits` of one identity and one base."""
+    return check_fits(identity, **home_of(spec, weights), shape=shape_of(spec, weights))
+
+
 def check_fits(
     identity: Identity,
     *,
@@ -177,6 +191,7 @@ def check_fits(
     base_digest: str,
     targets_digest: str,
     basis: Fingerprint,
+    shape: tuple[int, int, int] | None = None,
 ) -> str | None:
     """Return None where an identity is at home on a base, a warning on a fine-tune of its base.
 
@@ -195,6 +210,12 @@ def check_fits(
         raise HdbError(
             f"{made} in basis {mine.scheme}/{mine.seed}/{mine.digest[:12]}, {base} has "
             f"{theirs.scheme}/{theirs.seed}/{theirs.digest[:12]}; make it again with hdb new"
+        )
+    own = len(identity.down), identity.down.shape[2], identity.up.shape[1]
+    if shape is not None and own != shape:
+        raise HdbError(
+            f"{made}, but its numbers are of {own[0]} targets, a = {own[1]}, b = {own[2]}, and "
+            f"{base} has {shape[0]}, {shape[1]}, {shape[2]}; make it again with hdb new"
         )
     pairs = list(zip(mine.probes, theirs.probes, strict=False))
     worst = max((abs(m - t) for m, t in pairs), default=0.0)

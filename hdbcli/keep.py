@@ -9,7 +9,7 @@ from typing import Any
 
 from hdbcli.base import Base
 from hdbcli.errors import HdbError
-from hdbcli.identity import Identity, check_fits, home_of, load
+from hdbcli.identity import Identity, check_fits, home_of, load, shape_of
 from registry import store
 from registry.errors import RegistryError
 from registry.foreign import lora_style
@@ -49,6 +49,19 @@ def read_foreign(path: Path) -> Identity:
     return load(path)
 
 
+def take_in(file: Path, identity: Identity, path: Path, new: bool) -> None:
+    """Copy the file that an identity was read from into the store; HdbError if by now it is
+    another."""
+    try:
+        with store.write_beside(path, new) as beside:
+            beside.write_bytes(file.read_bytes())
+            taken = load(beside)
+            if not (taken.down.equal(identity.down) and taken.up.equal(identity.up)):
+                raise HdbError(f"{file} changed while it was checked; nothing was taken in")
+    except RegistryError as error:
+        raise HdbError(str(error)) from error
+
+
 def fits_here(open_base: Open) -> Callable[[Identity], tuple[bool | None, str | None]]:
     """Return a check of identities against their base models, each of which is opened once.
 
@@ -61,13 +74,14 @@ def fits_here(open_base: Open) -> Callable[[Identity], tuple[bool | None, str | 
         if identity.base not in homes:
             try:
                 base = open_base(identity.base)
-                homes[identity.base] = home_of(base.spec, base.injected)
+                home = home_of(base.spec, base.injected)
+                homes[identity.base] = {**home, "shape": shape_of(base.spec, base.injected)}
             except RegistryError as error:
                 homes[identity.base] = error
-        home = homes[identity.base]
-        if isinstance(home, RegistryError):
-            return None, f"its basis is not verified: {home}"
-        return True, check_fits(identity, **home)
+        known = homes[identity.base]
+        if isinstance(known, RegistryError):
+            return None, f"its basis is not verified: {known}"
+        return True, check_fits(identity, **known)
 
     return check
 

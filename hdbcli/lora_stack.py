@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def parse(text: str) -> tuple[Path, float]:
         path, strength = "", 1.0
     if not math.isfinite(strength):
         raise HdbError(f"strength {number!r} of {path} is no finite number; give one such as 0.8")
-    return Path(path or text).expanduser(), strength
+    return Path(os.path.expanduser(path or text)), strength
 
 
 @torch.no_grad()

@@ -84,6 +84,8 @@ def check_folder(out: Path, force: bool) -> None:
     """Raise HdbError now if the merged model could not be written to `out`."""
     if out.exists() and not out.is_dir():
         raise HdbError(f"{out} is a file; give a folder")
+    if out.resolve() == Path.cwd() or os.path.ismount(out):  # cannot be renamed away
+        raise HdbError(f"{out} cannot be replaced as a whole; give a folder inside it")
     if out.exists() and any(out.iterdir()):
         if not force:
             raise HdbError(
@@ -115,7 +117,7 @@ def check_apart(out: Path, root: Path) -> None:
 
 
 def check_parent(out: Path) -> None:
-    parent = out.absolute().parent
+    parent = out.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
@@ -149,10 +151,11 @@ def with_files(spec: BaseSpec, form: str) -> Iterator[BaseSpec]:
 
 
 def _check_space(out: Path, size: int) -> None:
-    free = shutil.disk_usage(out.absolute().parent).free
+    parent = out.resolve().parent
+    free = shutil.disk_usage(parent).free
     if free < size + 2**20:
         raise HdbError(
-            f"the model takes {size:,} bytes and {out.absolute().parent} has {free:,} free; "
+            f"the model takes {size:,} bytes and {parent} has {free:,} free; "
             "free some, or give another --out"
         )
 
@@ -160,7 +163,7 @@ def _check_space(out: Path, size: int) -> None:
 @contextmanager
 def _folder_beside(out: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `out` at the end; any error removes it."""
-    out = out.absolute()
+    out = out.resolve()  # a link stays, and what it leads to is replaced
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     before = beside.with_name(f"{beside.name}-before")
     try:

@@ -204,8 +204,8 @@ def _samples(
     t (K,) serve everybody.
 
     Person p is drawn from their photos in turn; the caller moves on from step to step, by one, so
-    that every photo gets every part of the times. Samples lie pair by pair, people fastest: the order
-    in which the layer deals out P identities.
+    that every photo gets every part of the times. Samples lie pair by pair, people fastest: the
+    order in which the layer deals out P identities.
     """
     people = len(latents)
     clean = torch.stack(

@@ -86,6 +86,7 @@ class Outputs:
 
     pictures: tuple[Path, ...]
     grid: Path | None
+    named: bool = False  # by the user, who may have them replaced
 
 
 def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool) -> Outputs:
@@ -101,7 +102,7 @@ def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool) -> Outputs:
                 "--grid for a sheet of them"
             )
         check_writable(out)
-        return Outputs((), out) if grid else Outputs((out,), None)
+        return Outputs((), out) if grid else Outputs((out,), None, named=True)
     folder = out or Path()
     if folder.exists() and not folder.is_dir():
         raise HdbError(f"{folder} is a file; give a folder or a name that ends in .png")
@@ -135,13 +136,17 @@ def save_all(
         parameters_text(prompt, settings, picture, base, f"{name} {strength:g}", more)
         for picture, name in zip(pictures, names, strict=True)
     ]
+    paths: list[str | None] = []
     for picture, path, text in zip(pictures, outputs.pictures, texts, strict=False):
-        save_picture(picture.image, path, text)
+        if outputs.named:
+            save_picture(picture.image, path, text)
+        else:
+            path = _save_free(picture.image, path, text)
+        paths.append(str(path))
     if outputs.grid:
         people = len(set(names))
         columns = len(names) // people if people > 1 else min(4, len(names))
         save_picture(contact_sheet(pictures, columns), outputs.grid, texts[0])
-    paths: list[str | None] = [str(path) for path in outputs.pictures]
     paths = paths or [None] * len(pictures)
     listed = [
         {"name": name, "path": path, "seed": picture.seed}
@@ -150,12 +155,25 @@ def save_all(
     return {"pictures": listed, "grid": str(outputs.grid) if outputs.grid else None}
 
 
-def save_picture(image: np.ndarray, path: Path, text: str) -> None:
+def _save_free(image: np.ndarray, path: Path, text: str) -> Path:
+    """Write a PNG under this name, or the next that is free if by now another run has taken it."""
+    stem = path.stem
+    while True:
+        try:
+            save_picture(image, path, text, new=True)
+            return path
+        except HdbError:
+            if not path.exists():
+                raise
+            path = _free(path.parent, stem)
+
+
+def save_picture(image: np.ndarray, path: Path, text: str, new: bool = False) -> None:
     """Write a PNG with the `parameters` chunk that A1111, Forge and ComfyUI tools read."""
     info = PngInfo()
     info.add_text("parameters", text)
     try:
-        with write_beside(path) as beside:
+        with write_beside(path, new) as beside:
             Image.fromarray(image).save(beside, format="PNG", pnginfo=info)
     except RegistryError as error:
         raise HdbError(str(error)) from error

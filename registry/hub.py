@@ -3,6 +3,7 @@ cache."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def locate(source: str, revision: str | None) -> tuple[Path, str]:
 
     RegistryError for what is nowhere.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # a ~somebody that is nobody stays
     if path.exists():
         if revision:
             raise RegistryError(f"{source} is a path; --revision is for models of the hub")

@@ -152,9 +152,10 @@ def describe(path: Path) -> Entry:
     return Entry(path.stem, path, header.bytes, read_facts(path, header))
 
 
-def copy(source: Path, target: Path) -> Path:
-    """Copy an identity's bytes; `target` appears whole or not at all."""
-    with write_beside(target) as beside:
+def copy(source: Path, target: Path, new: bool = False) -> Path:
+    """Copy an identity's bytes; `target` appears whole or not at all, and takes the place of
+    nothing if it is to be `new`."""
+    with write_beside(target, new) as beside:
         beside.write_bytes(source.read_bytes())
     return target
 
@@ -166,6 +167,15 @@ def rename(source: Path, target: Path) -> Path:
     except OSError as error:
         raise RegistryError(f"cannot rename {source}: {error.strerror or error}") from error
     return target
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file does; RegistryError if it is gone."""
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise RegistryError(f"{path} is gone; nothing was written") from error
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -200,28 +210,45 @@ def composed_of(name: str) -> list[str]:
 
 
 @contextmanager
-def write_beside(path: Path) -> Iterator[Path]:
+def write_beside(path: Path, new: bool = False) -> Iterator[Path]:
     """Yield a temporary file in the folder of `path`, and rename it to `path` at the end.
 
     The block should do nothing but write: after any exception, Ctrl-C included, the temporary
     file is deleted and an older `path` is untouched. An OSError, in the block too, becomes a
-    RegistryError. The temporary name starts with a dot, which no identity's name does.
+    RegistryError, and so does a `path` that is there by then although it is to be `new`. The
+    temporary name starts with a dot, which no identity's name does.
     """
     temporary = path.parent / f".{os.urandom(8).hex()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb"):  # made here, so that an unwritable folder is told first
-            pass
+        with open(temporary, "xb") as file:  # here, so that an unwritable folder is told first
+            mode = os.fstat(file.fileno()).st_mode
         yield temporary
+        os.chmod(temporary, mode)  # a library may have put a file of its own there
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        (_move_to_new if new else os.replace)(temporary, path)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
             raise RegistryError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+def _move_to_new(temporary: Path, path: Path) -> None:
+    """Rename a file, but onto nothing: RegistryError, told by the file system itself where it can
+    link."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if os.path.lexists(path):
+            raise RegistryError(
+                f"{path} appeared while this ran and was not replaced; give another name"
+            ) from error
+        os.replace(temporary, path)
+    else:
+        temporary.unlink()
 
 
 def _files() -> Sequence[Path]:

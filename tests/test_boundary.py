@@ -1,0 +1,246 @@
+"""What happens at the edge: errors of the system, signals, questions, and others who write
+meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from commands import QUICK, hdb, ok, refused
+
+from hdbcli import cli_boundary, create
+from hdbcli.algebra import compose
+from hdbcli.config import DIFFUSION_LR, RefineConfig
+from hdbcli.errors import HdbError
+from hdbcli.identity import Identity, load, save
+from hdbcli.lidb import Theta
+from hdbcli.sample import Picture, plan_outputs, save_all
+from registry import store
+from registry.errors import RegistryError
+from registry.spec import SampleSettings
+
+STOPPED = """
+import os, sys
+from hdbcli import cli
+from registry import store
+def entries():
+    try:
+        os.kill(os.getpid(), int(sys.argv[1]))
+    except KeyboardInterrupt:
+        if sys.argv[2] == "hidden":
+            raise RuntimeError("half of a library was loaded")
+        raise
+store.entries = entries
+cli.app(["list"])
+"""
+
+
+@pytest.mark.parametrize("hidden", ["hidden", "open"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_end_a_command_in_one_line(name: str, hidden: str, hdb_home: Path) -> None:
+    number = getattr(signal, name)
+    words = [sys.executable, "-c", STOPPED, str(int(number)), hidden]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + number
+    assert done.stderr == "interrupted; no file was left half-written\n"
+    silent = [sys.executable, "-c", STOPPED, "0", hidden]  # the control: signal 0 is none
+    assert subprocess.run(silent, capture_output=True, check=False).returncode == 0
+
+
+def test_a_question_is_answered_or_interrupted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(reply: bool | BaseException) -> Callable[..., bool]:
+        def confirm(*_: object, **__: object) -> bool:
+            if isinstance(reply, bool):
+                return reply
+            try:
+                raise reply
+            except BaseException:
+                raise typer.Abort from None
+
+        return confirm
+
+    monkeypatch.setattr(typer, "confirm", answer(True))
+    cli_boundary.ask("Sure?")
+    monkeypatch.setattr(typer, "confirm", answer(False))
+    with pytest.raises(typer.Exit):
+        cli_boundary.ask("Sure?")
+    assert "nothing was done" in capsys.readouterr().err
+    monkeypatch.setattr(typer, "confirm", answer(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        cli_boundary.ask("Sure?")
+    monkeypatch.setattr(typer, "confirm", answer(EOFError()))
+    with pytest.raises(typer.Abort):
+        cli_boundary.ask("Sure?")
+
+
+def test_errors_of_the_system_are_lines(alice: Path, tmp_path: Path) -> None:
+    long = "a" * 300
+    for words in (
+        ("gen", "alice", "x", "-o", long),
+        ("merge", "alice", "-o", tmp_path / long),
+        ("export", "alice", "-o", f"{long}.safetensors"),
+        ("base", "add", "foo", long),
+    ):
+        assert "too long" in refused(*words, says="aaa")
+    refused("base", "add", "foo", "~nobody-of-that-name/model", says="no such file")
+    refused("gen", "alice", "a [V] face", "--device", "cpu:x", says="not available")
+    assert hdb("gen", "alice", "x", "--size", 2**40).exit_code == 2
+    assert "no text" in hdb("gen", "alice", "\udcff [V] face").stderr
+    refused("inspect", "alice", "-o", tmp_path / "photo.jpg", says="not named .png")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of bytes")
+def test_a_name_that_is_no_text_does_not_end_a_list(alice: Path) -> None:
+    odd = os.fsencode(alice.parent) + b"/\xff.safetensors"
+    Path(os.fsdecode(odd)).write_bytes(alice.read_bytes())
+    for words in (["list"], ["list", "--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "hdbcli", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        )
+        assert done.returncode == 0 and "alice" in done.stdout and "udcff" in done.stdout
+
+
+def test_a_new_file_takes_the_place_of_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError("no links on this file system")
+
+    for link in (os.link, no_links):
+        monkeypatch.setattr(os, "link", link)
+        path = tmp_path / f"{len(os.listdir(tmp_path))}.bin"
+        with store.write_beside(path, new=True) as beside:  # the control: there is none
+            beside.write_bytes(b"first")
+        with (
+            pytest.raises(RegistryError, match="appeared while this ran"),
+            store.write_beside(path, new=True) as beside,
+        ):
+            beside.write_bytes(b"second")
+        assert path.read_bytes() == b"first"
+        with store.write_beside(path) as beside:
+            beside.write_bytes(b"third")
+        assert path.read_bytes() == b"third" and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_files_have_the_permissions_of_files_here(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"x")
+    with store.write_beside(tmp_path / "ours") as beside:
+        beside.unlink()  # as a library does that writes a file of its own
+        beside.write_bytes(b"x")
+        beside.chmod(0o600)
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_pictures_of_two_runs_at_once_are_all_kept(tmp_path: Path) -> None:
+    picture = Picture(np.zeros((8, 8, 3), np.uint8), 1)
+    outputs = plan_outputs(tmp_path, ["alice-1"], grid=False)  # both plan before either writes
+    rest = ["alice"], outputs, "a [V] face", SampleSettings(), "tiny", 1.0
+    paths = [save_all([picture], *rest)["pictures"][0]["path"] for _ in range(2)]
+    assert [Path(path).name for path in paths] == ["alice-1.png", "alice-1-2.png"]
+    named = plan_outputs(tmp_path / "alice-1.png", ["alice-1"], grid=False)
+    again = save_all([picture], ["alice"], named, *rest[2:])
+    assert again["pictures"][0]["path"] == paths[0]  # what was named itself is replaced
+
+
+def test_refining_revives_nobody_and_replaces_nobody_elses_work(
+    alice: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = create.continue_refining
+
+    def meanwhile(change: Callable[[], Any]) -> None:
+        def refining(*args: Any) -> Any:
+            change()
+            return original(*args)
+
+        monkeypatch.setattr(create, "continue_refining", refining)
+
+    words = "refine", "alice", astronaut, "--steps", 1, "--likeness", 0
+    other = load(alice)
+    meanwhile(lambda: save(replace(other, steps=99), alice))
+    assert "changed while" in hdb(*words).stderr and load(alice).steps == 99
+    meanwhile(lambda: None)
+    assert hdb(*words).exit_code == 0 and load(alice).steps == 100  # the control
+    meanwhile(alice.unlink)
+    assert "is gone" in hdb(*words).stderr and not alice.exists()
+
+
+def test_an_identity_of_another_shape_is_refused(alice: Path, tmp_path: Path) -> None:
+    identity = load(alice)
+    few = replace(identity, down=identity.down[:3], up=identity.up[:3])
+    narrow = replace(identity, down=identity.down[:, :, :10].contiguous())
+    for name, odd in (("few", few), ("narrow", narrow)):
+        file = tmp_path / f"{name}.safetensors"
+        save(odd, file)
+        for words in (
+            ("import", file),
+            ("gen", file, "a [V] face"),
+            ("merge", file, "-o", tmp_path / "m"),
+        ):
+            refused(*words, says="its numbers are of")
+        save(odd, store.path_of(name))
+        assert "its numbers are of" in hdb("verify", name).stdout
+
+
+def test_what_is_taken_in_is_what_was_checked(
+    alice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hdbcli import keep
+
+    file, check = tmp_path / "bob.safetensors", keep.fits_here
+    file.write_bytes(alice.read_bytes())
+    first = load(alice)
+    other: Identity = replace(first, up=2 * first.up)
+
+    def slow(open_base: Any) -> Any:
+        save(other, file)  # somebody writes while the base is opened
+        return check(open_base)
+
+    monkeypatch.setattr(keep, "fits_here", slow)
+    refused("import", file, says="changed while it was checked")
+    monkeypatch.setattr(keep, "fits_here", check)
+    ok("import", file)
+
+
+def test_weights_too_large_to_hold_are_refused_and_large_ones_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn((1, 2, 1, 6), generator=generator), torch.randn((1, 2, 4, 1))
+    theta = Theta(down, up)
+    large = compose([theta], [1e20])
+    size = (large.up @ large.down).double().norm() / (up @ down).double().norm()
+    assert float(size) == pytest.approx(1e20, rel=1e-3)
+    with pytest.raises(HdbError, match="1e\\+39"):
+        compose([theta], [1e39])
+
+
+def test_the_rate_follows_what_is_learned_from(
+    astronaut: Path, hdb_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    original = create.refine
+
+    def refine(*args: Any) -> Any:
+        rates.append(args[3].lr)
+        return original(*args)
+
+    monkeypatch.setattr(create, "refine", refine)
+    ok("new", astronaut, "alice", *QUICK)
+    ok("new", astronaut, "bob", "--likeness", 0, *QUICK)
+    ok("refine", "bob", astronaut, "--likeness", 0, *QUICK)
+    assert rates == [RefineConfig.lr, DIFFUSION_LR, DIFFUSION_LR]
