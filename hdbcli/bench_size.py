@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hdbcli.alone import Rounds, time_alone
 from hdbcli.base import Base, load_base
-from hdbcli.config import PORTRAIT, RefineConfig
+from hdbcli.config import PORTRAIT, UNPREDICTED_STEPS, RefineConfig
 from hdbcli.contenders import CONTENDERS
 from hdbcli.device import autocast
 from hdbcli.hypernet import HyperNetwork
@@ -95,6 +95,9 @@ def _methods() -> list[Row]:
             Row(f"{name}: {contender.steps} steps", contender.steps * each.step, "s"),
             Row(f"{name}: peak memory", each.memory / 1e9, "GB", 5 if name == "hdb" else None),
         ]
+    # What `hdb new` takes until somebody has trained a hypernetwork.
+    unpredicted = UNPREDICTED_STEPS * alone["hdb"].step
+    rows.append(Row(f"hdb without hypernetwork: {UNPREDICTED_STEPS} steps", unpredicted, "s"))
     saved = (alone["hdb"].memory - alone["hdb, nf4 weights"].memory) / 1e9
     rows.append(Row("hdb: memory that nf4 weights save", saved, "GB", above=0.4))
     mine, steps = alone["hdb"], RefineConfig.steps
@@ -111,6 +114,7 @@ def _methods() -> list[Row]:
         # What DreamBooth's class pictures take is left out: it would flatter hdb.
         rows += [
             Row(f"{name} / hdb, training alone", training / (steps * mine.step), "x"),
+            Row(f"{name} / hdb without hypernetwork, likewise", training / unpredicted, "x"),
             Row(
                 f"{name} / hdb, with loading",
                 ratio,

@@ -121,7 +121,7 @@ def compare(
         styles = contest.true_styles(truth, test, arena) if truth else []
         result, records = contest.run(arena, chosen, styles, out, load)
     facts = contest.document(result, shlex.join(["hdb", *sys.argv[1:]]))
-    paths = contest.save(result, records, facts, out)
+    paths = contest.save(result, records, arena.given[0], facts, out)
     if as_json:
         render.document(facts)
     else:

@@ -25,8 +25,8 @@ from hdbcli.faces import Retrieval, embed, retrieval
 from hdbcli.hypernet import HyperNetwork
 from hdbcli.people import People
 from hdbcli.photo import read_photo
-from hdbcli.plot import Axes, Curve, save_chart
-from hdbcli.sample import Picture, contact_sheet, save_picture
+from hdbcli.plot import Axes, Curve, labelled, save_chart
+from hdbcli.sample import save_picture
 from hdbcli.standings import Standing, bootstrap, likeness_of, stand
 from registry.checkpoint import read_checkpoint
 from registry.errors import RegistryError
@@ -222,9 +222,14 @@ def document(contest: Contest, command: str) -> dict[str, Any]:
 
 
 def save(
-    contest: Contest, records: dict[str, Record], facts: dict[str, Any], out: Path
+    contest: Contest,
+    records: dict[str, Record],
+    photo: np.ndarray,
+    facts: dict[str, Any],
+    out: Path,
 ) -> list[Path]:
-    """Write document, curves, sheet and page to a folder; `facts` is the document."""
+    """Write document, curves, sheet and page to a folder; `photo` is the first person's, `facts`
+    the document."""
     names = ("compare.json", "curves.png", "sheet.png", "compare.md")
     paths = [out / name for name in names]
     with write_beside(paths[0]) as beside:
@@ -238,17 +243,16 @@ def save(
         curves.append(Curve(label, [max(0.01, min(x)), max(x)], [bound.mean] * 2, bound=True))
     with write_beside(paths[1]) as beside:
         save_chart(AXES, curves, [], beside)
-    rows = [record.pictures[:, 0] for record in records.values()]  # methods x prompts
-    pictures = [Picture(image.numpy(), 0) for row in rows for image in row]
-    rows_of = ", ".join(records)
-    save_picture(contact_sheet(pictures, len(PROMPTS)), paths[2], f"rows: {rows_of}")
+    rows = {"the photo": [photo]}
+    rows |= {name: list(record.pictures[:, 0].numpy()) for name, record in records.items()}
+    save_picture(labelled(rows, PROMPTS), paths[2], f"rows: {', '.join(rows)}")
     return paths
 
 
 def _curve(standing: Standing) -> Curve:
     points = [(s, i) for s, i in standing.curve if s > 0]
     return Curve(
-        standing.name,
+        f"{standing.name} ({standing.people})",
         [s for s, _ in points],
         [i.mean for _, i in points],
         [i.low for _, i in points],

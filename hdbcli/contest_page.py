@@ -53,7 +53,6 @@ def page(contest: Contest, command: str, date: str) -> str:
         *notes(contest),
         "![Likeness against seconds](curves.png)",
         *others,
-        f"Rows are methods in the order of the first table, columns: {', '.join(PROMPTS)}.",
         "![One person by every method](sheet.png)",
         LIMITS,
     ]
