@@ -27,6 +27,7 @@ from hdbcli.cli_options import (
     FaceNumber,
     FirstSeed,
     Force,
+    Grid,
     Guidance,
     Identity,
     Json,
@@ -192,9 +193,7 @@ def gen(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="A folder, or one .png file.")
     ] = None,
-    grid: Annotated[
-        bool, typer.Option("--grid", help="Save a contact sheet too; with -o FILE.png, only that.")
-    ] = False,
+    grid: Grid = False,
     as_json: Json = False,
 ) -> None:
     """Draw an identity in any style, such as "a Pixar character of a [V] face".
@@ -202,7 +201,7 @@ def gen(
     The same seed gives the same picture. Prompt and negative prompt both wear the identity. Several
     people are drawn in one pass, each with the same seeds.
     """
-    from hdbcli import lora_stack, sample
+    from hdbcli import album, lora_stack, sample
     from hdbcli.identity import load
 
     first = int.from_bytes(os.urandom(4), "big") if seed is None else seed
@@ -210,26 +209,28 @@ def gen(
     paths = [store.resolve(each) for each in identity.split(",")]
     jobs = [(path.stem, first + i) for path in paths for i in range(count)]
     names, seeds = [name for name, _ in jobs], [number for _, number in jobs]
-    targets = sample.plan_outputs(out, [f"{name}-{number}" for name, number in jobs], grid)
+    targets = album.plan_outputs(out, [f"{name}-{number}" for name, number in jobs], grid)
     loras = [lora_stack.read(each) for each in lora or []]  # a bad one is told before the work
     spec = spec_of(base or load(paths[0]).base)
     if "[V]" not in prompt:
         render.note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
 
-    def draw(plan: MemoryPlan) -> tuple[list[sample.Picture], list[Stacked]]:
+    kept = album.Album(names, targets, prompt, settings, spec.name, strength)
+
+    def draw(plan: MemoryPlan) -> list[Stacked]:
         loaded, people = wear(paths, spec.name, device, plan)
         stacked = stack(loaded, loras)
+        kept.more = lora_stack.parameters(stacked)
         theta = people.scaled(strength)
         if len(paths) > 1:  # each wears their own; one person alone serves all pictures
             theta = theta[[i for i in range(len(paths)) for _ in range(count)]]
         with render.progress() as tell:
-            return sample.generate(loaded, theta, prompt, seeds, settings, tell), stacked
+            sample.generate(loaded, theta, prompt, seeds, settings, tell, kept.keep)
+        return stacked
 
     work = sample.work_of(len(seeds), size or spec.resolution, exact=bool(loras))
-    pictures, stacked = within_memory(spec, device, memory, work, draw)
-    more = lora_stack.parameters(stacked)
-    saved = sample.save_all(pictures, names, targets, prompt, settings, spec.name, strength, more)
-    values = {"name": ",".join(path.stem for path in paths), "base": spec.name, **saved}
+    stacked = within_memory(spec, device, memory, work, draw)
+    values = {"name": ",".join(path.stem for path in paths), "base": spec.name, **kept.close()}
     values |= {"prompt": prompt, "loras": [each.facts() for each in stacked]}
     (render.document if as_json else render.show_pictures)(values)
 

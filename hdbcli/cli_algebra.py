@@ -193,7 +193,7 @@ def export(
 
 def _sheet_path(show: bool, out: Path | None, name: str, people: int) -> Path | None:
     """Return where the sheet of a walk goes, None without one; refuse before any work."""
-    from hdbcli.sample import plan_outputs
+    from hdbcli.album import plan_outputs
     from hdbcli.walk import weights_of
 
     if not show:

@@ -104,6 +104,9 @@ Size = Annotated[int | None, typer.Option(min=8, max=16384, help="Pixels; defaul
 Prompt = Annotated[
     str, typer.Argument(callback=as_text, help="What to draw; [V] is the person's place in it.")
 ]
+Grid = Annotated[
+    bool, typer.Option("--grid", help="Save a contact sheet too; with -o FILE.png, only that.")
+]
 NewName = Annotated[str, typer.Argument(help="The new name.")]
 Steps = Annotated[int, typer.Option(min=1, help="Iterations of refinement.")]
 Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of the noise.")]

@@ -1,13 +1,12 @@
-"""Generate pictures of an identity and save them with how they were made inside."""
+"""Generate pictures of an identity, and save one with how it was made inside."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,11 +39,13 @@ def generate(
     seeds: Sequence[int],
     settings: SampleSettings,
     tell: Tell,
+    keep: Callable[[Sequence[Picture]], None] | None = None,
 ) -> list[Picture]:
     """Draw one picture a seed. Prompt and negative prompt both wear the identity, as a merged
     model would.
 
     One identity, and one prompt, serves all seeds; a batch of as many as there are seeds, one each.
+    `keep` is handed all pictures so far, after each pass.
     """
     pictures: list[Picture] = []
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else prompt
@@ -67,6 +68,8 @@ def generate(
             except RegistryError as error:
                 raise HdbError(str(error)) from error
         pictures += [Picture(image, seed) for image, seed in zip(images, batch, strict=True)]
+        if keep is not None:
+            keep(pictures)
     return pictures
 
 
@@ -78,94 +81,6 @@ def work_of(pictures: int, side: int, exact: bool = False) -> Work:
 
 def _at_once(side: int) -> int:
     return max(1, min(32, AT_ONCE * 512**2 // side**2))
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Where pictures go: a file each, or none of them, and the contact sheet, if one is wanted."""
-
-    pictures: tuple[Path, ...]
-    grid: Path | None
-    named: bool = False  # by the user, who may have them replaced
-
-
-def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool) -> Outputs:
-    """Name the files before the work: `STEM.png` in a folder, or exactly the .png given.
-
-    Nothing is overwritten but a file that was named itself. Raise HdbError for what cannot be
-    written.
-    """
-    if out is not None and out.suffix.lower() == ".png" and not out.is_dir():
-        if len(stems) > 1 and not grid:
-            raise HdbError(
-                f"{out} is one file, {len(stems)} pictures were asked for; give a folder, -n 1, or "
-                "--grid for a sheet of them"
-            )
-        check_writable(out)
-        return Outputs((), out) if grid else Outputs((out,), None, named=True)
-    folder = out or Path()
-    if folder.exists() and not folder.is_dir():
-        raise HdbError(f"{folder} is a file; give a folder or a name that ends in .png")
-    paths: list[Path] = []
-    for stem in stems:  # two files in different folders may have one stem
-        paths.append(_free(folder, stem, paths))
-    check_writable(paths[0])
-    return Outputs(tuple(paths), _free(folder, f"{stems[0]}-grid") if grid else None)
-
-
-def _free(folder: Path, stem: str, taken: Sequence[Path] = ()) -> Path:
-    path, again = folder / f"{stem}.png", 2
-    while path.exists() or path in taken:
-        path, again = folder / f"{stem}-{again}.png", again + 1
-    return path
-
-
-def save_all(
-    pictures: Sequence[Picture],
-    names: Sequence[str],
-    outputs: Outputs,
-    prompt: str,
-    settings: SampleSettings,
-    base: str,
-    strength: float,
-    more: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Write what was planned, picture i showing `names[i]`; return it as `hdb gen --json` prints
-    it. `more` joins the parameters of each."""
-    texts = [
-        parameters_text(prompt, settings, picture, base, f"{name} {strength:g}", more)
-        for picture, name in zip(pictures, names, strict=True)
-    ]
-    paths: list[str | None] = []
-    for picture, path, text in zip(pictures, outputs.pictures, texts, strict=False):
-        if outputs.named:
-            save_picture(picture.image, path, text)
-        else:
-            path = _save_free(picture.image, path, text)
-        paths.append(str(path))
-    if outputs.grid:
-        people = len(set(names))
-        columns = len(names) // people if people > 1 else min(4, len(names))
-        save_picture(contact_sheet(pictures, columns), outputs.grid, texts[0])
-    paths = paths or [None] * len(pictures)
-    listed = [
-        {"name": name, "path": path, "seed": picture.seed}
-        for name, path, picture in zip(names, paths, pictures, strict=True)
-    ]
-    return {"pictures": listed, "grid": str(outputs.grid) if outputs.grid else None}
-
-
-def _save_free(image: np.ndarray, path: Path, text: str) -> Path:
-    """Write a PNG under this name, or the next that is free if by now another run has taken it."""
-    stem = path.stem
-    while True:
-        try:
-            save_picture(image, path, text, new=True)
-            return path
-        except HdbError:
-            if not path.exists():
-                raise
-            path = _free(path.parent, stem)
 
 
 def save_picture(image: np.ndarray, path: Path, text: str, new: bool = False) -> None:

@@ -19,20 +19,21 @@ import typer
 from commands import QUICK, hdb, ok, refused
 
 from hdbcli import cli_boundary, create
+from hdbcli.album import Album, Outputs, plan_outputs
 from hdbcli.algebra import compose
 from hdbcli.config import DIFFUSION_LR, RefineConfig
 from hdbcli.errors import HdbError
 from hdbcli.identity import Identity, load, save
 from hdbcli.lidb import Theta
-from hdbcli.sample import Picture, plan_outputs, save_all
-from registry import store
+from hdbcli.sample import Picture
+from registry import diffusion, store
 from registry.errors import RegistryError
 from registry.spec import SampleSettings
 
 STOPPED = """
 import os, sys
 from hdbcli import cli
-from registry import store
+from registry import diffusion, store
 def entries():
     try:
         os.kill(os.getpid(), int(sys.argv[1]))
@@ -151,12 +152,36 @@ def test_files_have_the_permissions_of_files_here(tmp_path: Path) -> None:
 def test_pictures_of_two_runs_at_once_are_all_kept(tmp_path: Path) -> None:
     picture = Picture(np.zeros((8, 8, 3), np.uint8), 1)
     outputs = plan_outputs(tmp_path, ["alice-1"], grid=False)  # both plan before either writes
-    rest = ["alice"], outputs, "a [V] face", SampleSettings(), "tiny", 1.0
-    paths = [save_all([picture], *rest)["pictures"][0]["path"] for _ in range(2)]
-    assert [Path(path).name for path in paths] == ["alice-1.png", "alice-1-2.png"]
+
+    def saved(outputs: Outputs) -> Path:
+        kept = Album(["alice"], outputs, "a [V] face", SampleSettings(), "tiny", 1.0)
+        kept.keep([picture])
+        kept.keep([picture])  # again, as after running out of memory: saved once
+        return Path(kept.close()["pictures"][0]["path"])
+
+    paths = [saved(outputs) for _ in range(2)]
+    assert [path.name for path in paths] == ["alice-1.png", "alice-1-2.png"]
     named = plan_outputs(tmp_path / "alice-1.png", ["alice-1"], grid=False)
-    again = save_all([picture], ["alice"], named, *rest[2:])
-    assert again["pictures"][0]["path"] == paths[0]  # what was named itself is replaced
+    assert saved(named) == paths[0]  # what was named itself is replaced
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_interrupt_keeps_the_pictures_that_were_drawn(
+    alice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, passes = diffusion.StableDiffusion.sample, []
+
+    def sample(self: Any, *args: Any) -> np.ndarray:
+        if passes:
+            raise KeyboardInterrupt
+        passes.append(len(args[2]))
+        return original(self, *args)
+
+    monkeypatch.setattr(diffusion.StableDiffusion, "sample", sample)
+    monkeypatch.setattr("hdbcli.sample._at_once", lambda _: 2)
+    words = "gen", "alice", "a [V] face", "-n", 4, "--steps", 1, "--seed", 1, "-o", tmp_path
+    assert hdb(*words).exit_code == 130
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["alice-1.png", "alice-2.png"]
 
 
 def test_refining_revives_nobody_and_replaces_nobody_elses_work(

@@ -16,7 +16,7 @@ import pytest
 from commands import QUICK, hdb, ok, refused
 from PIL import Image
 
-from hdbcli.sample import plan_outputs
+from hdbcli.album import plan_outputs
 from registry import store
 from registry.plugins import load_registry
 from registry.settings import customised, settings_path
