@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from PIL.PngImagePlugin import PngInfo
 from hdbcli import __version__
 from hdbcli.base import Base, Worn
 from hdbcli.config import Tell
-from hdbcli.errors import HdbError
+from hdbcli.errors import HdbError, HdbWarning
 from hdbcli.memory import Work
 from registry.errors import RegistryError
-from registry.spec import SampleSettings
+from registry.spec import Limited, SampleSettings
 from registry.store import write_beside
 
 AT_ONCE = 4  # pictures of 512 px in one pass, more of smaller ones: memory stays bounded
@@ -50,6 +51,8 @@ def generate(
     pictures: list[Picture] = []
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else prompt
     texts = [base.prompt(each) for each in prompts]
+    for text in dict.fromkeys([*texts, settings.negative]):
+        _warn_of_cut(base, text)
     side = settings.size or base.spec.resolution
     half = base.plan.at_once and max(1, base.plan.at_once // 2)  # guidance runs everything twice
     at_once = half or _at_once(side)
@@ -71,6 +74,14 @@ def generate(
         if keep is not None:
             keep(pictures)
     return pictures
+
+
+def _warn_of_cut(base: Base, text: str) -> None:
+    """Say what the text encoder will not read, and whether that is the person."""
+    end = base.backbone.unread(text) if isinstance(base.backbone, Limited) else ""
+    if end:
+        lost = ", and the person with it" if base.spec.identifier in end.split() else ""
+        warnings.warn(f"the prompt is too long; {end!r} is cut off{lost}", HdbWarning, stacklevel=3)
 
 
 def work_of(pictures: int, side: int, exact: bool = False) -> Work:

@@ -87,6 +87,15 @@ class StableDiffusion:
         if self.read_autoencoder:
             self.pipeline.register_modules(vae=None)
 
+    def unread(self, prompt: str) -> str:
+        from registry.loading import quiet
+
+        tokenizer: Any = self.pipeline.tokenizer
+        room = tokenizer.model_max_length - 2  # a token each says where a text starts and ends
+        with quiet():
+            words = tokenizer.tokenize(prompt)
+        return "".join(words[room:]).replace("</w>", " ").strip()  # as CLIP marks ends of words
+
     def save_memory(self, recompute: bool) -> None:
         from registry.loading import quiet
 
@@ -227,20 +236,25 @@ class StableDiffusion:
             progress(step + 1, settings.steps)
             return kept
 
+        from registry.loading import quiet
+
         try:
-            pictures = self.pipeline(
-                list(prompts),
-                height=side,
-                width=side,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                # None where there is none: Stable Diffusion XL then reads zeros, not "".
-                negative_prompt=[settings.negative] * len(prompts) if settings.negative else None,
-                generator=generators,
-                latents=self._noise(side, generators),
-                output_type="np",
-                callback_on_step_end=told,
-            ).images
+            with quiet():  # of prompts that are too long hdb tells itself
+                pictures = self.pipeline(
+                    list(prompts),
+                    height=side,
+                    width=side,
+                    num_inference_steps=settings.steps,
+                    guidance_scale=settings.guidance,
+                    # None where there is none: Stable Diffusion XL then reads zeros, not "".
+                    negative_prompt=[settings.negative] * len(prompts)
+                    if settings.negative
+                    else None,
+                    generator=generators,
+                    latents=self._noise(side, generators),
+                    output_type="np",
+                    callback_on_step_end=told,
+                ).images
         finally:
             self.pipeline.scheduler = schedule
         if not np.isfinite(pictures).all():

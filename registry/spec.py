@@ -105,6 +105,14 @@ class Frugal(Protocol):
 
 
 @runtime_checkable
+class Limited(Protocol):
+    """What a backbone may offer beside, if its text encoder reads so many tokens and no more."""
+
+    def unread(self, prompt: str) -> str:
+        """Return the end of a prompt that is cut off, "" where all is read."""
+
+
+@runtime_checkable
 class Drafting(Protocol):
     """What a backbone may offer beside, so that a hypernetwork can learn from what is drawn."""
 

@@ -269,3 +269,15 @@ def test_the_rate_follows_what_is_learned_from(
     ok("new", astronaut, "bob", "--likeness", 0, *QUICK)
     ok("refine", "bob", astronaut, "--likeness", 0, *QUICK)
     assert rates == [RefineConfig.lr, DIFFUSION_LR, DIFFUSION_LR]
+
+
+def test_a_prompt_that_is_too_long_is_told(alice: Path, tmp_path: Path) -> None:
+    words = "-n", 1, "--steps", 1, "-o", tmp_path
+    long = "a portrait " * 20
+    said = hdb("gen", "alice", f"{long}of a [V] face", *words).stderr
+    assert "is cut off, and the person with it" in said and len(said.splitlines()) == 2  # the plan
+    said = hdb("gen", "alice", f"a [V] face {long}", *words).stderr
+    assert "portrait' is cut off" in said and "the person" not in said
+    said = hdb("gen", "alice", "a [V] face", "--negative", long, *words).stderr
+    assert "is cut off" in said
+    assert "cut off" not in hdb("gen", "alice", "a portrait of a [V] face", *words).stderr
