@@ -141,12 +141,13 @@ def _plan(config: PretrainConfig, of: str) -> Plan:
 
 
 def _described(base: Base, model: HyperNetwork, config: PretrainConfig, optimizer: str) -> str:
-    """Name all that decides the numbers of a run, but its people and how many steps it takes."""
+    """Name all that decides the numbers of a run, but its people, how many steps it takes, and the
+    memory plan, which rounds only: a run that runs out of memory goes on with the next."""
     start = hashlib.sha256()
     for tensor in model.state_dict().values():
         start.update(tensor.cpu().numpy().tobytes())
     facts = {
-        "base": f"{base.spec.name} {base.injected.weights_digest()[:8]} in {base.plan.dtype}",
+        "base": f"{base.spec.name} {base.injected.weights_digest()[:8]}",
         "start": start.hexdigest()[:8],
         "optimizer": optimizer,
         **{

@@ -165,6 +165,15 @@ def test_the_latest_time_is_a_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (late * 1000).long().max() == 999
 
 
+def test_a_run_goes_on_with_another_memory_plan(people: Path, tmp_path: Path) -> None:
+    words = ["train", "hypernetwork", people, "--out", tmp_path / "h.safetensors", "--batch", 2]
+    words += ["--optimizer", "adamw", "--held-out", 0]
+    assert hdb(*words, "--steps", 1, "--memory", "normal").exit_code == 0
+    result = hdb(*words, "--steps", 2, "--memory", "low")
+    assert result.exit_code == 0 and "step 2/2" in result.stderr, result.stderr
+    refused(*words, "--steps", 3, "--lr", 1e-3, says="is of another run")  # the control
+
+
 def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
     out = tmp_path / "h.safetensors"
     words = ["train", "hypernetwork", people, "--out", out, "--steps", 3, "--batch", 4]
