@@ -27,7 +27,7 @@ class Curve:
 
 
 LABEL = 130  # pixels beside a row
-TITLE = 34  # pixels above the columns
+TITLE = 46  # pixels above the columns
 
 
 @dataclass(frozen=True)
