@@ -11,7 +11,6 @@ a distilled model (Guo et al. 2024, §3.3).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -60,18 +59,18 @@ def likeness_loss(
 
 def portrait_likeness(
     base: Base, worn: Callable[[], Theta | Factors], faces: Sequence[Faces], weight: float
-) -> Callable[[torch.Generator, int], Tensor]:
+) -> Callable[[torch.Generator, int, int], Tensor]:
     """Return what adds to the loss of a step for P people, person p wearing row p: the weighted
     distance of their portraits from the faces on their photos, in turn.
 
-    It is handed the step's generator and batch; everybody's portraits start from the same noise.
+    It is handed the step's generator, batch and number; everybody's portraits start from the same
+    noise.
     """
     check_drafts(base)
     shape = base.backbone.encode_images(faces[0].crops[:1]).shape[1:]
-    turns = itertools.count()
 
-    def loss(generator: torch.Generator, batch: int) -> Tensor:
-        count, turn = max(1, batch // SHARE), next(turns)
+    def loss(generator: torch.Generator, batch: int, turn: int) -> Tensor:
+        count = max(1, batch // SHARE)
         own = [(each, (turn + k) % len(each.crops)) for k in range(count) for each in faces]
         noise = torch.randn((count, *shape), generator=generator).repeat_interleave(len(faces), 0)
         theta = worn()

@@ -43,7 +43,7 @@ class Trial:
     parameters: Mapping[str, Tensor]
     worn: Callable[[], Worn | None]
     numbers: int
-    beside: Callable[[torch.Generator, int], Tensor] | None = None  # another loss, of a batch
+    beside: Callable[[torch.Generator, int, int], Tensor] | None = None  # another loss of a step
     prior: Callable[[torch.Generator, int], Samples] | None = None  # as many more, one person's
 
 
@@ -134,9 +134,10 @@ def train(
     def loss(generator: torch.Generator) -> Tensor:
         noise = torch.randn((batch, *latents[0].shape[1:]), generator=generator)
         t = draw_times(batch, generator)
-        beside = None if trial.beside is None else trial.beside(generator, batch)
+        turn = next(turns)
+        beside = None if trial.beside is None else trial.beside(generator, batch, turn)
         prior = None if trial.prior is None else trial.prior(generator, batch)
-        past, turn = torch.zeros(()), next(turns)
+        past = torch.zeros(())
         for first in range(0, batch, size):
             on.close()
             on.enter_context(base.wearing(trial.worn()))

@@ -241,7 +241,7 @@ def test_the_likeness_of_every_photo_counts(
 ) -> None:
     two, mixed = tiny.faces(crops[:2]), tiny.faces([crops[0], crops[3]])
     losses = [
-        [loss(torch.Generator().manual_seed(0), 2).item() for _ in range(2)]
+        [loss(torch.Generator().manual_seed(0), 2, turn).item() for turn in range(2)]
         for loss in (portrait_likeness(tiny, lambda: predicted[:1], [f], 1.0) for f in (two, mixed))
     ]
     assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]  # a photo a step
