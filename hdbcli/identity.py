@@ -162,8 +162,7 @@ class Weights(Protocol):
 
 
 def home_of(spec: BaseSpec, weights: Weights) -> dict[str, Any]:
-    """Return what an identity remembers of its base, and `check_fits` asks; it hashes all targeted
-    weights, so ask once."""
+    """Return what an identity remembers of its base; it hashes all targeted weights: ask once."""
     return {
         "base": spec.name,
         "family": spec.family,
@@ -173,14 +172,15 @@ def home_of(spec: BaseSpec, weights: Weights) -> dict[str, Any]:
     }
 
 
-def shape_of(spec: BaseSpec, weights: Weights) -> tuple[int, int, int]:
-    """Return the targets, a and b of identities on a base."""
-    return len(weights.shapes), spec.a, spec.b
+def terms_of(spec: BaseSpec, weights: Weights) -> dict[str, Any]:
+    """Return all that `check_fits` asks of a base: what identities remember of it, and the shape
+    that their numbers must have."""
+    return {**home_of(spec, weights), "shape": (len(weights.shapes), spec.a, spec.b)}
 
 
 def fit(identity: Identity, spec: BaseSpec, weights: Weights) -> str | None:
     """Ask `check_fits` of one identity and one base."""
-    return check_fits(identity, **home_of(spec, weights), shape=shape_of(spec, weights))
+    return check_fits(identity, **terms_of(spec, weights))
 
 
 def check_fits(

@@ -9,7 +9,7 @@ from typing import Any
 
 from hdbcli.base import Base
 from hdbcli.errors import HdbError
-from hdbcli.identity import Identity, check_fits, home_of, load, shape_of
+from hdbcli.identity import Identity, check_fits, load, terms_of
 from registry import store
 from registry.errors import RegistryError
 from registry.foreign import lora_style
@@ -74,14 +74,13 @@ def fits_here(open_base: Open) -> Callable[[Identity], tuple[bool | None, str | 
         if identity.base not in homes:
             try:
                 base = open_base(identity.base)
-                home = home_of(base.spec, base.injected)
-                homes[identity.base] = {**home, "shape": shape_of(base.spec, base.injected)}
+                homes[identity.base] = terms_of(base.spec, base.injected)
             except RegistryError as error:
                 homes[identity.base] = error
-        known = homes[identity.base]
-        if isinstance(known, RegistryError):
-            return None, f"its basis is not verified: {known}"
-        return True, check_fits(identity, **known)
+        home = homes[identity.base]
+        if isinstance(home, RegistryError):
+            return None, f"its basis is not verified: {home}"
+        return True, check_fits(identity, **home)
 
     return check
 
