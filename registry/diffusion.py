@@ -238,6 +238,8 @@ class StableDiffusion:
 
         from registry.loading import quiet
 
+        # None where there is none: Stable Diffusion XL then reads zeros, not "".
+        negative = [settings.negative] * len(prompts) if settings.negative else None
         try:
             with quiet():  # of prompts that are too long hdb tells itself
                 pictures = self.pipeline(
@@ -246,10 +248,7 @@ class StableDiffusion:
                     width=side,
                     num_inference_steps=settings.steps,
                     guidance_scale=settings.guidance,
-                    # None where there is none: Stable Diffusion XL then reads zeros, not "".
-                    negative_prompt=[settings.negative] * len(prompts)
-                    if settings.negative
-                    else None,
+                    negative_prompt=negative,
                     generator=generators,
                     latents=self._noise(side, generators),
                     output_type="np",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from registry.checkpoint import LARGEST
@@ -51,6 +52,4 @@ def save_tensors(
     The library's own writer leaves a file that only its owner can read, and has an error of its own
     for a full disk.
     """
-    from safetensors.torch import save
-
     path.write_bytes(save(dict(tensors), metadata))

@@ -6,9 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from registry.errors import RegistryError
+from registry.tensors import save_tensors
 
 
 def blend(before: Path, after: Path, share: float, out: Path) -> None:
@@ -19,4 +20,4 @@ def blend(before: Path, after: Path, share: float, out: Path) -> None:
     with safe_open(after, framework="pt") as file:
         metadata = file.metadata()
     mixed = {k: one[k].float().lerp(other[k].float(), share).to(one[k].dtype) for k in one}
-    save_file(mixed, out, metadata=metadata)
+    save_tensors(mixed, out, metadata)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
+from registry.tensors import save_tensors
 from registry.tiny.clip import SIZE, InDomainClip
 from registry.tiny.recipe.pictures import read_pictures, to_unit
 from registry.tiny.recipe.styles import CAPTIONS
@@ -39,7 +39,7 @@ def train_clip(build: Path, plan: Plan, batch: int, device: str) -> Iterator[Ste
     )
     half = {name: value.half().cpu() for name, value in averages.items()}
     metadata = {"format": "pt", "words": json.dumps(model.words)}
-    save_file(half, build / "clip.safetensors", metadata=metadata)
+    save_tensors(half, build / "clip.safetensors", metadata)
 
 
 def _worsened(images: Tensor, generator: torch.Generator) -> Tensor:

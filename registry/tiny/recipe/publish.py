@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from registry.errors import RegistryError
+from registry.tensors import save_tensors
 
 LIMIT = 40_000_000  # bytes of everything under weights/
 
@@ -28,7 +29,7 @@ def publish(build: Path, weights: Path) -> int:
     for file in beside.rglob("*.safetensors"):
         tensors = {_canonical(file, k): v for k, v in load_file(file).items()}
         half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-        save_file(half, file, metadata={"format": "pt"})
+        save_tensors(half, file, {"format": "pt"})
     for file in beside.rglob("config.json"):
         facts = json.loads(file.read_text())
         facts.pop("_name_or_path", None)  # where it was built, which says nothing elsewhere
