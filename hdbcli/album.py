@@ -75,8 +75,12 @@ class Album:
         for i in range(len(self.pictures), len(drawn)):
             self.pictures.append(drawn[i])
             if self.outputs.pictures:
-                save = _save_named if self.outputs.named else _save_free
-                self.paths.append(save(drawn[i].image, self.outputs.pictures[i], self._text(i)))
+                path, text = self.outputs.pictures[i], self._text(i)
+                if self.outputs.named:
+                    save_picture(drawn[i].image, path, text)
+                else:
+                    path = _save_free(drawn[i].image, path, text)
+                self.paths.append(path)
 
     def close(self) -> dict[str, Any]:
         """Save the contact sheet, if one is wanted; return all as `hdb gen --json` prints it."""
@@ -95,11 +99,6 @@ class Album:
         whose = f"{self.names[i]} {self.strength:g}"
         rest = self.settings, self.pictures[i], self.base, whose, self.more
         return parameters_text(self.prompt, *rest)
-
-
-def _save_named(image: np.ndarray, path: Path, text: str) -> Path:
-    save_picture(image, path, text)
-    return path
 
 
 def _save_free(image: np.ndarray, path: Path, text: str) -> Path:

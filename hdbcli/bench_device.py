@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from functools import partial
 
 import numpy as np
@@ -18,7 +17,7 @@ from hdbcli.base import Base, load_base, load_predictor
 from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.device import choose_device, wait_for
 from hdbcli.lidb import Theta
-from hdbcli.measuring import Row, hdb, scratch, step_seconds
+from hdbcli.measuring import Row, hdb, scratch, step_seconds, timed
 from hdbcli.memory import PLANS
 from hdbcli.random_model import write_random
 from hdbcli.refine import lidb_trial, optimizer_of, portrait_loss, refine, train
@@ -85,9 +84,8 @@ def speeds(spec: BaseSpec, device: str) -> list[Row]:
         step = statistics.median(step_seconds(steps, partial(wait_for, device))[2:])
         rows.append(Row(f"{spec.name}, plan {plan.name}, {label}: a step", step, "s"))
         settings = SampleSettings(steps=STEPS)
-        began = time.perf_counter()
-        generate(base, trial.worn(), PORTRAIT, [0], settings, lambda *_: None)
-        drawn = time.perf_counter() - began
+        draw = partial(generate, base, trial.worn(), PORTRAIT, [0], settings, lambda *_: None)
+        drawn = timed(draw)
         rows.append(Row(f"{spec.name}, plan {plan.name}: a picture of {STEPS} steps", drawn, "s"))
         if device.startswith("cuda"):
             peak = torch.cuda.max_memory_allocated(device) / 1e9

@@ -150,12 +150,11 @@ def refine(
     as_json: Json = False,
 ) -> None:
     """Give an existing identity more iterations on a photo; its file is replaced at the end."""
+    from hdbcli.create import settle
     from hdbcli.identity import load
 
     path = store.resolve(store.check_name(name))
     stamp, identity = store.stamp(path), load(path)
-    from hdbcli.create import settle
-
     wanted = partial(
         settle,
         steps=steps,

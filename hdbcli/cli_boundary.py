@@ -79,11 +79,11 @@ def _stoppable() -> Iterator[list[int]]:
         came.append(number)
         raise KeyboardInterrupt
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (getattr(signal, name) for name in names):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks the last
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
                 before[number] = signal.signal(number, stop)
     try:
         yield came
