@@ -101,6 +101,8 @@ def test_errors_of_the_system_are_lines(alice: Path, tmp_path: Path) -> None:
         ("base", "add", "foo", long),
     ):
         assert "too long" in refused(*words, says="aaa")
+    said = refused("base", "add", "tiny", tmp_path, says="a base model tiny already")
+    assert "hdb base rm" not in said  # which would refuse: it ships
     refused("base", "add", "foo", "~nobody-of-that-name/model", says="no such file")
     refused("gen", "alice", "a [V] face", "--device", "cpu:x", says="not available")
     assert hdb("gen", "alice", "x", "--size", 2**40).exit_code == 2

@@ -1,17 +1,19 @@
-"""8-bit optimizers: what they hold is really 8 bits, and they learn as 32 bits do."""
+"""Devices are chosen, and 8-bit optimizers hold 8 bits and learn as 32 bits do."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from hdbcli.base import Base
 from hdbcli.config import RefineConfig
-from hdbcli.device import autocast, make_optimizer
+from hdbcli.device import autocast, choose_device, make_optimizer
+from hdbcli.errors import HdbError
 from hdbcli.pretrain import new_hypernetwork
 from hdbcli.refine import lidb_trial, portrait_loss, train
 
@@ -70,3 +72,17 @@ def test_few_latents_are_left_in_float32_on_a_cpu() -> None:
     fast = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     assert product(one_person) == product(batch, "fp32") == torch.float32
     assert product(batch) == product(None) == fast
+
+
+def test_every_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device(None) == choose_device("cuda") == "cuda"
+    assert choose_device("cuda:1") == "cuda:1" and choose_device("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device(None) == choose_device("cuda") == "cuda:1"
+    assert choose_device("cuda:0") == "cuda:0" and choose_device("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name in (None, "cuda", "cuda:2"):
+        with pytest.raises(HdbError, match="no cuda:2 here, the GPUs are 2"):
+            choose_device(name)

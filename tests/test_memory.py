@@ -26,6 +26,7 @@ from hdbcli.memory import (
     Work,
     choose,
     describe,
+    enough,
     estimate,
     free_ram,
     measure,
@@ -157,6 +158,14 @@ def test_one_step_down_and_no_further() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         run_within(choice, bug, said.append)
+
+
+def test_advice_where_there_is_no_smaller_plan() -> None:
+    told = pytest.raises(HdbError, match="out of memory; take fewer, or try --device cpu")
+    with told, enough("take fewer"):
+        raise MemoryError
+    with pytest.raises(RuntimeError, match="shapes"), enough("take fewer"):  # the control
+        raise RuntimeError("shapes")
 
 
 def test_low_memory_end_to_end(hdb_home: Path, astronaut: Path, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 from commands import ok, refused
 from PIL import Image
 from safetensors.torch import load_file
@@ -86,3 +88,21 @@ def test_a_merged_folder_never_takes_the_place_of_its_base(
     ok("new", ASTRONAUT, "alice", "--base", "plain", "--steps", 1, "--yes")
     refused("merge", "alice", "--out", own, "--force", says="overlap")
     assert sorted(path.name for path in own.iterdir()) == ["model_index.json", "v1-5.safetensors"]
+
+
+def test_a_folder_that_cannot_be_renamed_away_is_refused_or_kept(
+    alice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, real, link = tmp_path / "here", tmp_path / "real", tmp_path / "link"
+    here.mkdir(), real.mkdir()
+    monkeypatch.chdir(here)
+    for out in (".", here):
+        refused("merge", "alice", "--out", out, says="cannot be replaced as a whole")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == real)
+    refused("merge", "alice", "--out", real, says="cannot be replaced as a whole")
+    monkeypatch.undo()
+    monkeypatch.setenv("HDB_HOME", str(alice.parent.parent))
+    link.symlink_to(real)
+    ok("merge", "alice", "--out", link)
+    assert link.is_symlink() and (real / "model_index.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hdb-home", "here", "link", "real"]
