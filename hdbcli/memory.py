@@ -249,7 +249,8 @@ def free_ram(system: Path = Path("/")) -> int | None:
 
 
 def _suited(plan: MemoryPlan, device: str, work: Work) -> MemoryPlan:
-    """Take float16 where a GPU has no bfloat16: it is exact enough to draw, not to train."""
-    old = device.startswith("cuda") and not has_bf16()
-    narrow = old and plan.dtype == "bfloat16" and not work.trains
-    return replace(plan, dtype="float16") if narrow else plan
+    """Draw on a GPU with weights in half precision: exact enough for that, not to train; in float16
+    where the GPU has no bfloat16."""
+    if work.trains or not device.startswith("cuda"):
+        return plan
+    return replace(plan, dtype="bfloat16" if has_bf16() else "float16")

@@ -102,6 +102,21 @@ def test_choice_follows_the_free_memory() -> None:
     assert unknown.plan == NORMAL and "names no files" in unknown.line
 
 
+@pytest.mark.parametrize("new, dtype", [(True, "bfloat16"), (False, "float16")])
+def test_gpus_draw_in_half_precision_and_train_in_whole(
+    monkeypatch: pytest.MonkeyPatch, new: bool, dtype: str
+) -> None:
+    monkeypatch.setattr("hdbcli.memory.has_bf16", lambda: new)
+    drawing = replace(NEW, trains=False, then=None)
+
+    def formats(device: str, work: Work) -> list[str]:
+        choice = choose(TINY, device, "auto", work, 16 * GIGABYTE)
+        return [plan.dtype for plan in (choice.plan, *choice.smaller)]
+
+    assert formats("cuda:0", drawing) == [dtype] * len(PLANS)
+    assert formats("cuda:0", NEW) == formats("cpu", drawing) == [plan.dtype for plan in PLANS]
+
+
 def test_several_processes_keep_to_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     plenty, little = (choose(TINY, "cpu", "auto", NEW, free) for free in (8 * GIGABYTE, 1))
