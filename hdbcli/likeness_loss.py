@@ -2,7 +2,8 @@
 from the true picture.
 
 The recogniser hardly sees colours: alone it gave everybody one complexion and blue eyes. So the
-middle of the picture, coarse as a mosaic, is compared too.
+middle of the picture, coarse as a mosaic, is compared too. And faces in a haze please it: with half
+the contrast of true ones, eyes and glasses gone. So contrast is compared in the same cells.
 
 Not in HyperDreamBooth. The diffusion loss never sees a picture drawn from noise, where small errors
 of every step add up to somebody else; this one goes through the drawing itself, as PuLID does with
@@ -28,6 +29,7 @@ from registry.spec import Drafting, SampleSettings
 STEPS = 4
 SHARE = 4  # one in so many samples of a step is drawn from noise too: that costs eight passes
 KEPT = 2  # of these keep what the gradient needs: the last step's, twice for guidance
+CONTRAST = 30.0  # its weight, so that it counts about as much as colours do
 GUIDANCE = SampleSettings.guidance  # as `hdb gen` will draw
 
 
@@ -40,8 +42,8 @@ def likeness_loss(
     traits: Tensor,
     precision: str = "auto",
 ) -> Tensor:
-    """Return the squared distances (B,) of drawn faces from the true ones, of embeddings and of
-    colours.
+    """Return the squared distances (B,) of drawn faces from the true ones, of embeddings, colours
+    and contrast.
 
     `noise` (B, c, h, w) is what they are drawn from, `true` (B, 3, S, S) the aligned pictures in
     -1..1 and `traits` (B, 128) the embeddings of their faces; B is a multiple of the people in
@@ -54,7 +56,8 @@ def likeness_loss(
     with autocast(base.device, precision):
         images = backbone.decode(drawn)
         far = (base.embed(images) - traits).square().sum(1)
-        return far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
+        far = far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
+        return far + CONTRAST * (contrast(images) - contrast(true)).square().mean((1, 2, 3))
 
 
 def portrait_likeness(
@@ -103,5 +106,14 @@ def check_drafts(base: Base) -> Drafting:
 
 
 def mosaic(images: Tensor) -> Tensor:
-    """Return the colours of the middle half of pictures (B, 3, S, S), in 8 x 8 cells."""
+    """Return the mean colours of the middle half of pictures (B, 3, S, S), in 8 x 8 cells."""
     return F.adaptive_avg_pool2d(images.float(), 16)[:, :, 4:12, 4:12]
+
+
+def contrast(images: Tensor) -> Tensor:
+    """Return how strong fine detail is in the same cells (B, 1, 8, 8): the root mean square of what
+    a blur over S / 32 pixels takes off the brightness of pictures (B, 3, S, S)."""
+    bright = images.float().mean(1, keepdim=True)
+    reach = images.shape[-1] // 64
+    blurred = F.avg_pool2d(F.pad(bright, (reach,) * 4, mode="replicate"), 2 * reach + 1, 1)
+    return (mosaic((bright - blurred).square()) + 1e-4).sqrt()  # with a slope where there is none

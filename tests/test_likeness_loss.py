@@ -21,7 +21,7 @@ from hdbcli.errors import HdbError
 from hdbcli.faces import aligned_chips, chip, embed_aligned, load_embedding
 from hdbcli.hypernet import Faces
 from hdbcli.lidb import Theta
-from hdbcli.likeness_loss import likeness_loss, mosaic, portrait_likeness
+from hdbcli.likeness_loss import contrast, likeness_loss, mosaic, portrait_likeness
 from hdbcli.photo import crop_face
 from hdbcli.refine import refine
 from hdbcli.sample import generate
@@ -132,6 +132,40 @@ def test_mosaics_see_complexion_and_not_wrinkles() -> None:
     assert (mosaic(lines) - mosaic(plain)).abs().max() < 1e-6
     assert (mosaic(edge) - mosaic(plain)).abs().max() == 0  # the background is nobody's
     assert (mosaic(dark) - mosaic(plain)).mean() == pytest.approx(-0.3)
+
+
+def test_contrast_sees_wrinkles_and_not_complexion() -> None:
+    """Lines of +-0.3, a pixel each, are 0.4 off the mean of three; where there are none 0.01 stays,
+    so that the root has a slope."""
+    plain = torch.full((1, 3, 64, 64), 0.2, requires_grad=True)
+    lines = 0.3 * (torch.arange(64) % 2 * 2 - 1)
+    assert contrast(plain).shape == (1, 1, 8, 8)
+    assert (contrast(plain - 0.3) - 0.01).abs().max() < 1e-6
+    assert (contrast(plain + lines) - 0.4).abs().max() < 1e-3
+    assert (contrast(plain + lines / 2) - 0.2).abs().max() < 1e-3
+    contrast(plain).sum().backward()
+    assert plain.grad is not None and plain.grad.isfinite().all()
+
+
+def test_a_person_in_a_haze_is_not_them(
+    tiny: Base, crops: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blurred over 5 pixels a picture keeps its colours, so it is its contrast that is missed."""
+    backbone = tiny.backbone
+    clean = backbone.encode_images(tiny.images(crops[:2]))
+    monkeypatch.setattr(StableDiffusion, "draft", lambda *_: clean)
+    assert isinstance(backbone, StableDiffusion)
+    with torch.no_grad(), tiny.injected.wearing(None):
+        drawn = backbone.decode(clean)
+        traits = tiny.embed(drawn)
+        hazy = torch.nn.functional.avg_pool2d(drawn, 5, 1, 2, count_include_pad=False)
+        worn = tiny.first_theta(people=2)
+        own, other = (
+            likeness_loss(tiny, worn, PROMPTS, noise(2), true, traits, "fp32")
+            for true in (drawn, hazy)
+        )
+    colours = (mosaic(drawn) - mosaic(hazy)).square().mean((2, 3)).sum(1)
+    assert own.max() < 1e-6 and other.min() > 0.005 and (other > 10 * colours).all()
 
 
 def test_gradients_reach_theta_and_nothing_else(tiny: Base, crops: list[np.ndarray]) -> None:
