@@ -38,7 +38,8 @@ sheet: $(STAMP)
 	  "A Pixar character of a [V] face" "A [V] face with bark skin" \
 	  "A [V] face as a rock star" "A professional shot of a [V] face"; do \
 	  $(BIN)/hdb gen $(PEOPLE) "$$prompt" -n 1 --seed 0 -o build/sheet/$$k; k=$$((k + 1)); done
-	$(BIN)/python -m registry.tiny.recipe contact $(HELD) $(PHOTO) --drawn build/sheet --out docs/sheet.png
+	$(BIN)/python -m registry.tiny.recipe contact $(HELD) $(PHOTO) --drawn build/sheet --titles \
+	  photo selfie "Pixar character" "bark skin" "rock star" "professional" --out docs/sheet.png
 
 # Lint, types, tests: the one check, and what CI runs. The tests come last, so their summary does too.
 test: $(STAMP)

@@ -129,7 +129,13 @@ def test_every_step_from_renders_to_weights(
         path.write_bytes((build / "people/000000/portrait-0.png").read_bytes())
     out = tmp_path / "sheet.png"
     assert step("contact", photo, "--drawn", drawn, "--out", out) == 0
-    assert read_image(out, cv2.IMREAD_COLOR).shape == (128, 3 * 128, 3)
+    plain = read_image(out, cv2.IMREAD_COLOR)
+    assert plain.shape == (128, 3 * 128, 3)
+    assert step("contact", photo, "--drawn", drawn, "--titles", "photo", "bark", "--out", out) == 0
+    titled = read_image(out, cv2.IMREAD_COLOR)
+    head = titled[: len(titled) - 128]
+    assert (titled[-128:] == plain).all() and len(head) and (head[:, 256:] == 255).all()
+    assert (head[:, :128] < 128).any() and (head[:, 128:256] < 128).any()
 
 
 def test_emphasis_fills_its_groups_in_turn(tmp_path: Path) -> None:

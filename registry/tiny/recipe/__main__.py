@@ -85,7 +85,8 @@ def emphasis(options: argparse.Namespace) -> Iterator[str]:
 def contact(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.pictures import photo_rows, sheet
 
-    sheet(photo_rows(options.photos, options.drawn, 128), options.out, scale=1)
+    rows = photo_rows(options.photos, options.drawn, 128)
+    sheet(rows, options.out, scale=1, titles=options.titles)
     yield str(options.out)
 
 
@@ -177,6 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     step.set_defaults(run=contact)
     step.add_argument("photos", type=Path, nargs="+")
     step.add_argument("--drawn", type=Path, required=True)
+    step.add_argument("--titles", nargs="*", default=())
     step.add_argument("--out", type=Path, required=True)
     step = steps.add_parser("publish", help="copy what was trained to the folder that ships")
     step.set_defaults(run=publish)
