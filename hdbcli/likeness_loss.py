@@ -106,7 +106,8 @@ def check_drafts(base: Base) -> Drafting:
 
 
 def mosaic(images: Tensor) -> Tensor:
-    """Return the mean colours of the middle half of pictures (B, 3, S, S), in 8 x 8 cells."""
+    """Return the means of the middle half of pictures (B, c, S, S) in 8 x 8 cells: of colours, or
+    of whatever a pixel has."""
     return F.adaptive_avg_pool2d(images.float(), 16)[:, :, 4:12, 4:12]
 
 
