@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from hdbcli.errors import HdbError
-from hdbcli.sample import Picture, check_writable, contact_sheet, parameters_text, save_picture
+from hdbcli.sample import Picture, check_writable, parameters_text, save_picture
+from registry.contact_sheet import contact_sheet, in_rows
 from registry.spec import SampleSettings
 
 
@@ -88,7 +89,8 @@ class Album:
         if grid:
             people = len(set(self.names))
             columns = len(self.names) // people if people > 1 else min(4, len(self.names))
-            save_picture(contact_sheet(self.pictures, columns), grid, self._text(0))
+            rows = in_rows([picture.image for picture in self.pictures], columns)
+            save_picture(contact_sheet(rows), grid, self._text(0))
         listed = [
             {"name": name, "path": str(path) if path else None, "seed": picture.seed}
             for name, path, picture in zip_longest(self.names, self.paths, self.pictures)

@@ -100,12 +100,15 @@ def shrink(
     from hdbcli.identity import load, save
 
     source, path, new = _source_and_target(identity, new_name, force)
+    stamp = store.stamp(source)
     made, lost = derive.shrunk(load(source), rank)
     render.note(f"rank {rank} keeps {1 - lost:.2%} of the identity's energy, {lost:.2%} is lost")
     if path == source and not yes:
         if not sys.stdin.isatty():
             raise HdbError("shrink replaces what it shrinks; pass --as NEW to keep it, or --yes")
         ask(f"Replace {path.stem}?")
+    if store.stamp(source) != stamp:
+        raise HdbError(f"{source.stem} changed while it was shrunk; nothing was written, try again")
     _tell(path, rank, save(made, path, dtype, new), as_json, lost=lost)
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hdbcli import __version__
 from hdbcli.base import Base, Worn
 from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, RefineConfig, Tell, unnamed
 from hdbcli.contenders import Contender, entered
@@ -50,7 +51,7 @@ class Arena:
     texts: dict[str, Metric]
     plain: np.ndarray  # (2 P, S, S, 3): prompts without [V], by the base
     batch: int  # samples a step, of every method
-    key: str  # of all the above: records of another arena are not mistaken for this one's
+    key: str  # of all the above and of this hdb: others' records are not mistaken for its own
     predicted_key: str  # with the hypernetwork, on which some methods rest
     tell: Tell
 
@@ -72,7 +73,7 @@ def new_arena(
     for crop in given:
         key.update(crop.tobytes())
     batch = batch or base.spec.batch
-    key.update(repr((batch, sorted(texts), SampleSettings())).encode())
+    key.update(repr((__version__, batch, sorted(texts), SampleSettings())).encode())
     own = key.hexdigest()[:12]
     for tensor in model.state_dict().values():
         key.update(tensor.cpu().float().numpy().tobytes())

@@ -25,10 +25,11 @@ from hdbcli.faces import Retrieval, embed, retrieval
 from hdbcli.hypernet import HyperNetwork
 from hdbcli.people import People
 from hdbcli.photo import read_photo
-from hdbcli.plot import Axes, Curve, labelled, save_chart
+from hdbcli.plot import Axes, Curve, save_chart
 from hdbcli.sample import save_picture
 from hdbcli.standings import Standing, bootstrap, likeness_of, stand
 from registry.checkpoint import read_checkpoint
+from registry.contact_sheet import contact_sheet
 from registry.errors import RegistryError
 from registry.metric import Metric, MetricSpec
 from registry.plugins import Registry
@@ -245,7 +246,8 @@ def save(
         save_chart(AXES, curves, [], beside)
     rows = {"the photo": [photo]}
     rows |= {name: list(record.pictures[:, 0].numpy()) for name, record in records.items()}
-    save_picture(labelled(rows, PROMPTS), paths[2], f"rows: {', '.join(rows)}")
+    sheet = contact_sheet(list(rows.values()), PROMPTS, list(rows))
+    save_picture(sheet, paths[2], f"rows: {', '.join(rows)}")
     return paths
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,6 @@ class Curve:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     bound: bool = False
-
-
-LABEL = 130  # pixels beside a row
-TITLE = 46  # pixels above the columns
 
 
 @dataclass(frozen=True)
@@ -69,23 +64,3 @@ def save_chart(
         part.imshow(np.hstack(list(row)))
         part.axis("off")
     sheet.savefig(path, format="png")
-
-
-def labelled(rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str]) -> np.ndarray:
-    """Lay rows of uint8 pictures (S, S, 3) out by name, with a title above each column; a row may
-    be shorter than others."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    side = len(next(iter(rows.values()))[0])
-    sheet = Image.new("RGB", (LABEL + side * len(titles), TITLE + side * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    letters = ImageFont.load_default(12)
-    wide = max(8, side // 7)  # letters in a column
-    for i, title in enumerate(titles):
-        text = "\n".join(textwrap.wrap(title, wide))
-        draw.multiline_text((LABEL + i * side + 3, 3), text, "black", letters)
-    for j, (name, pictures) in enumerate(rows.items()):
-        draw.text((6, TITLE + j * side + side // 2 - 6), name, "black", letters)
-        for i, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture), (LABEL + i * side, TITLE + j * side))
-    return np.array(sheet)

@@ -150,14 +150,3 @@ def parameters_text(
 def _quoted(value: object) -> str:
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
-
-
-def contact_sheet(pictures: Sequence[Picture], columns: int) -> np.ndarray:
-    """Put pictures side by side, `columns` a row, on white."""
-    height, width = pictures[0].image.shape[:2]
-    rows = -(-len(pictures) // columns)
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
-        y, x = i // columns * height, i % columns * width
-        sheet[y : y + height, x : x + width] = picture.image
-    return sheet

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from hdbcli.algebra import compose
 from hdbcli.base import Base
 from hdbcli.config import CAPTIONS, PORTRAIT, Tell
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta
 from hdbcli.relax import stack
-from hdbcli.sample import Picture, contact_sheet, generate
+from hdbcli.sample import Picture, generate
+from registry.contact_sheet import contact_sheet, in_rows
 from registry.spec import SampleSettings
 
 COLUMNS = 7  # from one identity to the next, both included
@@ -48,5 +47,5 @@ def draw(base: Base, thetas: Sequence[Theta], tell: Tell) -> Picture:
     worn = steps[[column for _ in ROWS for column in range(columns)]]
     prompts = [prompt for prompt in ROWS for _ in range(columns)]
     pictures = generate(base, worn, prompts, [SEED] * len(prompts), SETTINGS, tell)
-    sheet: np.ndarray = contact_sheet(pictures, columns)
-    return Picture(sheet, SEED)
+    rows = in_rows([picture.image for picture in pictures], columns)
+    return Picture(contact_sheet(rows), SEED)

@@ -7,7 +7,6 @@ and which loss is taken. Checkpoints are safetensors, never pickle.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from registry.errors import RegistryError
+from registry.store import write_beside
 from registry.tensors import save_tensors
 
 Loss = Callable[[torch.Generator], Tensor]
@@ -151,11 +151,9 @@ def _save(
         for key, value in optimizer.state[parameter].items():
             kind = "tensor" if isinstance(value, Tensor) else "number"
             tensors[f"optimizer.{kind}.{key}.{name}"] = torch.as_tensor(value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
     contiguous = {k: v.contiguous().clone() for k, v in tensors.items()}
-    save_tensors(contiguous, beside, {"format": "pt", **state})
-    os.replace(beside, path)
+    with write_beside(path) as beside:
+        save_tensors(contiguous, beside, {"format": "pt", **state})
 
 
 def _resume(

@@ -18,7 +18,7 @@ import torch
 import typer
 from commands import QUICK, hdb, ok, refused
 
-from hdbcli import cli_boundary, create
+from hdbcli import cli_boundary, create, derive
 from hdbcli.album import Album, Outputs, plan_outputs
 from hdbcli.algebra import compose
 from hdbcli.config import DIFFUSION_LR, RefineConfig
@@ -229,6 +229,20 @@ def test_an_identity_of_another_shape_is_refused(alice: Path, tmp_path: Path) ->
             refused(*words, says="its numbers are of")
         save(odd, store.path_of(name))
         assert "its numbers are of" in hdb("verify", name).stdout
+
+
+def test_shrinking_replaces_nobody_elses_work(alice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, other = derive.shrunk, load(alice)
+
+    def slow(*args: Any) -> Any:
+        save(replace(other, steps=99), alice)  # somebody refines while this one is asked
+        return original(*args)
+
+    monkeypatch.setattr(derive, "shrunk", slow)
+    result = hdb("shrink", "alice", "--rank", 1, "--yes")
+    assert "changed while" in result.stderr and load(alice).steps == 99
+    monkeypatch.setattr(derive, "shrunk", original)
+    assert hdb("shrink", "alice", "--rank", 1, "--yes").exit_code == 0 and load(alice).rank == 1
 
 
 def test_what_is_taken_in_is_what_was_checked(

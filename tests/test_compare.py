@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from commands import hdb, told
@@ -25,8 +24,8 @@ from hdbcli.contest import Contest
 from hdbcli.contest_page import tables
 from hdbcli.errors import HdbError
 from hdbcli.evaluate import Interval
-from hdbcli.plot import LABEL, TITLE, labelled
 from hdbcli.standings import bootstrap, likeness_of, reached, stand
+from registry.contact_sheet import LINE, NAME
 from registry.spec import SampleSettings
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
@@ -172,7 +171,7 @@ def test_compare_from_photos_to_sheet(
         assert true["portraits"]["top1"] == 1.0 == true["found"] == through["found"]
         assert true["portraits"]["auc"] >= through["portraits"]["auc"] > 0.5
     assert 0 < document["floor"]["mean"] < document["photo"]["mean"] < 1
-    assert Image.open(tmp_path / "out/sheet.png").size == (LABEL + 6 * 128, TITLE + 3 * 128)
+    assert Image.open(tmp_path / "out/sheet.png").size == (NAME + 6 * 128, 6 + 3 * LINE + 3 * 128)
     assert Image.open(tmp_path / "out/curves.png").size[0] == 800
     assert json.loads((tmp_path / "out/compare.json").read_text()) == document
     assert document["through"]["auc"] > 0 and document["other_photo"]["top1"] == 1.0
@@ -206,15 +205,3 @@ def test_compare_says_what_is_wrong(tmp_path: Path) -> None:
         result = hdb("compare", tmp_path / "nobody", *words)
         assert result.exit_code == 1 and says in result.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_a_labelled_sheet_holds_every_picture_in_its_place() -> None:
-    colours = np.random.default_rng(0).integers(0, 256, (5, 1, 1, 3), np.uint8)
-    a, b, c, d, e = np.broadcast_to(colours, (5, 32, 32, 3))
-    sheet = labelled({"one": [a], "two": [b, c], "three": [d, e]}, ["first", "second"])
-    assert sheet.shape == (TITLE + 3 * 32, LABEL + 2 * 32, 3)
-    cells = sheet[TITLE:, LABEL:].reshape(3, 32, 2, 32, 3).swapaxes(1, 2)
-    white = np.full_like(a, 255)
-    for row, pictures in zip(cells, ([a, white], [b, c], [d, e]), strict=True):
-        assert (row == np.stack(pictures)).all()
-    assert (sheet[:, :LABEL] < 128).any() and (sheet[:TITLE] < 128).any()  # words

@@ -99,8 +99,8 @@ def test_pictures_are_read_in_order(tmp_path: Path) -> None:
     pixels = torch.arange(2 * 3 * 64 * 64).remainder(251).to(torch.uint8).view(2, 3, 64, 64)
     for seed in (7, 3):
         folder = tmp_path / f"{seed:06d}"
-        sheet([pixels[:1]], folder / "portrait-0.png", scale=1)
-        sheet([pixels[1:]], folder / "bark-0.png", scale=1)
+        sheet([pixels[:1]], folder / "portrait-0.png")
+        sheet([pixels[1:]], folder / "bark-0.png")
     read = read_pictures(tmp_path)
     assert read.people.tolist() == [3, 3, 7, 7] and read.styles.tolist() == [3, 0, 3, 0]
     assert torch.equal(read.pixels[1], pixels[0])

@@ -86,7 +86,7 @@ def contact(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.pictures import photo_rows, sheet
 
     rows = photo_rows(options.photos, options.drawn, 128)
-    sheet(rows, options.out, scale=1, titles=options.titles)
+    sheet(rows, options.out, titles=options.titles)
     yield str(options.out)
 
 

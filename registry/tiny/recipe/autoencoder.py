@@ -72,4 +72,4 @@ def show(model: AutoencoderTiny, build: Path) -> None:
     """Draw held-out pictures above what comes back."""
     held = read_pictures(build / "heldout").pixels[:36]
     back = decode(model, encode(model, held.to(model.device))).cpu()
-    sheet([held[:18], back[:18], held[18:], back[18:]], build / "sheets/autoencoder.png", scale=1)
+    sheet([held[:18], back[:18], held[18:], back[18:]], build / "sheets/autoencoder.png")

@@ -173,4 +173,4 @@ def _show(pipeline: StableDiffusionPipeline, path: Path) -> None:
             output_type="latent",
         ).images
         rows.append(decode(pipeline.vae, latents).cpu())
-    sheet(rows, path, scale=1)
+    sheet(rows, path)

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from registry.contact_sheet import contact_sheet
 from registry.errors import RegistryError
 from registry.tiny.recipe.assets import read_image
 from registry.tiny.recipe.styles import CAPTIONS
 
 STYLES = tuple(CAPTIONS)
-TITLE = 22  # pixels above a column
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,9 @@ def photo_rows(photos: list[Path], drawn: Path, size: int) -> list[Tensor]:
     return rows
 
 
-def sheet(rows: list[Tensor], path: Path, scale: int = 2, titles: Sequence[str] = ()) -> None:
+def sheet(rows: list[Tensor], path: Path, titles: Sequence[str] = ()) -> None:
     """Save rows of (N, 3, S, S) uint8 pictures as one PNG to look at, with a title above each
     column."""
-    lines = [np.hstack(list(row.permute(0, 2, 3, 1).numpy())) for row in rows]
-    grid = np.vstack(lines)[:, :, ::-1]
-    big = cv2.resize(grid, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
-    if titles:
-        side = rows[0].shape[-1] * scale
-        head = np.full((TITLE, big.shape[1], 3), 255, np.uint8)
-        for column, title in enumerate(titles):
-            at = (column * side + 4, TITLE - 7)
-            cv2.putText(head, title, at, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 0, 1, cv2.LINE_AA)
-        big = np.vstack([head, big])
+    grid = contact_sheet([list(row.permute(0, 2, 3, 1).numpy()) for row in rows], titles)
     path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), big)
+    cv2.imwrite(str(path), grid[:, :, ::-1])
