@@ -187,10 +187,13 @@ def export(
     size, readings = lora.export(base, theta, path.stem, form, dtype, target, check)
     if as_json:
         values = {"name": path.stem, "path": str(target), "bytes": size, "rank": theta.rank}
-        values |= {"format": form, "dtype": dtype}
+        values |= {"format": form, "dtype": dtype, "identifier": base.spec.identifier}
         render.document({**values, "readers": [asdict(r) | {"ok": r.ok} for r in readings]})
         return
-    render.say(f"{target}  {size:,} bytes, rank {theta.rank}, {form}")
+    word = base.spec.identifier
+    render.say(
+        f"{target}  {size:,} bytes, rank {theta.rank}, {form}; use {word!r} where you wrote [V]"
+    )
     render.show_readings(readings)
 
 

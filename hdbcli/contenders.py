@@ -81,8 +81,8 @@ CONTENDERS = {
         _without("free-relaxation", "relax outside the basis", trains="lora"),
         Contender("lora", "LoRA DreamBooth", "lora", 1200, 1e-3),
         _dreambooth("dreambooth", "all weights, prior preservation", 1200, 1.5e-4),
-        _dreambooth("dreambooth-400", "the same, aggressive", 400, 1e-4),
-        _dreambooth("dreambooth-40", "the same, very aggressive", 40, 3e-4),
+        _dreambooth("dreambooth-400", "the same, 400 steps", 400, 1e-4),
+        _dreambooth("dreambooth-40", "the same, 40 steps", 40, 3e-4),
         Contender("inversion", "Textual Inversion", "inversion", 5000, 5e-3),
     )
 }

@@ -78,7 +78,9 @@ def tables(contest: Contest) -> Iterator[Table]:
     if contest.people > 1:
         found = tuple(_found(contest))
         yield Table(
-            "The right person among all", ("picture", "people", "first", "in five", "AUC"), found
+            f"The right person among all {contest.people}",
+            ("picture", "people", "first", "in five", "AUC"),
+            found,
         )
     across = ("prompt", *names, "true pictures", "through the autoencoder")
     if contest.people > 1:

@@ -222,23 +222,23 @@ class Retrieval:
 
 
 def retrieval(queries: Tensor, gallery: Tensor) -> Retrieval:
-    """Look each query (N, 128) up in the gallery (N, 128), where row i of both is person i.
+    """Look each query (N, 128) up in the gallery (M, 128), where row i of both is person i; M >= N.
 
     Compare by cosine after taking each set's mean away, since what a style or a camera adds to all
     pictures of a set says nothing about a person. Ties count against the query, in the AUC half.
     """
     count = len(queries)
-    if count < 2 or gallery.shape != queries.shape:
+    if count < 2 or len(gallery) < count:
         raise HdbError(
-            f"retrieval needs two sets of the same people, two at least; got {count} queries and "
-            f"{len(gallery)} in the gallery"
+            f"retrieval needs two people at least, all of them in the gallery; got {count} queries "
+            f"and {len(gallery)} in the gallery"
         )
     if not (queries.isfinite().all() and gallery.isfinite().all()):
         raise HdbError("retrieval got embeddings that are not finite; check the generated pictures")
     q, g = (F.normalize(x - x.mean(0), dim=1) for x in (queries.double(), gallery.double()))
     cosine = q @ g.T
     own = cosine.diagonal()[:, None]
-    others = cosine[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
+    others = cosine[~torch.eye(*cosine.shape, dtype=torch.bool)].view(count, -1)
     rank = (others >= own).sum(1)
     auc = (own > others).double().mean() + (own == others).double().mean() / 2
     return Retrieval(

@@ -80,12 +80,11 @@ def stand(
     goals = [float(likeness_of(row, truth)[:both].mean()) for row in (against or record).portraits]
     means = [float(row[:both].mean()) for row in at_marks]
     seconds = [alone.seconds(float(mark)) for mark in record.marks]
-    truth = truth[:people]
     named = {}
     for metric, scores in record.texts.items():
         best_text = scores.argmax(2) == torch.arange(len(scores))[:, None]
         named[metric] = tuple(best_text.float().mean(1).tolist())
-    several = len(truth) > 1
+    several = people > 1
     return Standing(
         name=name,
         people=people,

@@ -86,6 +86,9 @@ def test_methods_that_learned_fewer_people_are_judged_on_those() -> None:
         assert paired.mean == pytest.approx(gap, abs=1e-5)
         assert {line.people, other.people} == {3, 9}
         assert other.portraits is not None and other.portraits.top1 == 1.0
+    twin = torch.cat([truth[:5], truth[:1], truth[6:]])  # of somebody who was not learned
+    line = stand("a", few, ALONE, twin, None)
+    assert line.portraits is not None and line.portraits.top1 == pytest.approx(2 / 3)
 
 
 def test_seconds_are_held_against_the_first_methods() -> None:

@@ -59,7 +59,7 @@ def test_diffusers_draws_the_same_with_it(
 ) -> None:
     out = tmp_path / "alice.safetensors"
     said = ok("export", "alice", "--format", form, "-o", out, "--dtype", "fp32").stdout
-    assert str(out) in said and f"rank {theta.rank}, {form}" in said
+    assert str(out) in said and f"rank {theta.rank}, {form}; use 'sks' where you" in said
     with safe_open(out, "pt") as file:
         words = file.metadata()
     assert words["ss_network_dim"] == words["ss_network_alpha"] == "2"

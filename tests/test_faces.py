@@ -158,13 +158,17 @@ def test_retrieval_knows_people_from_chance() -> None:
     assert retrieval(people, people.clone()) == Retrieval(1, 1, 1)
     # What every picture of a set shares, a style say, is no one's face.
     assert retrieval(people + 50, people * 3 - 20) == Retrieval(1, 1, 1)
-    noisy = retrieval(people + 3 * torch.randn(200, 128, generator=draw), people)
+    noisy_faces = people + 3 * torch.randn(200, 128, generator=draw)
+    noisy = retrieval(noisy_faces, people)
     assert 0.2 < noisy.top1 < noisy.top5 < noisy.auc < 1
     chance = retrieval(torch.randn(200, 128, generator=draw), people)
     assert chance.top1 < 0.03 and chance.top5 < 0.08
     assert abs(chance.auc - 0.5) < 0.1
     order = retrieval(people.roll(1, 0), people)
     assert order.top1 == 0
+    # A few among all: strangers in the gallery make it harder.
+    alone, among = retrieval(noisy_faces[:20], people[:20]), retrieval(noisy_faces[:20], people)
+    assert among.top1 < alone.top1 - 0.1 and abs(among.auc - alone.auc) < 0.05
 
 
 def test_retrieval_is_not_fooled() -> None:
@@ -177,7 +181,7 @@ def test_retrieval_is_not_fooled() -> None:
     people_with_hole[3, 7] = torch.nan
     for queries, gallery, reason in [
         (people_with_hole, people, "not finite"),
-        (people[:1], people[:1], "two at least"),
+        (people[:1], people[:1], "two people at least"),
         (people, people[:5], "20 queries and 5"),
     ]:
         with pytest.raises(HdbError, match=reason):
