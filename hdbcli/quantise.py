@@ -1,16 +1,17 @@
-"""Hold frozen linear layers in 8 or 4 bits by bitsandbytes; where that does not work, leave them as
-they are and say so.
+"""Hold frozen linear layers in 8 or 4 bits; where 4 do not work, leave them as they are and say so.
 
-Dettmers et al. 2022 (LLM.int8()) and 2023 (QLoRA, nf4). Gradients flow through the layers to what
-lies before them, not into them.
+8 bits are plain torch; 4 bits are bitsandbytes' nf4 (Dettmers et al. 2023, QLoRA). Gradients flow
+through the layers to what lies before them, not into them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from hdbcli.device import give_back_memory
 
@@ -38,32 +39,68 @@ def quantise(modules: Iterable[nn.Module], kind: str) -> str | None:
     return None
 
 
-def quantised(linear: nn.Linear, kind: str) -> nn.Linear:
-    """Return a bitsandbytes layer with the linear layer's weight (n, m) in int8 or nf4.
+class Int8Linear(nn.Linear):
+    """A frozen linear layer whose weight (n, m) is int8 times a float32 step for each row.
 
-    It stays in training mode, where bitsandbytes expands the weight and multiplies; on a GPU it
-    rounds activations too (int8). So it would in evaluation mode on a CPU, or pack the weight for a
-    kernel that knows no gradient (nf4).
+    Inputs are not rounded, on any device. Not bitsandbytes' layer: on a GPU that rounds them too,
+    reads rows of a transposed input as if they lay one after the other, and keeps what gradient
+    checkpointing wants let go.
     """
-    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    step: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        weight = linear.weight.detach()
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, bias=False)
+        step = weight.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / 127
+        self.weight = nn.Parameter((weight / step).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+        self.register_buffer("step", step.T.contiguous(), persistent=False)  # (1, n)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Int8Product.apply(x, self.weight, self.step)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Int8Product(torch.autograd.Function):
+    """x W^T, which keeps W for the backward pass as it is, in 8 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, step: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, step)
+        ctx.dtype = x.dtype
+        y = F.linear(x, weight.to(x.dtype))
+        return y * step.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        weight, step = ctx.saved_tensors
+        (slope,) = slopes
+        rows = slope * step.to(slope.dtype)
+        return (rows @ weight.to(rows.dtype)).to(ctx.dtype), None, None
+
+
+def quantised(linear: nn.Linear, kind: str) -> nn.Linear:
+    """Return a layer with the linear layer's weight (n, m) in int8 or nf4.
+
+    That of bitsandbytes, nf4, stays in training mode, where it expands the weight and multiplies:
+    in evaluation mode on a CPU it packs the weight for a kernel that knows no gradient.
+    """
+    if kind == "int8":
+        return Int8Linear(linear).requires_grad_(False)
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
     n, m, bias = linear.out_features, linear.in_features, linear.bias is not None
     weight = linear.weight.detach()
-    layer: nn.Linear
-    if kind == "int8":
-        layer = Linear8bitLt(m, n, bias, has_fp16_weights=False, device="meta")
-        # On its way from the CPU it is quantised, and only then.
-        eight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-        layer.weight = eight.to(weight.device)
-    else:
-        # Else the first input would decide what is computed in, which autocast makes float32.
-        layer = Linear4bit(
-            m, n, bias, weight.dtype, quant_type="nf4", compress_statistics=False, device="meta"
-        )
-        four = Params4bit(
-            weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=layer
-        )
-        layer.weight = four.to(weight.device)
+    # Else the first input would decide what is computed in, which autocast makes float32.
+    layer: nn.Linear = Linear4bit(
+        m, n, bias, weight.dtype, quant_type="nf4", compress_statistics=False, device="meta"
+    )
+    four = Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=layer
+    )
+    layer.weight = four.to(weight.device)
     layer.bias = linear.bias
     return layer.requires_grad_(False).train()
 

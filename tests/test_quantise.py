@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -80,17 +81,42 @@ def test_only_plain_layers_are_replaced() -> None:
     assert type(model[0]) is not nn.Linear and [type(p) for p in model][1:] == kinds[1:]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_broken_bitsandbytes_leaves_all_as_it_is(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = nn.Sequential(nn.Linear(64, 64))
+def test_broken_bitsandbytes_leaves_all_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = nn.Sequential(nn.Linear(64, 64)), nn.Sequential(nn.Linear(64, 64))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "bitsandbytes.nn", None)
-        note = quantise([model], kind)
+        note = quantise([model], "nf4")
         assert note and "weights are not quantised" in note and "\n" not in note
         assert type(model[0]) is nn.Linear
-    assert quantise([model], kind) is None and type(model[0]) is not nn.Linear
+        assert quantise([other], "int8") is None  # which needs no library
+    assert quantise([model], "nf4") is None and type(model[0]) is not nn.Linear
+
+
+def test_int8_rounds_rows_by_their_largest_and_nothing_else() -> None:
+    linear = nn.Linear(4, 3)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.27, 0.015, -0.5, 0], [0, 0, 0, 0], [0, 1e-6, 0, 0]]))
+    layer = quantised(linear, "int8")
+    weight = layer.weight.float() * layer.step.T
+    wanted = torch.tensor([[1.27, 0.02, -0.5, 0], [0, 0, 0, 0], [0, 1e-6, 0, 0]])
+    torch.testing.assert_close(weight, wanted, atol=1e-8, rtol=1e-6)
+    x = torch.randn(2, 7, 4)
+    torch.testing.assert_close(layer(x), F.linear(x, weight, linear.bias))
+    turned = x.mT.contiguous().mT  # as an attention block of one sample hands it over
+    assert not turned.is_contiguous()
+    torch.testing.assert_close(layer(turned), layer(x))
+
+
+def test_int8_keeps_nothing_but_its_weight_for_the_backward_pass() -> None:
+    """So gradient checkpointing saves what it promises: no layer keeps its input."""
+    kept: list[Tensor] = []
+    layer = quantised(nn.Linear(64, 96), "int8")
+    x = torch.randn(5, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert {tuple(t.shape) for t in kept} == {(96, 64), (1, 96)}
+    y.square().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
 
 
 @pytest.fixture(scope="module")
