@@ -83,7 +83,8 @@ def _read_single(path: Path) -> Checkpoint:
             components.setdefault(PREFIXES[prefix], {})[name.removeprefix(prefix)] = info
     if not components:  # for whoever asks what this is
         components[""] = header.tensors
-    return Checkpoint(path, components, (path,), header.metadata)
+    told = {"modelspec.prediction_type": "v"} if "v_pred" in header.tensors else {}
+    return Checkpoint(path, components, (path,), {**told, **header.metadata})
 
 
 def _read_folder(path: Path) -> Checkpoint:

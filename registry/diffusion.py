@@ -336,6 +336,7 @@ def _scheduler(settings: SampleSettings, config: Mapping[str, Any]) -> Any:
     name = settings.scheduler or ""
     if name not in SCHEDULERS:
         raise RegistryError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
-    # LCM draws its steps out of those that it was distilled on, and refuses to take more.
-    more = {"original_inference_steps": max(LCM_STEPS, settings.steps)} if name == "lcm" else {}
+    more: dict[str, Any] = {"clip_sample": False}  # latents are no pixels of -1 to 1
+    if name == "lcm":  # draws its steps out of those that it was distilled on, and takes no more
+        more["original_inference_steps"] = max(LCM_STEPS, settings.steps)
     return getattr(diffusers, SCHEDULERS[name]).from_config(config, **more)

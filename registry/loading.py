@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from registry.checkpoint import WEIGHTS, variant_of, weight_files
+from registry.checkpoint import LARGEST, WEIGHTS, variant_of, weight_files
 from registry.diffusion import StableDiffusion, last_states
 from registry.errors import RegistryError
+from registry.header import read_header
 from registry.ldm import UNET, VAE
 from registry.sdxl import two_encoders
 from registry.tensors import read_floats
 
 if TYPE_CHECKING:
     from registry.families import Family
+
+ZERO_SNR = "ztsnr"  # an empty tensor of this name says that noise goes to the very end
 
 # It warns, as soon as diffusers imports it, of kernels that it looked for on the network.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -71,9 +74,10 @@ def load_single(
             **tokenizers,
             **_no_checker(family.double),
         )
-    schedule = pipeline.scheduler
-    if schedule.config.prediction_type != prediction:
-        pipeline.scheduler = schedule.from_config(schedule.config, prediction_type=prediction)
+    own: dict[str, Any] = {"prediction_type": prediction}
+    if ZERO_SNR in read_header(file, LARGEST).tensors:
+        own["rescale_betas_zero_snr"] = True
+    pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **own)
     return _backbone(pipeline, file, device, dtype, family.double, again)
 
 

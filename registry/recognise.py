@@ -81,7 +81,7 @@ def resolution_of(configs: Path) -> int:
 
 
 def prediction_of(checkpoint: Checkpoint, family: Family, asked: str | None) -> str:
-    """Return what the UNet predicts, epsilon or v_prediction, which tensors do not show.
+    """Return what the UNet predicts, epsilon or v_prediction, which its weights do not show.
 
     A folder says it. A single file may; else it is what was asked for, or usual in the family.
     """

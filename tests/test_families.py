@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hdbcli.inject import find_targets
 from registry.checkpoint import read_checkpoint, read_config
-from registry.diffusion import StableDiffusion
+from registry.diffusion import StableDiffusion, _scheduler
 from registry.errors import RegistryError
 from registry.families import FAMILIES
 from registry.loading import load_folder, load_single
@@ -25,6 +25,8 @@ from registry.vocabulary import clip_tokenizer
 
 if TYPE_CHECKING:
     from cutdown import Narrow
+
+NOTHING = torch.zeros(0)
 
 
 def full_size(family: str, variant: str | None = None) -> dict[str, nn.Module]:
@@ -136,6 +138,31 @@ def test_what_a_single_file_predicts_can_be_said(narrow: Narrow) -> None:
     assert psnr(draw(backbone, "a cat"), draw(usual, "a cat")) < 50
     bent = load_single(narrow.single("sd1"), FAMILIES["sd1"], "v_prediction", "cpu", "float32")
     assert bent.pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_a_single_file_may_say_that_it_predicts_v_up_to_the_very_end(
+    narrow: Narrow, tmp_path: Path
+) -> None:
+    """As ComfyUI reads it: two empty tensors beside the weights."""
+    file, family = tmp_path / "v.safetensors", FAMILIES["sdxl"]
+    save_file({**load_file(narrow.single("sdxl")), "v_pred": NOTHING, "ztsnr": NOTHING}, file)
+    checkpoint = read_checkpoint(file)
+    assert recognise(checkpoint) is family
+    assert prediction_of(checkpoint, family, None) == "v_prediction"
+    ends = [
+        load_single(each, family, "v_prediction", "cpu", "float32").pipeline.scheduler
+        for each in (file, narrow.single("sdxl"))
+    ]
+    assert ends[0].alphas_cumprod[-1] < 1e-6 < ends[1].alphas_cumprod[-1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_scheduler_clips_latents(name: str) -> None:
+    """They reach beyond 1, and DDIM clips what it is not told to leave."""
+    config = read_config(FAMILIES[name].configs() / "scheduler" / "scheduler_config.json")
+    assert config.pop("clip_sample", False) is False
+    for said in (config, {**config, "clip_sample": True}):
+        assert not _scheduler(SampleSettings(scheduler="ddim"), said).config.clip_sample
 
 
 def test_autoencoder_is_exact_in_half_precision(narrow: Narrow) -> None:
