@@ -87,6 +87,9 @@ def test_a_merged_folder_never_takes_the_place_of_its_base(
     ok("base", "add", "plain", file)
     ok("new", ASTRONAUT, "alice", "--base", "plain", "--steps", 1, "--yes")
     refused("merge", "alice", "--out", own, "--force", says="overlap")
+    ok("merge", "alice", "--out", tmp_path / "folder")
+    names = load_file(tmp_path / "folder/text_encoder/model.safetensors")
+    assert len(names) > 20 and all(name.startswith("text_model.") for name in names)
     assert sorted(path.name for path in own.iterdir()) == ["model_index.json", "v1-5.safetensors"]
 
 
