@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -65,9 +66,11 @@ def join_workers(device: str) -> Workers:
     """Meet the other processes of `accelerate launch` or `torchrun`, if one of them started us."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
-    accelerator = Accelerator(cpu=not device.startswith("cuda"))
+    # The others wait while one of them draws and measures people held out.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    accelerator = Accelerator(cpu=not device.startswith("cuda"), kwargs_handlers=[patience])
 
     def share(tensors: list[Tensor]) -> None:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -100,7 +103,7 @@ def autocast(
             and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         )
     else:
-        fast = kind == "cuda" and has_bf16()
+        fast = kind == "cuda" and has_bf16(device)
     return torch.autocast(kind, dtype=torch.bfloat16) if fast else nullcontext()
 
 
@@ -141,9 +144,10 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def has_bf16() -> bool:
-    """Say whether the GPU computes in bfloat16 itself, not by emulation."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+def has_bf16(device: str) -> bool:
+    """Say whether a GPU computes in bfloat16 itself, not by emulation."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def make_optimizer(

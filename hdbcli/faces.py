@@ -165,9 +165,12 @@ def embed(images: Sequence[np.ndarray]) -> tuple[Tensor, list[bool]]:
 def embed_aligned(images: Tensor, template: np.ndarray) -> Tensor:
     """Embed crops (B, 3, S, S) in -1..1 whose five points lie where `template` (5, 2) in 0..1 says:
     (B, 128). Nothing is looked for, which takes time, and gradients pass."""
+    home = images.device
+    if home.type == "mps":  # which knows no bicubic sampling in some versions, nor its gradient
+        images = images.cpu()
     chips = aligned_chips(images, template)
     model = load_embedding(str(images.device))
-    return torch.cat([model(part) for part in chips.split(_BATCH)])
+    return torch.cat([model(part) for part in chips.split(_BATCH)]).to(home)
 
 
 def aligned_chips(images: Tensor, template: np.ndarray) -> Tensor:

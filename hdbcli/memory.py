@@ -249,8 +249,10 @@ def free_ram(system: Path = Path("/")) -> int | None:
 
 
 def _suited(plan: MemoryPlan, device: str, work: Work) -> MemoryPlan:
-    """Draw on a GPU with weights in half precision: exact enough for that, not to train; in float16
-    where the GPU has no bfloat16."""
-    if work.trains or not device.startswith("cuda"):
+    """Draw on a GPU with weights in half precision: exact enough for that, not to train. A GPU
+    without bfloat16 draws in float16 and trains in float32, since float16 loses small gradients."""
+    if not device.startswith("cuda"):
         return plan
-    return replace(plan, dtype="bfloat16" if has_bf16() else "float16")
+    if not work.trains:
+        return replace(plan, dtype="bfloat16" if has_bf16(device) else "float16")
+    return plan if has_bf16(device) else replace(plan, dtype="float32")

@@ -86,11 +86,11 @@ def prior_jobs(
     def loss(some: Tensor, worn: Theta) -> Tensor:
         rows = _rows(some, people)
         asked = clean[rows], [prompts[row] for row in rows.tolist()], noise[rows], t[rows]
+        base.injected.wear(None)
+        with autocast(base.device, precision), torch.no_grad():
+            own = base.backbone.predict(*asked)
+        base.injected.wear(worn)  # exactly, as everywhere
         with autocast(base.device, precision):
-            with torch.no_grad():
-                base.injected.wear(None)
-                own = base.backbone.predict(*asked)
-            base.injected.wear(worn)
             far = F.mse_loss(base.backbone.predict(*asked), own)
         return weight * far * (len(rows) / len(clean))
 

@@ -106,7 +106,7 @@ def test_choice_follows_the_free_memory() -> None:
 def test_gpus_draw_in_half_precision_and_train_in_whole(
     monkeypatch: pytest.MonkeyPatch, new: bool, dtype: str
 ) -> None:
-    monkeypatch.setattr("hdbcli.memory.has_bf16", lambda: new)
+    monkeypatch.setattr("hdbcli.memory.has_bf16", lambda _: new)
     drawing = replace(NEW, trains=False, then=None)
 
     def formats(device: str, work: Work) -> list[str]:
@@ -114,7 +114,9 @@ def test_gpus_draw_in_half_precision_and_train_in_whole(
         return [plan.dtype for plan in (choice.plan, *choice.smaller)]
 
     assert formats("cuda:0", drawing) == [dtype] * len(PLANS)
-    assert formats("cuda:0", NEW) == formats("cpu", drawing) == [plan.dtype for plan in PLANS]
+    own = [plan.dtype for plan in PLANS]
+    assert formats("cpu", drawing) == formats("cpu", NEW) == own
+    assert formats("cuda:0", NEW) == (own if new else ["float32"] * len(PLANS))
 
 
 def test_several_processes_keep_to_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
