@@ -28,6 +28,7 @@ from hdbcli.config import (
     METHODS,
 )
 from registry import store
+from registry.settings import DEFAULT
 
 if TYPE_CHECKING:
     from hdbcli.measuring import Row
@@ -111,6 +112,10 @@ def compare(
     with render.progress() as tell, enough("close other programs, take a smaller --batch"):
         test = read_people(photos, loaded.spec, pattern, False, tell).first(people)
         render.show_skipped(test.skipped)
+        if loaded.spec.name != DEFAULT and not tune:
+            render.note(
+                f"note: learning rates were chosen on {DEFAULT}; --tune OTHERS chooses anew"
+            )
         if tune:
             others = read_people(tune, loaded.spec, pattern, False, tell)
             chosen = contest.tuned(loaded, model, others, chosen, out, batch, tell)
