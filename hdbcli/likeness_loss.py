@@ -29,7 +29,7 @@ from registry.spec import Drafting, SampleSettings
 STEPS = 4
 SHARE = 4  # one in so many samples of a step is drawn from noise too: that costs eight passes
 KEPT = 2  # of these keep what the gradient needs: the last step's, twice for guidance
-CONTRAST = 30.0  # its weight, so that it counts about as much as colours do
+CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
 GUIDANCE = SampleSettings.guidance  # as `hdb gen` will draw
 
 
@@ -112,9 +112,10 @@ def mosaic(images: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor) -> Tensor:
-    """Return how strong fine detail is in the same cells (B, 1, 8, 8): the root mean square of what
-    a blur over S / 32 pixels takes off the brightness of pictures (B, 3, S, S)."""
+    """Return how strong fine detail is in the same cells (B, 1, 8, 8): the logarithm, so that dark
+    faces count as bright ones do, of the root mean square of what a blur over S / 32 pixels takes
+    off the brightness of pictures (B, 3, S, S)."""
     bright = images.float().mean(1, keepdim=True)
     reach = images.shape[-1] // 64
     blurred = F.avg_pool2d(F.pad(bright, (reach,) * 4, mode="replicate"), 2 * reach + 1, 1)
-    return (mosaic((bright - blurred).square()) + 1e-4).sqrt()  # with a slope where there is none
+    return 0.5 * (mosaic((bright - blurred).square()) + 1e-4).log()  # -4.6 where there is none

@@ -136,13 +136,16 @@ def test_mosaics_see_complexion_and_not_wrinkles() -> None:
 
 def test_contrast_sees_wrinkles_and_not_complexion() -> None:
     """Lines of +-0.3, a pixel each, are 0.4 off the mean of three; where there are none 0.01 stays,
-    so that the root has a slope."""
+    so that the logarithm has a slope. A face in half the light has as much less everywhere."""
     plain = torch.full((1, 3, 64, 64), 0.2, requires_grad=True)
     lines = 0.3 * (torch.arange(64) % 2 * 2 - 1)
     assert contrast(plain).shape == (1, 1, 8, 8)
-    assert (contrast(plain - 0.3) - 0.01).abs().max() < 1e-6
-    assert (contrast(plain + lines) - 0.4).abs().max() < 1e-3
-    assert (contrast(plain + lines / 2) - 0.2).abs().max() < 1e-3
+    assert (contrast(plain - 0.3).exp() - 0.01).abs().max() < 1e-6
+    assert (contrast(plain + lines).exp() - 0.4).abs().max() < 1e-3
+    assert (contrast(plain + lines / 2).exp() - 0.2).abs().max() < 1e-3
+    deep, shallow = contrast(lines.expand(1, 3, 64, 64)), contrast(0.1 * lines.expand(1, 3, 64, 64))
+    assert (deep - contrast(lines.expand(1, 3, 64, 64) / 2)).sub(np.log(2)).abs().max() < 1e-2
+    assert shallow.min() > contrast(plain).max() + 1  # what dark faces have is still seen
     contrast(plain).sum().backward()
     assert plain.grad is not None and plain.grad.isfinite().all()
 
@@ -279,6 +282,8 @@ def test_the_likeness_of_every_photo_counts(
         for loss in (portrait_likeness(tiny, lambda: predicted[:1], [f], 1.0) for f in (two, mixed))
     ]
     assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]  # a photo a step
+    thrice = portrait_likeness(tiny, lambda: predicted[:1], [two], 3.0)
+    assert thrice(torch.Generator().manual_seed(0), 2, 0).item() == pytest.approx(3 * losses[0][0])
 
 
 def test_a_base_that_cannot_draft_says_so(tiny: Base, predicted: Theta) -> None:
