@@ -67,6 +67,7 @@ _Batch = Annotated[
     int | None, typer.Option(min=1, help="Samples a step of every method; default: the base's.")
 ]
 _People = Annotated[int | None, typer.Option(min=1, help="Only the first so many people.")]
+_Tune = Annotated[Path | None, typer.Option(help="Other people, to choose each learning rate on.")]
 
 
 def compare(
@@ -78,9 +79,7 @@ def compare(
     ] = None,
     batch: _Batch = None,
     people: _People = None,
-    tune: Annotated[
-        Path | None, typer.Option(help="Other people, to choose each learning rate on.")
-    ] = None,
+    tune: _Tune = None,
     truth: Annotated[
         Path | None, typer.Option(help="True pictures in the styles: PERSON/pixar-0.png, ...")
     ] = None,
@@ -112,13 +111,11 @@ def compare(
     with render.progress() as tell, enough("close other programs, take a smaller --batch"):
         test = read_people(photos, loaded.spec, pattern, False, tell).first(people)
         render.show_skipped(test.skipped)
-        if loaded.spec.name != DEFAULT and not tune:
-            render.note(
-                f"note: learning rates were chosen on {DEFAULT}; --tune OTHERS chooses anew"
-            )
         if tune:
             others = read_people(tune, loaded.spec, pattern, False, tell)
             chosen = contest.tuned(loaded, model, others, chosen, out, batch, tell)
+        elif loaded.spec.name != DEFAULT:
+            render.note(f"note: rates were chosen on {DEFAULT}; --tune OTHERS chooses them anew")
         metrics, missing = contest.text_metrics(load_metrics(), loaded.spec.family)
         for line in missing:
             render.note(f"left out: {line}")

@@ -11,6 +11,7 @@ import torch
 from hdbcli.basis import down_basis, fingerprint, orthonormal, signs, up_basis
 from hdbcli.errors import HdbError
 from hdbcli.inject import in_order
+from registry.families import FAMILIES
 
 
 def sd15_targets() -> dict[str, tuple[int, int]]:
@@ -108,3 +109,10 @@ def test_orthonormal_keeps_the_span() -> None:
 
 PINNED = [0.2020370364189148, 0.11878849565982819, -0.26073524355888367]
 SD15_DIGEST = "5cd8cb94ba93c436c992a9ffec1c40aaa10c8eb56fefcf288d34f8284bd5e117"
+
+
+def test_probes_are_pinned() -> None:
+    """Identities that are out there hold them."""
+    told = fingerprint(20230713, {"unet.a": (24, 32), "unet.b": (16, 40)}, 8, 4)
+    assert told.probes == pytest.approx((-0.263230, -0.179002, -0.385292, 0.356369), abs=1e-5)
+    assert {family.basis_seed for family in FAMILIES.values()} == {20230713}

@@ -14,11 +14,12 @@ import pytest
 import torch
 from commands import hdb, told
 from PIL import Image
+from records import ALONE, record
 
 from hdbcli.alone import Alone
 from hdbcli.base import Base
-from hdbcli.compare import Record, marks_of
-from hdbcli.config import CAPTIONS, MAIN_METHODS, METHODS, PROMPTS
+from hdbcli.compare import marks_of
+from hdbcli.config import CAPTIONS, MAIN_METHODS, METHODS
 from hdbcli.contenders import CONTENDERS, choose
 from hdbcli.contest import Contest
 from hdbcli.contest_page import tables
@@ -29,26 +30,6 @@ from registry.contact_sheet import LINE, NAME
 from registry.spec import SampleSettings
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
-ALONE = Alone(startup=5.0, prepare=1.0, step=0.5, memory=10**9)
-
-
-def record(truth: torch.Tensor, away: tuple[float, ...]) -> Record:
-    """Draw portraits that lie `away` from the truth at each mark."""
-    people, shown = len(truth), len(PROMPTS)
-    off = torch.zeros(128)
-    off[0] = 1
-    portraits = torch.stack([truth + distance * off for distance in away])
-    scores = torch.eye(shown)[:, None].repeat(1, people, 1)
-    return Record(
-        marks=torch.tensor([0, 10, 40][: len(away)]),
-        portraits=portraits,
-        prompted=portraits[-1].expand(shown, -1, -1).clone(),
-        found=torch.ones(shown, people, dtype=torch.bool),
-        drift=torch.full((people,), 2.0),
-        numbers=torch.tensor([7]),
-        texts={"t": scores},
-        pictures=torch.zeros(shown, people, 8, 8, 3, dtype=torch.uint8),
-    )
 
 
 def test_a_standing_is_what_the_record_says() -> None:

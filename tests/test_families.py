@@ -4,7 +4,7 @@ the single file of the same weights draws."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -185,3 +185,31 @@ def test_tensors_are_read_one_by_one_as_they_are_wanted(tmp_path: Path) -> None:
     assert not read["a.brain"].equal(read["a.one"])  # the control: formats are told apart
     with pytest.raises(RegistryError, match="is I64, no float"):
         read_floats([file], "", torch.float16)
+
+
+def test_xl_learns_from_what_its_pipeline_reads(
+    narrow: Narrow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_folder(narrow.folder("sdxl"), "cpu", "float32", True)
+    prompts, seen = ["a sks face", "a cat"], []
+
+    def predict(_: object, noisy: torch.Tensor, _steps: torch.Tensor, read: Any) -> torch.Tensor:
+        seen.append(read)
+        return torch.zeros_like(noisy)
+
+    monkeypatch.setattr(StableDiffusion, "_predict", predict)
+    latents = torch.zeros(2, 4, 8, 8)
+    with torch.no_grad():
+        states, _, pooled, _ = backbone.pipeline.encode_prompt(
+            prompts, device="cpu", do_classifier_free_guidance=False
+        )
+        backbone.predict(latents, prompts, latents, torch.tensor([0.5, 0.5]))
+        backbone.draft(prompts, latents, 1, 2.0)
+    learns, draws = seen
+    torch.testing.assert_close(learns.states, states)
+    torch.testing.assert_close(learns.added["text_embeds"], pooled)
+    assert learns.added["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 2
+    for read, wanted in ((draws.states, states), (draws.added["text_embeds"], pooled)):
+        away, towards = read.chunk(2)
+        assert not away.any()  # zeros stand for no prompt
+        torch.testing.assert_close(towards, wanted)

@@ -106,3 +106,11 @@ def test_not_a_hypernetwork(tmp_path: Path) -> None:
         load_hypernetwork(path)
     with pytest.raises(HdbError, match="not a hypernetwork"):
         load_hypernetwork(tmp_path / "missing.safetensors")
+
+
+def test_no_photo_counts_more_than_another() -> None:
+    model, pair = network(), faces_of(2)
+    both = model.predict(pair).up
+    turned = model.predict(Faces(*(each.flip(0) for each in pair))).up
+    torch.testing.assert_close(both, turned, atol=1e-6, rtol=1e-4)
+    assert (both - model.predict(Faces(*(each[1:] for each in pair))).up).abs().max() > 1e-5

@@ -8,7 +8,7 @@ from torch import nn
 
 from hdbcli.base import Base
 from hdbcli.errors import HdbError
-from hdbcli.inject import canonical, eject, find_targets, in_order, inject
+from hdbcli.inject import canonical, digest_names, eject, find_targets, in_order, inject
 from hdbcli.lidb import LiDBLinear, Theta, first_theta
 
 
@@ -84,7 +84,7 @@ def test_eject_restores_bitwise() -> None:
     torch.testing.assert_close(model(x), worn, atol=1e-5, rtol=1e-5)
 
 
-def test_digests_tell_order_and_weights(tiny: Base) -> None:
+def test_digests_tell_targets_and_weights(tiny: Base) -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     one = inject({"m": model}, {"m": (r"0", r"1")}, 2, 2, 0)
     digest = one.weights_digest()
@@ -93,6 +93,7 @@ def test_digests_tell_order_and_weights(tiny: Base) -> None:
     assert one.weights_digest() != digest
     two = inject({"m": nn.Sequential(nn.Linear(32, 32))}, {"m": (r"0",)}, 2, 2, 0)
     assert one.targets_digest() != two.targets_digest()
+    assert digest_names(["a", "b"]) != digest_names(["b", "a"])
 
 
 def test_order_is_of_names_not_of_modules() -> None:

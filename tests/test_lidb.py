@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -123,3 +125,12 @@ def test_relaxed_equals_its_source_and_can_learn() -> None:
     assert (lidb.delta() - before).abs().max() < 1e-6
     lidb(torch.randn(1, 3, M)).pow(2).sum().backward()
     assert free.grad is not None and (free.grad.abs().amax((0, 1)) > 1e-4).all()
+
+
+def test_every_rank_starts_in_a_direction_of_its_own() -> None:
+    """And theta_0 stays what it is: hypernetworks add to it, and no file holds it."""
+    down = first_theta(2, A, B, 4).down
+    torch.testing.assert_close(down @ down.mT, torch.eye(4).expand(1, 2, 4, 4), atol=1e-6, rtol=0)
+    assert torch.equal(relax(first_theta(2, A, B), 4).down, down)
+    first = torch.tensor([math.cos((k + 0.5) * math.pi / A) for k in range(A)]) / math.sqrt(A / 2)
+    torch.testing.assert_close(down[0, 0, 0], first)

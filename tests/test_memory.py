@@ -28,6 +28,7 @@ from hdbcli.memory import (
     describe,
     enough,
     estimate,
+    free_memory,
     free_ram,
     measure,
     run_within,
@@ -124,6 +125,11 @@ def test_several_processes_keep_to_one_plan(monkeypatch: pytest.MonkeyPatch) -> 
     plenty, little = (choose(TINY, "cpu", "auto", NEW, free) for free in (8 * GIGABYTE, 1))
     assert plenty.plan == little.plan == NORMAL and plenty.smaller == little.smaller == ()
     assert choose(TINY, "cpu", "low", NEW, 1).plan.name == "nf4"
+
+
+def test_free_memory_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3, 8))
+    assert free_memory("cuda:0") == 3
 
 
 def test_free_ram_knows_containers(tmp_path: Path) -> None:

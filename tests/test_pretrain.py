@@ -180,7 +180,9 @@ def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
     result = hdb(*words)
     assert result.exit_code == 0, result.stderr
     assert "step 3/3" in result.stderr and result.stdout.strip() == str(out)
-    first = load_file(out)
+    first, kept = load_file(out), load_file(tmp_path / "h-checkpoint.safetensors")
+    assert all(torch.equal(first[k], kept[f"average.{k}"].half()) for k in first)
+    assert any((kept[f"average.{k}"] != kept[f"parameter.{k}"]).any() for k in first)
     out.unlink()
     assert hdb(*words).exit_code == 0  # from its checkpoint
     again = load_file(out)

@@ -16,6 +16,7 @@ from hdbcli import objective
 from hdbcli.base import Base, load_base
 from hdbcli.config import RefineConfig
 from hdbcli.lidb import LiDBLinear, Theta
+from hdbcli.likeness_loss import likeness_loss
 from hdbcli.memory import NORMAL, PLANS, MemoryPlan
 from hdbcli.refine import lidb_trial, portrait_loss, refine, train
 from registry.families import FAMILIES
@@ -148,3 +149,21 @@ def test_quantised_layers_wear_identities() -> None:
     kinds = {type(layer.base).__name__ for layer in base.injected.layers.values()}
     assert kinds == {"Linear4bit"} and not base.notes
     assert all(isinstance(layer, LiDBLinear) for layer in base.injected.layers.values())
+
+
+def test_likeness_has_its_weight_whole_or_in_parts(tiny: Base) -> None:
+    generator = torch.Generator().manual_seed(0)
+    count = 2 * objective.DRAWS
+    prompts = [tiny.prompt("a [V] face")] * count
+    noise = torch.randn((count, 16, 16, 16), generator=generator)
+    true = torch.rand((count, 3, 128, 128), generator=generator)
+    traits = torch.randn((count, 128), generator=generator)
+    first = tiny.first_theta(people=2)
+    theta = Theta(first.down, 0.2 * torch.randn(first.up.shape, generator=generator))
+    portraits = objective.Portraits(prompts, noise, true, traits)
+    with torch.no_grad(), tiny.injected.wearing(None):
+        far = likeness_loss(tiny, theta, prompts, noise, true, traits, "fp32").mean()
+        for plan in (NORMAL, PLANS[2]):
+            jobs = objective.likeness_jobs(replace(tiny, plan=plan), portraits, 2, 3.0, "fp32")
+            assert len(jobs) == (1 if plan == NORMAL else 2)
+            torch.testing.assert_close(sum(job(theta[some]) for some, job in jobs), 3 * far)

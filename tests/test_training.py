@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hdbcli.device import make_optimizer
 from registry.errors import RegistryError
-from registry.training import Plan, fit
+from registry.training import Plan, averages_of, fit
 
 PLAN = Plan(steps=12, lr=1e-2, warmup=3, average=0.9, checkpoint_seconds=0.0)
 
@@ -67,3 +67,22 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
         next(fit(parameters, loss, optimizer, PLAN, None, path))
     path.unlink()
     assert next(fit(parameters, loss, optimizer, PLAN, None, path)).number == 1
+
+
+def test_a_step_is_the_rate_times_the_clipped_gradient() -> None:
+    weight = torch.zeros(2, requires_grad=True)
+    plan = Plan(steps=4, lr=0.1, warmup=2, decay=0.5, average=0.4)
+    averages = averages_of({"w": weight})
+    optimizer = torch.optim.SGD([weight], lr=9.0)
+    now = mean = torch.zeros(2)
+
+    def loss(_: torch.Generator) -> Tensor:
+        return weight @ torch.tensor([3.0, 4.0])
+
+    for step in fit({"w": weight}, loss, optimizer, plan, averages):
+        rate = 0.1 * min(1, step.number / 2) * (1 - (step.number - 1) / 4) ** 0.5
+        now = now - rate * torch.tensor([0.6, 0.8])  # of length 1
+        keep = min(0.4, step.number / (step.number + 9))
+        mean = keep * mean + (1 - keep) * now
+        torch.testing.assert_close(weight.detach(), now)
+        torch.testing.assert_close(averages["w"], mean)

@@ -13,10 +13,13 @@ from commands import hdb
 from PIL import Image
 
 from hdbcli.base import Base
+from hdbcli.config import CAPTIONS, PORTRAIT
 from hdbcli.create import describe
 from hdbcli.errors import HdbError
 from hdbcli.identity import save
 from hdbcli.lidb import Theta
+from hdbcli.relax import stack
+from hdbcli.sample import generate
 from hdbcli.walk import COLUMNS, ROWS, SEED, walk, weights_of
 from registry import store
 from registry.diffusion import StableDiffusion
@@ -132,3 +135,18 @@ def test_what_cannot_be_shown_is_told_and_nothing_is_written(people: None, tmp_p
         assert result.stderr.startswith("error: ") and not result.stdout
     assert store.names() == ["alice", "bob", "carol"] and not list(tmp_path.glob("*.png"))
     assert len(list(store.folder().iterdir())) == 3
+
+
+def test_every_pass_has_its_own_people_and_prompts(
+    tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worn = stack([random_theta(tiny, seed, 2) for seed in range(3)])
+    prompts, settings = (PORTRAIT, CAPTIONS[1], CAPTIONS[2]), SampleSettings(steps=STEPS)
+
+    def drawn() -> np.ndarray:
+        pictures = generate(tiny, worn, prompts, [0] * 3, settings, lambda *_: None)
+        return np.stack([picture.image for picture in pictures]).astype(int)
+
+    whole = drawn()
+    monkeypatch.setattr("hdbcli.sample._at_once", lambda _: 2)
+    assert abs(drawn() - whole).max() <= 1 < abs(whole[2] - whole[0]).max()

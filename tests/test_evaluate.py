@@ -1,0 +1,78 @@
+"""What a hypernetwork and an identity are judged on: the photo that nothing has read, and pictures
+of the right person."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hdbcli.base import Base, load_predictor
+from hdbcli.create import crop_photos, likeness_of
+from hdbcli.evaluate import _interval, evaluate
+from hdbcli.lidb import Theta
+from hdbcli.people import read_people
+from hdbcli.sample import Picture
+from hdbcli.score import _drift, score
+from hdbcli.tokens import Tokens, own_tokens
+from registry.spec import SampleSettings
+
+HELD_OUT = Path(__file__).parent / "data/heldout"
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+def test_a_hypernetwork_is_tested_on_the_photo_that_was_not_read(
+    tiny: Base, tmp_path: Path
+) -> None:
+    for folder in sorted(HELD_OUT.iterdir())[:4]:
+        shutil.copytree(folder, tmp_path / folder.name)
+    read = read_people(tmp_path, tiny.spec, "*", False, quiet)
+    (a, b), (c, d), *rest = read.members
+    mixed = replace(read, members=((a, d), (c, b), *rest))  # two have each other's second photo
+    model, _ = load_predictor(tiny)
+    right, wrong = (evaluate(tiny, model, each, 0, quiet) for each in (read, mixed))
+    assert right.own < right.another and right.own != wrong.own
+    assert right.other_photo.top1 == 1.0 and wrong.other_photo.top1 == 0.5
+    assert right.portraits.auc > wrong.portraits.auc
+
+
+def test_the_interval_is_of_a_mean() -> None:
+    found = _interval(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert (found.mean, found.low, found.high) == pytest.approx((2.5, 1.23484, 3.76516), abs=1e-4)
+
+
+def test_likeness_is_of_the_identity_beside_the_base(
+    tiny: Base, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (crop,) = crop_photos([astronaut], tiny.spec, None, quiet)
+    drawn = {True: [crop.image] * 4, False: [np.ascontiguousarray(crop.image[::-1])] * 4}
+    monkeypatch.setattr("hdbcli.score._draw", lambda _, worn, *__: drawn[worn is not None])
+    like = score(tiny, tiny.first_theta(), [crop], {}, quiet).likeness
+    assert like and like.portraits > 0.99 > 0.9 > like.floor
+    pictures = {worn: [Picture(image, 1) for image in row] for worn, row in drawn.items()}
+    monkeypatch.setattr("hdbcli.sample.generate", lambda _, worn, *__: pictures[worn is not None])
+    mine, floor = likeness_of(tiny, tiny.first_theta(), [crop], quiet)
+    assert mine > 0.99 > 0.9 > floor
+
+
+def test_drift_is_of_pictures_that_the_person_is_not_in(
+    tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hdbcli.score.SampleSettings", partial(SampleSettings, steps=2))
+    word = own_tokens(tiny.backbone, tiny.spec.identifier, 1)  # changes nothing without [V]
+    noise = torch.randn(word.vectors[0].shape, generator=torch.Generator().manual_seed(0))
+    changed = Tokens(word.word, (word.vectors[0] + noise,))
+    assert _drift(tiny, changed, quiet) == 0 < _drift(tiny, _theta(tiny), quiet)
+
+
+def _theta(base: Base) -> Theta:
+    first = base.first_theta()
+    return replace(first, up=first.up + 0.1)
