@@ -89,8 +89,7 @@ class Base:
 
     @torch.no_grad()
     def through_autoencoder(self, crops: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Encode and decode uint8 crops (S, S, 3), one at a time: the best that the base could
-        draw."""
+        """Encode and decode uint8 crops (S, S, 3), one at a time: what latents keep of them."""
         latents = (self.backbone.encode_images(self.images([crop])) for crop in crops)
         return [self.backbone.decode_latents(each)[0] for each in latents]
 
