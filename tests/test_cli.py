@@ -132,8 +132,9 @@ def test_gen_schedulers_negative_and_size(alice: Path, tmp_path: Path) -> None:
     ok(*base, tmp_path / "b.png", "--scheduler", "euler-a")
     ok(*base, tmp_path / "c.png", "--negative", "bark skin")
     ok(*base, tmp_path / "d.png", "--size", 192)
-    a, b, c, d = (np.asarray(Image.open(tmp_path / f"{x}.png")) for x in "abcd")
-    assert not (a == b).all() and not (a == c).all() and d.shape == (192, 192, 3)
+    ok(*base, tmp_path / "g.png", "--guidance", 6)
+    a, b, c, d, g = (np.asarray(Image.open(tmp_path / f"{x}.png")) for x in "abcdg")
+    assert not any((a == other).all() for other in (b, c, g)) and d.shape == (192, 192, 3)
     refused(*base, tmp_path / "e.png", "--scheduler", "nope", says="ddim, dpm++")
     refused(*base, tmp_path / "e.png", "--size", 65, says="multiple of 32")
 

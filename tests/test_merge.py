@@ -321,7 +321,7 @@ def test_a_merged_model_is_added_and_draws_the_same(
     ok("base", "add", "folder", tmp_path / "folder")
     ok("merge", "alice=0", "--base", "one", "--out", tmp_path / "unpacked")
     ok("base", "add", "unpacked", tmp_path / "unpacked")
-    words = ["a [V] face", "-n", 1, "--seed", 0, "--steps", 3]
+    words = ["a [V] face", "-n", 1, "--seed", 0, "--steps", 3, "--negative", "bark skin"]
     ok("gen", "alice", *words, "--strength", 3, "-o", tmp_path / "worn.png")
     worn = picture(tmp_path / "worn.png")
     for base in ("folder", "one", "unpacked", "plain"):

@@ -204,6 +204,24 @@ def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1 and "two people" in result.stderr
 
 
+def test_captions_and_prior_reach_a_training(people: Path, tmp_path: Path) -> None:
+    for folder in people.iterdir():
+        shutil.copy(folder / "photo-1.jpg", folder / "pixar.jpg")
+        (folder / "pixar.txt").write_text("A Pixar character of a [V] face")
+    words = ["--steps", 1, "--batch", 4, "--lr", 0.1, "--held-out", 0]
+
+    def trained(name: str, *more: object) -> dict[str, Tensor]:
+        out = tmp_path / f"{name}.safetensors"
+        result = hdb("train", "hypernetwork", people, "--out", out, *words, *more)
+        assert result.exit_code == 0, result.stderr
+        return load_file(out)
+
+    captioned, photos = trained("a"), trained("b", "--pattern", "photo-*")
+    alone = trained("c", "--prior", 0)
+    for other in (photos, alone):
+        assert any((captioned[k] != other[k]).any() for k in captioned)
+
+
 def test_a_run_is_watched_on_people_held_out(tmp_path: Path) -> None:
     for folder in sorted(HELD_OUT.iterdir())[:20]:
         shutil.copytree(folder, tmp_path / "people" / folder.name)
