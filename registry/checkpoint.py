@@ -34,6 +34,10 @@ PREFIXES = {UNET: "unet", VAE: "vae", **_TEXT, **_REFINER}
 _SD2 = LAYOUTS["sd2"].text["text_encoder"]
 UNUSED = f"{_SD2.prefix}transformer.resblocks.{_SD2.layers}."  # Stable Diffusion 2.x stops before
 
+# Empty tensors by which single files, and ComfyUI, tell what a UNet was trained for.
+PREDICTS_V = "v_pred"
+ZERO_SNR = "ztsnr"  # its noise goes to the very end
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -83,7 +87,7 @@ def _read_single(path: Path) -> Checkpoint:
             components.setdefault(PREFIXES[prefix], {})[name.removeprefix(prefix)] = info
     if not components:  # for whoever asks what this is
         components[""] = header.tensors
-    told = {"modelspec.prediction_type": "v"} if "v_pred" in header.tensors else {}
+    told = {"modelspec.prediction_type": "v"} if PREDICTS_V in header.tensors else {}
     return Checkpoint(path, components, (path,), {**told, **header.metadata})
 
 

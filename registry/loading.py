@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from registry.checkpoint import LARGEST, WEIGHTS, variant_of, weight_files
+from registry.checkpoint import LARGEST, WEIGHTS, ZERO_SNR, variant_of, weight_files
 from registry.diffusion import StableDiffusion, last_states
 from registry.errors import RegistryError
 from registry.header import read_header
@@ -23,8 +23,6 @@ from registry.tensors import read_floats
 
 if TYPE_CHECKING:
     from registry.families import Family
-
-ZERO_SNR = "ztsnr"  # an empty tensor of this name says that noise goes to the very end
 
 # It warns, as soon as diffusers imports it, of kernels that it looked for on the network.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
