@@ -21,7 +21,7 @@ from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta
 from hdbcli.readers import Reading, replay
 from registry.errors import RegistryError
-from registry.ldm import LAYOUTS, architecture_of
+from registry.ldm import LAYOUTS, architecture_of, original_layer
 from registry.settings import predicts
 from registry.store import write_beside
 from registry.tensors import save_tensors
@@ -100,6 +100,9 @@ def stem_names(base: Base, form: str) -> dict[str, str]:
     stems: dict[str, str] = {}
     for name in base.injected.layers:
         component, _, path = name.partition(".")
+        if component == "unet" and base.spec.family == "sdxl":
+            # kohya trains that in the original code, whose names its scripts know alone.
+            path = original_layer("sdxl", path) or path
         flat = f"lora_{shorts.get(component, component)}_{path.replace('.', '_')}"
         stem = name if form == "diffusers" else flat
         if stem in stems.values():

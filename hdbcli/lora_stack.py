@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from hdbcli.base import Base
 from hdbcli.errors import HdbError
-from hdbcli.inject import canonical
 from hdbcli.lidb import LiDBLinear
 from hdbcli.readers import COMFY
-from registry.errors import RegistryError
 from registry.foreign import lora_style
 from registry.header import SHA256, Header, read_header
-from registry.ldm import LAYOUTS, UNET, rename
+from registry.ldm import original_layer
+from registry.tensors import canonical
 
 LARGEST = 2**34  # bytes of a file; a LoRA of Stable Diffusion XL has up to 2e9
 SHORTS = {"unet": ("unet",), "text_encoder": ("te", "te1"), "text_encoder_2": ("te2",)}
@@ -149,21 +148,9 @@ def _names(family: str, component: str, path: str) -> Iterator[str]:
         old = re.sub(r"\.to_out\.0$", ".to_out", path).replace(".to_", ".processor.to_")
         yield f"unet.{old}"
         yield old
-        original = _original(family, path)
+        original = original_layer(family, path)
         if original:  # kohya trains Stable Diffusion XL in the original code
             yield f"lora_unet_{original.replace('.', '_')}"
-
-
-def _original(family: str, path: str) -> str | None:
-    """Name a layer of the UNet as the original network does, None where that has none."""
-    layout = LAYOUTS.get(family)
-    if layout is None:
-        return None
-    try:
-        place = rename("unet", f"{path}.weight", layout)
-    except RegistryError:
-        return None
-    return place.key.removeprefix(UNET).removesuffix(".weight") if place else None
 
 
 def _add(base: Base, lora: Lora, layers: Mapping[str, Layer]) -> Stacked:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hdbcli.base import Base
-from hdbcli.inject import canonical
 from registry.ldm import unet_name
+from registry.tensors import canonical
 
 # Transformer blocks at each level of a UNet in Stable Diffusion's layout; two layers a level.
 DEPTHS = {"Stable Diffusion 1.x or 2.x": (1, 1, 1, 0), "Stable Diffusion XL": (0, 2, 10)}
@@ -65,7 +65,9 @@ def comfyui(base: Base, tensors: Mapping[str, Tensor]) -> Reading:
         if component == "unet":
             if _block(path) in ldm_blocks(layout):
                 old = re.sub(r"\.to_out\.0$", ".to_out", path).replace(".to_", ".processor.to_")
-                known |= dict.fromkeys((f"lora_unet_{_flat(path)}", f"unet.{old}", old), target)
+                own = f"lora_unet_{_flat(_ldm_path(path, layout))}"
+                names = (f"lora_unet_{_flat(path)}", own, f"unet.{old}", old)
+                known |= dict.fromkeys(names, target)
         else:
             shorts = ("te2",) if component == "text_encoder_2" else ("te", "te1")
             known |= {f"lora_{short}_{_flat(path)}": target for short in shorts}
@@ -96,6 +98,7 @@ def a1111(base: Base, tensors: Mapping[str, Tensor]) -> Reading:
     def locate(key: str) -> tuple[str, str] | None:
         stem, dot, rest = key.partition(".")
         target = layers.get(_compvis(stem, second))
+        target = target or layers.get(stem.replace("lora_unet", "diffusion_model"))
         part = KOHYA.get(dot + rest)
         return (target, part) if target and part else None
 
@@ -120,8 +123,16 @@ def invokeai(base: Base, tensors: Mapping[str, Tensor]) -> Reading:
     components = {"lora_unet_": "unet", f"lora_{short}_": "text_encoder"}
     components |= {"lora_te2_": "text_encoder_2"} if short == "te1" else {}
 
+    blocks = ldm_blocks(DEPTHS["Stable Diffusion XL"]) if width == 2048 else {}
+    renamed = {
+        f"lora_unet_{_flat(original)}_": f"lora_unet_{_flat(block)}_"
+        for block, original in blocks.items()
+    }
+
     def locate(key: str) -> tuple[str, str] | None:
         stem, dot, rest = key.partition(".")
+        for original, block in renamed.items():
+            stem = stem.replace(original, block)
         for prefix, component in components.items():
             path = _walk(paths[component], stem.removeprefix(prefix))
             target = f"{component}.{path}"
@@ -222,14 +233,18 @@ def _compvis(stem: str, second: bool) -> str:
 def _ldm_name(component: str, path: str, layout: Sequence[int], second: bool) -> str:
     """Name a target as the original network does, flattened."""
     if component == "unet":
-        block = _block(path)
-        original = ldm_blocks(layout).get(block, block)
-        return f"diffusion_model_{_flat(original + path.removeprefix(block))}"
+        return f"diffusion_model_{_flat(_ldm_path(path, layout))}"
     place = {"text_encoder": "0_", "text_encoder_2": "1_"}[component] if max(layout) > 1 else ""
     if second or component == "text_encoder_2":
         path = path.removeprefix("text_model.encoder.layers.").replace("self_attn", "attn")
         return f"{place}model_transformer_resblocks_{_flat(path)}"
     return f"{place}transformer_{_flat(path)}"
+
+
+def _ldm_path(path: str, layout: Sequence[int]) -> str:
+    """Name a target of the UNet as the original network does."""
+    block = _block(path)
+    return ldm_blocks(layout).get(block, block) + path.removeprefix(block)
 
 
 def _block(path: str) -> str:

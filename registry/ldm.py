@@ -167,6 +167,17 @@ def unet_name(block: str) -> str:
     return _unet(f"{block}.", LAYOUTS["sd1"]).removesuffix(".")
 
 
+def original_layer(family: str, path: str) -> str | None:
+    """Name a layer of the UNet as the original network does, None where that has none."""
+    layout = LAYOUTS.get(family)
+    if layout is None:
+        return None
+    try:
+        return _unet(f"{path}.weight", layout).removesuffix(".weight")
+    except RegistryError:
+        return None
+
+
 def _unet(key: str, layout: Layout) -> str:
     block = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", key)
     if block:

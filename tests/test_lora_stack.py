@@ -28,6 +28,7 @@ from hdbcli.lidb import Theta
 from registry import store
 from registry.diffusion import _scheduler
 from registry.families import CONFIGS
+from registry.ldm import original_layer
 from registry.plugins import load_registry
 from registry.spec import SampleSettings
 from registry.tiny import WEIGHTS
@@ -185,7 +186,7 @@ def test_diffusers_reads_the_same_names_of_the_original_network() -> None:
     paths = [path for path in paths if ".attentions." in path]  # what it maps in every version
     kohya = {}
     for path in paths:
-        original = lora_stack._original("sdxl", path)
+        original = original_layer("sdxl", path)
         assert original
         key = f"lora_unet_{original.replace('.', '_')}.alpha"
         kohya[key] = f"lora_unet_{path.replace('.', '_')}.alpha"

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -32,9 +33,13 @@ from hdbcli.lidb import Theta, first_theta
 from hdbcli.readers import a1111, comfyui, invokeai, layout_of, replay
 from registry import store
 from registry.diffusion import StableDiffusion
-from registry.loading import quiet
+from registry.families import FAMILIES
+from registry.loading import load_folder, quiet
 from registry.plugins import load_registry
 from registry.tiny import WEIGHTS
+
+if TYPE_CHECKING:
+    from cutdown import Narrow
 
 Tensors = dict[str, Tensor]
 XL = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
@@ -205,11 +210,33 @@ def test_the_readers_know_stable_diffusion_2_and_xl(context: int) -> None:
         components["text_encoder_2"] = text_encoder_of(3)
         more["text_encoder_2"] = load_registry().get("tiny").targets["text_encoder"]
     base = injected_into(SimpleNamespace(components=components), more)
-    tensors = export_tensors(base, random_theta(base), "kohya", "fp16")
-    assert layout_of(base) == ((0, 2, 10) if context == 2048 else (1, 1, 1, 0))
-    readings = replay(base, tensors)
-    assert all(reading.ok for reading in readings), readings
-    assert any("lora_te2_" in key for key in tensors) == (context == 2048)
+    xl = context == 2048
+    assert layout_of(base) == ((0, 2, 10) if xl else (1, 1, 1, 0))
+    for family in ("sd2", "sdxl") if xl else ("sd2",):  # names of both codes are read
+        own = replace(base, spec=replace(base.spec, family=family))
+        tensors = export_tensors(own, random_theta(own), "kohya", "fp16")
+        assert any("input_blocks" in key for key in tensors) == (family == "sdxl")
+        assert any("lora_te2_" in key for key in tensors) == xl
+        readings = replay(own, tensors)
+        assert all(reading.ok for reading in readings), readings
+
+
+def test_every_reader_maps_xl_by_the_names_of_the_original_code(narrow: Narrow) -> None:
+    def xl() -> Base:
+        spec = replace(load_registry().get("tiny"), name="xl", family="sdxl", a=16, b=8)
+        spec = replace(spec, targets=FAMILIES["sdxl"].targets)
+        backbone = load_folder(narrow.folder("sdxl"), "cpu", "float32", True)
+        injected = inject(backbone.components, spec.targets, spec.a, spec.b, spec.basis_seed)
+        return Base(spec, backbone, injected, "cpu")
+
+    base = xl()
+    theta = random_theta(base)
+    tensors = export_tensors(base, theta, "kohya", "fp32")
+    assert "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.alpha" in tensors
+    assert not any("attentions" in key for key in tensors)
+    readings = read_by_all(xl(), theta, tensors)
+    assert [r.reader for r in readings[:2]] == ["diffusers fp32", "diffusers fp16"]
+    assert all(reading.ok for reading in readings[:2]), readings
 
 
 def test_names_that_collide_are_refused(small: Base) -> None:
