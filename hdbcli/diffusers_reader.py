@@ -15,10 +15,11 @@ from torch import Tensor
 
 from hdbcli.base import Base
 from hdbcli.errors import HdbError
-from hdbcli.inject import canonical, eject
+from hdbcli.inject import eject
 from hdbcli.lidb import Theta
 from hdbcli.readers import Reading
 from registry.loading import quiet
+from registry.tensors import canonical
 
 RUNS_IN = {"fp32": torch.float32, "fp16": torch.float16}
 # Largest |delta - U D| / (|U| |D|): what rounding in a format, of file or pipeline, can do.

@@ -46,7 +46,7 @@ class Evaluation:
     base_minus_own: Interval
     another_minus_own: Interval
     portraits: Retrieval
-    refined: Retrieval | None  # the first `refined_people` among themselves
+    refined: Retrieval | None  # the first `refined_people`, among all
     refined_people: int
     other_photo: Retrieval
     autoencoded: Retrieval
@@ -76,7 +76,7 @@ def evaluate(
     more = None
     if refined:
         final = refine_all(base, theta[:refined], first[:refined], tell)
-        more = _retrieval_of(base, final, gallery[:refined], tell)
+        more = _retrieval_of(base, final, gallery, tell)
     return Evaluation(
         people=len(people.names),
         own=float(own.mean()),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hdbcli import basis
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Factors, LiDBLinear, Theta
+from registry.tensors import canonical
 
 
 @dataclass(frozen=True)
@@ -163,15 +164,6 @@ def in_order(names: Iterable[str], targets: Mapping[str, tuple[str, ...]]) -> li
         return components.index(component), parts
 
     return sorted(names, key=key)
-
-
-def canonical(component: str, path: str) -> str:
-    """Name a module so that the name lasts: newer transformers dropped `text_model.` from CLIP's
-    paths."""
-    own = path.startswith(("text_model.", "text_projection"))
-    if component.startswith("text_encoder") and not own:
-        return f"text_model.{path}"
-    return path
 
 
 def _set(root: nn.Module, path: str, module: nn.Module) -> None:

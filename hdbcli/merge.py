@@ -16,12 +16,12 @@ from torch import Tensor
 
 from hdbcli import basis
 from hdbcli.errors import HdbError
-from hdbcli.inject import canonical
 from hdbcli.lidb import Theta
 from hdbcli.places import DTYPES, Checkpoint, Place, tensor_of
 from hdbcli.stream import Item, copy_bytes
 from registry.header import TensorInfo
 from registry.ldm import Renamed, layout_of, rename
+from registry.tensors import canonical
 
 ROWS = 1024  # of a weight, computed at a time
 CASTS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}

@@ -11,11 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from hdbcli.config import Tell
 from hdbcli.errors import HdbError
-from hdbcli.inject import canonical
 from hdbcli.merge import Merge
 from hdbcli.places import DTYPES, Checkpoint, open_checkpoint
 from hdbcli.stream import Item, write_tensors
@@ -24,7 +21,6 @@ from registry.ldm import architecture_of
 from registry.settings import predicts
 from registry.spec import BaseSpec
 from registry.store import write_beside
-from registry.tensors import save_tensors
 
 FORMATS = ("diffusers", "single-file")
 MODEL_SPEC = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -151,9 +147,6 @@ def with_files(spec: BaseSpec, form: str) -> Iterator[BaseSpec]:
             raise HdbError(
                 f"base model {spec.name} wrote no model_index.json; ask who made its plug-in"
             )
-        for file in Path(folder).glob("text_encoder*/model.safetensors"):
-            tensors = {canonical(file.parent.name, k): v for k, v in load_file(file).items()}
-            save_tensors(tensors, file, {"format": "pt"})  # by names that old readers know too
         yield replace(spec, files=Path(folder))
 
 

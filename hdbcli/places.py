@@ -15,12 +15,13 @@ from torch import Tensor
 
 from hdbcli.basis import Fingerprint, fingerprint
 from hdbcli.errors import HdbError
-from hdbcli.inject import canonical, digest_names, digest_weights, in_order, matches
+from hdbcli.inject import digest_names, digest_weights, in_order, matches
 from registry.checkpoint import WEIGHTS, weight_files
 from registry.errors import RegistryError
 from registry.header import Header, TensorInfo, read_header
 from registry.ldm import layout_of, linear_layers
 from registry.spec import BaseSpec
+from registry.tensors import canonical
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LARGEST = 2**40  # bytes of a file

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hdbcli.inject import canonical, find_targets
+from hdbcli.inject import find_targets
 from hdbcli.stream import Item, write_tensors
 from registry.families import FAMILIES, Family
 from registry.ldm import layout_of, rename
+from registry.tensors import canonical
 
 SIZE = 0.02  # standard deviation of the weights
 

@@ -223,7 +223,7 @@ def show_evaluation(result: Evaluation) -> None:
         ("ceiling: that photo through the autoencoder", result.autoencoded),
     ]
     if result.refined:
-        among = f", {result.refined_people} people among themselves"
+        among = f", the first {result.refined_people} people"
         among = "" if result.refined_people == result.people else among
         rows.insert(1, (f"portrait, refined theta{among}", result.refined))
     cells = [(name, f"{r.top1:.0%}", f"{r.top5:.0%}", f"{r.auc:.3f}") for name, r in rows]

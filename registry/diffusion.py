@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from registry.errors import RegistryError
 from registry.spec import SampleSettings
+from registry.tensors import canonical, save_tensors
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -265,6 +267,9 @@ class StableDiffusion:
 
     def save(self, folder: Path) -> None:
         self.pipeline.save_pretrained(folder)
+        for file in folder.glob("text_encoder*/model.safetensors"):
+            tensors = {canonical(file.parent.name, k): v for k, v in load_file(file).items()}
+            save_tensors(tensors, file, {"format": "pt"})  # by names that old readers know too
 
     def _noise(self, side: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Draw what each picture starts from, in float32, so that a seed means the same in every

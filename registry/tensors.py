@@ -22,6 +22,15 @@ FLOATS = {
 }
 
 
+def canonical(component: str, path: str) -> str:
+    """Name a module so that the name lasts: newer transformers dropped `text_model.` from CLIP's
+    paths."""
+    own = path.startswith(("text_model.", "text_projection"))
+    if component.startswith("text_encoder") and not own:
+        return f"text_model.{path}"
+    return path
+
+
 def read_floats(files: Sequence[Path], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors whose names start with `prefix`, as `dtype`; RegistryError for what is no
     float."""

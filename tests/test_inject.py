@@ -8,8 +8,9 @@ from torch import nn
 
 from hdbcli.base import Base
 from hdbcli.errors import HdbError
-from hdbcli.inject import canonical, digest_names, eject, find_targets, in_order, inject
+from hdbcli.inject import digest_names, eject, find_targets, in_order, inject
 from hdbcli.lidb import LiDBLinear, Theta, first_theta
+from registry.tensors import canonical
 
 
 def random_theta(base: Base, batch: int) -> Theta:

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from hdbcli import merge_out
 from hdbcli.basis import down_basis, up_basis
 from hdbcli.errors import HdbError
-from hdbcli.inject import canonical
 from hdbcli.lidb import Theta, first_theta
 from hdbcli.merge import Merge
 from hdbcli.places import Checkpoint, open_checkpoint
@@ -31,6 +30,7 @@ from registry.ldm import layout_of, rename
 from registry.plugins import load_registry
 from registry.settings import Added
 from registry.spec import BaseSpec
+from registry.tensors import canonical
 
 if TYPE_CHECKING:
     from cutdown import Narrow

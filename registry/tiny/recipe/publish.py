@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from registry.errors import RegistryError
-from registry.tensors import save_tensors
+from registry.tensors import canonical, save_tensors
 
 LIMIT = 40_000_000  # bytes of everything under weights/
 
@@ -27,7 +27,7 @@ def publish(build: Path, weights: Path) -> int:
     shutil.copytree(source, beside)
     shutil.copytree(build / "vae", beside / "vae", dirs_exist_ok=True)  # its decoder trains on
     for file in beside.rglob("*.safetensors"):
-        tensors = {_canonical(file, k): v for k, v in load_file(file).items()}
+        tensors = {canonical(file.parent.name, k): v for k, v in load_file(file).items()}
         half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
         save_tensors(half, file, {"format": "pt"})
     for file in beside.rglob("config.json"):
@@ -45,14 +45,6 @@ def publish(build: Path, weights: Path) -> int:
     shutil.rmtree(weights, ignore_errors=True)
     beside.rename(weights)
     return size
-
-
-def _canonical(file: Path, key: str) -> str:
-    """Keep `text_model.` in the text encoder's names: newer transformers drop it, older ones need
-    it."""
-    if file.parent.name == "text_encoder" and not key.startswith("text_model."):
-        return f"text_model.{key}"
-    return key
 
 
 def check_finite(weights: Path) -> None:
