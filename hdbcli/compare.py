@@ -20,13 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hdbcli import __version__
+from hdbcli import __version__, style_prior
 from hdbcli.base import Base, Worn
 from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, RefineConfig, Tell, unnamed
 from hdbcli.contenders import Contender, entered
 from hdbcli.errors import HdbError
 from hdbcli.faces import embed
 from hdbcli.hypernet import HyperNetwork
+from hdbcli.likeness_loss import CONTRAST
 from hdbcli.people import People
 from hdbcli.refine import Trial, train, weight_of
 from hdbcli.sample import Picture, generate
@@ -91,6 +92,8 @@ def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
         persons = range(start, min(start + contender.at_once, people))
         weight = weight_of(arena.base.spec, contender.likeness)
         settings = f"{contender.name}-{contender.steps}-{contender.lr:g}-{weight:g}"
+        if weight and contender.steps:  # what another loss made is not taken for its own
+            settings += f"-{CONTRAST:g}-{style_prior.WEIGHT:g}"
         stem = f"{settings}-{key}-{start:04d}-{len(persons)}"
         groups.append(_group(arena, contender, persons, folder / f"{stem}.safetensors"))
     return _joined(groups)

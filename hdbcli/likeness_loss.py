@@ -70,7 +70,7 @@ def portrait_likeness(
     noise.
     """
     check_drafts(base)
-    shape = base.backbone.encode_images(faces[0].crops[:1]).shape[1:]
+    shape = latent_shape(base, faces)
 
     def loss(generator: torch.Generator, batch: int, turn: int) -> Tensor:
         count = max(1, batch // SHARE)
@@ -91,9 +91,15 @@ def portrait_likeness(
     return loss
 
 
+def latent_shape(base: Base, faces: Sequence[Faces]) -> torch.Size:
+    """Return the shape (c, h, w) of the latents that a picture like these has."""
+    return base.backbone.encode_images(faces[0].crops[:1]).shape[1:]
+
+
 def drafts(batch: int) -> int:
-    """Return how many passes of one sample such a step keeps for its gradient."""
-    return max(1, batch // SHARE) * KEPT
+    """Return how many passes of one sample such a step keeps for its gradient, with that of the
+    style prior."""
+    return max(1, batch // SHARE) * KEPT + 1
 
 
 def check_drafts(base: Base) -> Drafting:

@@ -23,6 +23,7 @@ from hdbcli.hypernet import Faces
 from hdbcli.lidb import Factors, Theta, pack, unpack
 from hdbcli.likeness_loss import portrait_likeness
 from hdbcli.objective import Samples
+from hdbcli.style_prior import style_prior
 from registry.spec import BaseSpec
 from registry.training import Plan, Step, closing, fit
 
@@ -103,8 +104,9 @@ def weight_of(spec: BaseSpec, likeness: float | None) -> float:
 
 
 def with_likeness(base: Base, trial: Trial, faces: Sequence[Faces], weight: float | None) -> Trial:
-    """Let a trial of thetas or plain factors learn from what it draws too; None weighs that as the
-    base's spec says, which may be 0: then the trial stays what it was."""
+    """Let a trial of thetas or plain factors learn from what it draws too, and keep styles as they
+    are; None weighs likeness as the base's spec says, which may be 0: then the trial stays what it
+    was."""
     weight = weight_of(base.spec, weight)
     if not weight:
         return trial
@@ -114,7 +116,13 @@ def with_likeness(base: Base, trial: Trial, faces: Sequence[Faces], weight: floa
         assert isinstance(theta, Theta | Factors)
         return theta
 
-    return replace(trial, beside=portrait_likeness(base, worn, faces, weight))
+    likeness = portrait_likeness(base, worn, faces, weight)
+    prior = style_prior(base, worn, faces)
+
+    def both(generator: torch.Generator, batch: int, turn: int) -> Tensor:
+        return likeness(generator, batch, turn) + prior(generator, turn)
+
+    return replace(trial, beside=both)
 
 
 def train(

@@ -52,20 +52,22 @@ def test_tuning_takes_the_rate_that_ends_most_alike(
     assert chosen.lr == lora.lr * RATES[2]
 
 
-def test_records_rest_on_the_hypernetwork_that_predicted(
+def test_records_rest_on_what_predicted_and_on_the_loss(
     tiny: Base, two: People, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kept: list[str] = []
     monkeypatch.setattr("hdbcli.compare._plain", lambda *_: None)
     monkeypatch.setattr("hdbcli.compare._group", lambda *words: kept.append(words[3].name))
     monkeypatch.setattr("hdbcli.compare._joined", lambda groups: groups)
-    for version, seed in (("1", 0), ("1", 1), ("2", 1)):
+    for version, seed, weight in (("1", 0, 1), ("1", 1, 1), ("2", 1, 1), ("2", 1, 2)):
         monkeypatch.setattr("hdbcli.compare.__version__", version)
+        monkeypatch.setattr("hdbcli.style_prior.WEIGHT", weight)
         arena = new_arena(tiny, new_hypernetwork(tiny, seed), two, {}, None, quiet)
         for name in ("one-pass", "lora"):
             compete(arena, CONTENDERS[name], tmp_path)
-    one, lora, other, same, later, newer = kept
+    one, lora, other, same, later, newer, held, without = kept
     assert one != other and lora == same and later not in kept[:4] and newer not in kept[:4]
+    assert held not in kept[:6] and without == newer  # LoRA has no such loss
 
 
 def test_everybody_is_held_against_their_own_pictures(

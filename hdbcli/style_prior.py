@@ -1,0 +1,73 @@
+"""Prior preservation of styles: while a face is refined for likeness, prompts that ask for a style
+are answered as they were before.
+
+Refinement looks at plain portraits alone, and without this forgets what else the prompt says: a
+selfie becomes the photo once more. DreamBooth (Ruiz et al. 2022, §3.3) preserves pictures that the
+base drew of the class; here they are pictures of the person, as predicted, and the answers
+themselves are compared, not noise. Not in HyperDreamBooth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hdbcli.base import Base
+from hdbcli.config import CAPTIONS
+from hdbcli.device import autocast
+from hdbcli.hypernet import Faces
+from hdbcli.lidb import Factors, Theta
+from hdbcli.likeness_loss import GUIDANCE, STEPS, check_drafts, latent_shape
+
+WEIGHT = 2.0
+EARLIEST = 0.2  # at less noise there is no style left to decide
+SEED = 0
+
+
+def style_prior(
+    base: Base, worn: Callable[[], Theta | Factors], faces: Sequence[Faces]
+) -> Callable[[torch.Generator, int], Tensor]:
+    """Return what adds to the loss of a step for P people, person p wearing row p: WEIGHT times the
+    squared distance of their answers from those they give now, to one caption after the other.
+
+    It is handed the step's generator and number.
+    """
+    people, shape = len(faces), latent_shape(base, faces)
+    with torch.no_grad():
+        before = _copied(worn())
+        drawn = [_draft(base, before, caption, people, shape) for caption in CAPTIONS]
+
+    def loss(generator: torch.Generator, turn: int) -> Tensor:
+        k = turn % len(CAPTIONS)
+        clean, prompts = drawn[k], [base.prompt(CAPTIONS[k])] * people
+        noise = torch.randn((1, *shape), generator=generator).expand_as(clean).to(clean)
+        t = EARLIEST + (1 - EARLIEST) * torch.rand(1, generator=generator)
+        asked = clean, prompts, noise, t.expand(people).to(clean)
+        with autocast(base.device, latents=clean):
+            with torch.no_grad(), base.wearing(before):
+                wanted = base.backbone.predict(*asked)
+            with base.wearing(worn()), base.short_attention(clean):
+                far = (base.backbone.predict(*asked) - wanted).square().mean((1, 2, 3))
+        return WEIGHT * far.sum()
+
+    return loss
+
+
+def _draft(
+    base: Base, theta: Theta | Factors, caption: str, people: int, shape: torch.Size
+) -> Tensor:
+    """Draw everybody's latents (P, c, h, w) in few steps, from the same noise."""
+    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(SEED))
+    start = noise.expand(people, *shape).to(base.device)
+    prompts = [base.prompt(caption)] * people
+    with base.wearing(theta), autocast(base.device, latents=start):
+        return check_drafts(base).draft(prompts, start, STEPS, GUIDANCE).float()
+
+
+def _copied(worn: Theta | Factors) -> Theta | Factors:
+    """Keep what training changes in place."""
+    if isinstance(worn, Theta):
+        return Theta(worn.down.clone(), worn.up.clone())
+    return Factors(*(tuple(each.clone() for each in side) for side in (worn.down, worn.up)))
