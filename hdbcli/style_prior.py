@@ -9,6 +9,7 @@ themselves are compared, not noise. Not in HyperDreamBooth.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,11 +38,15 @@ def style_prior(
     people, shape = len(faces), latent_shape(base, faces)
     with torch.no_grad():
         before = _copied(worn())
-        drawn = [_draft(base, before, caption, people, shape) for caption in CAPTIONS]
+
+    @functools.cache  # drawn when first asked for: a method that only predicts asks for none
+    def drawn(caption: str) -> Tensor:
+        with torch.no_grad():
+            return _draft(base, before, caption, people, shape)
 
     def loss(generator: torch.Generator, turn: int) -> Tensor:
-        k = turn % len(CAPTIONS)
-        clean, prompts = drawn[k], [base.prompt(CAPTIONS[k])] * people
+        caption = CAPTIONS[turn % len(CAPTIONS)]
+        clean, prompts = drawn(caption), [base.prompt(caption)] * people
         noise = torch.randn((1, *shape), generator=generator).expand_as(clean).to(clean)
         t = EARLIEST + (1 - EARLIEST) * torch.rand(1, generator=generator)
         asked = clean, prompts, noise, t.expand(people).to(clean)

@@ -98,8 +98,8 @@ def test_refinement_keeps_styles(
 ) -> None:
     start = relax(predicted, 2)
     latents = [tiny.backbone.encode_images(each.crops) for each in faces]
-    judge = style_prior(tiny, lambda: now, faces) if (now := start) else None
-    assert judge is not None
+    now = start
+    judge = style_prior(tiny, lambda: now, faces)
 
     def lost(weight: float) -> tuple[float, Tensor]:
         nonlocal now
