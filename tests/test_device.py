@@ -63,13 +63,17 @@ def test_hypernetwork_is_held_in_8_bits(tiny: Base) -> None:
     assert held > 0.98 * numbers
 
 
-def test_few_latents_are_left_in_float32_on_a_cpu() -> None:
+@pytest.mark.parametrize("amx, fast", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_cpu_takes_bfloat16_for_many_latents_where_it_has_amx(
+    amx: bool, fast: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+
     def product(latents: Tensor | None, precision: str = "auto") -> torch.dtype:
         with autocast("cpu", precision, latents):
             return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
     one_person, batch = torch.zeros(2, 16, 16, 16), torch.zeros(32, 16, 16, 16)
-    fast = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     assert product(one_person) == product(batch, "fp32") == torch.float32
     assert product(batch) == product(None) == fast
 

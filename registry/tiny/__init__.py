@@ -30,6 +30,7 @@ def load(device: str, dtype: str) -> StableDiffusion:
     backbone = load_folder(WEIGHTS, device, dtype)
     # Half the time of a step that learns from what it draws goes by in the decoder otherwise.
     backbone.pipeline.vae.to(memory_format=torch.channels_last)
+    backbone.pipeline.vae.enable_slicing()  # a third goes into fresh memory else
     return backbone
 
 
