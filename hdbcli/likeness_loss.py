@@ -61,26 +61,25 @@ def likeness_loss(
 
 
 def portrait_likeness(
-    base: Base, worn: Callable[[], Theta | Factors], faces: Sequence[Faces], weight: float
-) -> Callable[[torch.Generator, int, int], Tensor]:
+    base: Base, faces: Sequence[Faces], weight: float
+) -> Callable[[Theta | Factors, torch.Generator, int, int], Tensor]:
     """Return what adds to the loss of a step for P people, person p wearing row p: the weighted
     distance of their portraits from the faces on their photos, in turn.
 
-    It is handed the step's generator, batch and number; everybody's portraits start from the same
-    noise.
+    It is handed what they wear, and the step's generator, batch and number; everybody's portraits
+    start from the same noise.
     """
     check_drafts(base)
     shape = latent_shape(base, faces)
 
-    def loss(generator: torch.Generator, batch: int, turn: int) -> Tensor:
+    def loss(worn: Theta | Factors, generator: torch.Generator, batch: int, turn: int) -> Tensor:
         count = max(1, batch // SHARE)
         own = [(each, (turn + k) % len(each.crops)) for k in range(count) for each in faces]
         noise = torch.randn((count, *shape), generator=generator).repeat_interleave(len(faces), 0)
-        theta = worn()
-        with base.wearing(theta), base.short_attention(noise):
+        with base.wearing(worn), base.short_attention(noise):
             far = likeness_loss(
                 base,
-                theta,
+                worn,
                 [base.prompt(PORTRAIT)] * len(own),
                 noise.to(base.device),
                 torch.stack([each.crops[k] for each, k in own]),

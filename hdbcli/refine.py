@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from hdbcli.objective import Samples
 from hdbcli.style_prior import style_prior
 from registry.spec import BaseSpec
 from registry.training import Plan, Step, closing, fit
+
+# (worn, generator, batch, step) -> a loss of what P people wear
+Beside: TypeAlias = Callable[[Worn | None, torch.Generator, int, int], Tensor]
 
 PAIRS = 8  # times a step's batch: (timestep, noise) pairs that the loss is reported on
 PAIRS_SEED = 0
@@ -44,7 +48,7 @@ class Trial:
     parameters: Mapping[str, Tensor]
     worn: Callable[[], Worn | None]
     numbers: int
-    beside: Callable[[torch.Generator, int, int], Tensor] | None = None  # another loss of a step
+    beside: Beside | None = None  # another loss of a step
     prior: Callable[[torch.Generator, int], Samples] | None = None  # as many more, one person's
 
 
@@ -111,16 +115,17 @@ def with_likeness(base: Base, trial: Trial, faces: Sequence[Faces], weight: floa
     if not weight:
         return trial
 
-    def worn() -> Theta | Factors:
-        theta = trial.worn()
-        assert isinstance(theta, Theta | Factors)
-        return theta
+    def factors(worn: Worn | None) -> Factors:
+        assert isinstance(worn, Theta | Factors)
+        return base.injected.factors(worn) if isinstance(worn, Theta) else worn
 
-    likeness = portrait_likeness(base, worn, faces, weight)
-    prior = style_prior(base, worn, faces)
+    likeness = portrait_likeness(base, faces, weight)
+    with torch.no_grad():
+        prior = style_prior(base, factors(trial.worn()), faces)
 
-    def both(generator: torch.Generator, batch: int, turn: int) -> Tensor:
-        return likeness(generator, batch, turn) + prior(generator, turn)
+    def both(worn: Worn | None, generator: torch.Generator, batch: int, turn: int) -> Tensor:
+        now = factors(worn)  # once for both
+        return likeness(now, generator, batch, turn) + prior(now, generator, turn)
 
     return replace(trial, beside=both)
 
@@ -143,7 +148,7 @@ def train(
         noise = torch.randn((batch, *latents[0].shape[1:]), generator=generator)
         t = draw_times(batch, generator)
         turn = next(turns)
-        beside = None if trial.beside is None else trial.beside(generator, batch, turn)
+        beside = trial.beside and trial.beside(trial.worn(), generator, batch, turn)
         prior = None if trial.prior is None else trial.prior(generator, batch)
         past = torch.zeros(())
         for first in range(0, batch, size):

@@ -28,23 +28,23 @@ SEED = 0
 
 
 def style_prior(
-    base: Base, worn: Callable[[], Theta | Factors], faces: Sequence[Faces]
-) -> Callable[[torch.Generator, int], Tensor]:
+    base: Base, worn: Theta | Factors, faces: Sequence[Faces]
+) -> Callable[[Theta | Factors, torch.Generator, int], Tensor]:
     """Return what adds to the loss of a step for P people, person p wearing row p: WEIGHT times the
-    squared distance of their answers from those they give now, to one caption after the other.
+    squared distance of their answers from those they give in what they wear now, to one caption
+    after the other.
 
-    It is handed the step's generator and number.
+    It is handed what they wear by then, and the step's generator and number.
     """
     people, shape = len(faces), latent_shape(base, faces)
-    with torch.no_grad():
-        before = _copied(worn())
+    before = _copied(worn)
 
     @functools.cache  # drawn when first asked for: a method that only predicts asks for none
     def drawn(caption: str) -> Tensor:
         with torch.no_grad():
             return _draft(base, before, caption, people, shape)
 
-    def loss(generator: torch.Generator, turn: int) -> Tensor:
+    def loss(worn: Theta | Factors, generator: torch.Generator, turn: int) -> Tensor:
         caption = CAPTIONS[turn % len(CAPTIONS)]
         clean, prompts = drawn(caption), [base.prompt(caption)] * people
         noise = torch.randn((1, *shape), generator=generator).expand_as(clean).to(clean)
@@ -53,7 +53,7 @@ def style_prior(
         with autocast(base.device, latents=clean):
             with torch.no_grad(), base.wearing(before):
                 wanted = base.backbone.predict(*asked)
-            with base.wearing(worn()), base.short_attention(clean):
+            with base.wearing(worn), base.short_attention(clean):
                 far = (base.backbone.predict(*asked) - wanted).square().mean((1, 2, 3))
         return WEIGHT * far.sum()
 
@@ -74,5 +74,6 @@ def _draft(
 def _copied(worn: Theta | Factors) -> Theta | Factors:
     """Keep what training changes in place."""
     if isinstance(worn, Theta):
-        return Theta(worn.down.clone(), worn.up.clone())
-    return Factors(*(tuple(each.clone() for each in side) for side in (worn.down, worn.up)))
+        return Theta(worn.down.detach().clone(), worn.up.detach().clone())
+    sides = (tuple(each.detach().clone() for each in side) for side in (worn.down, worn.up))
+    return Factors(*sides)

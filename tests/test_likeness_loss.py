@@ -278,12 +278,13 @@ def test_the_likeness_of_every_photo_counts(
 ) -> None:
     two, mixed = tiny.faces(crops[:2]), tiny.faces([crops[0], crops[3]])
     losses = [
-        [loss(torch.Generator().manual_seed(0), 2, turn).item() for turn in range(2)]
-        for loss in (portrait_likeness(tiny, lambda: predicted[:1], [f], 1.0) for f in (two, mixed))
+        [loss(predicted[:1], torch.Generator().manual_seed(0), 2, turn).item() for turn in (0, 1)]
+        for loss in (portrait_likeness(tiny, [faces], 1.0) for faces in (two, mixed))
     ]
     assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]  # a photo a step
-    thrice = portrait_likeness(tiny, lambda: predicted[:1], [two], 3.0)
-    assert thrice(torch.Generator().manual_seed(0), 2, 0).item() == pytest.approx(3 * losses[0][0])
+    thrice = portrait_likeness(tiny, [two], 3.0)
+    again = thrice(predicted[:1], torch.Generator().manual_seed(0), 2, 0).item()
+    assert again == pytest.approx(3 * losses[0][0])
 
 
 def test_a_base_that_cannot_draft_says_so(tiny: Base, predicted: Theta) -> None:

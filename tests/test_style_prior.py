@@ -45,24 +45,23 @@ def test_nothing_is_lost_before_anything_changes(
     tiny: Base, faces: list[Faces], predicted: Theta
 ) -> None:
     up = predicted.up.clone()
-    loss = style_prior(tiny, lambda: Theta(predicted.down, up), faces)
-    calm = [float(loss(seeded(), turn)) for turn in range(len(CAPTIONS))]
+    worn = Theta(predicted.down, up)
+    loss = style_prior(tiny, worn, faces)
+    calm = [float(loss(worn, seeded(), turn)) for turn in range(len(CAPTIONS))]
     assert max(calm) < 1e-4
     up *= 1.1  # in place, as optimizers do: what was before is kept apart
-    moved = [float(loss(seeded(), turn)) for turn in range(len(CAPTIONS))]
+    moved = [float(loss(worn, seeded(), turn)) for turn in range(len(CAPTIONS))]
     assert min(moved) > 20 * max(calm)
     assert len(set(moved)) == len(CAPTIONS)  # each turn asks another caption
-    assert float(loss(seeded(), len(CAPTIONS))) == moved[0]
+    assert float(loss(worn, seeded(), len(CAPTIONS))) == moved[0]
 
 
 def test_it_is_the_squared_distance_of_answers(
     tiny: Base, faces: list[Faces], predicted: Theta
 ) -> None:
-    up = predicted.up.clone()
-    loss = style_prior(tiny, lambda: Theta(predicted.down, up), faces)
-    up *= 0.5
+    loss = style_prior(tiny, predicted, faces)
     generator = seeded()
-    far = float(loss(generator, 2))
+    far = float(loss(predicted.scaled(0.5), generator, 2))
     generator = seeded()
     noise = torch.randn((1, 16, 16, 16), generator=generator)
     t = prior.EARLIEST + (1 - prior.EARLIEST) * torch.rand(1, generator=generator)
@@ -84,11 +83,12 @@ def test_it_is_the_squared_distance_of_answers(
 def test_plain_factors_are_held_too(tiny: Base, faces: list[Faces], predicted: Theta) -> None:
     factors = tiny.injected.factors(predicted)
     up = tuple(each.clone().requires_grad_(True) for each in factors.up)
-    loss = style_prior(tiny, lambda: Factors(factors.down, up), faces)
+    worn = Factors(factors.down, up)
+    loss = style_prior(tiny, worn, faces)
     with torch.no_grad():
         for each in up:
             each *= 1.1
-    far = loss(seeded(), 0)
+    far = loss(worn, seeded(), 0)
     far.backward()
     assert float(far.detach()) > 1e-3 and all(each.grad is not None for each in up)
 
@@ -98,17 +98,15 @@ def test_refinement_keeps_styles(
 ) -> None:
     start = relax(predicted, 2)
     latents = [tiny.backbone.encode_images(each.crops) for each in faces]
-    now = start
-    judge = style_prior(tiny, lambda: now, faces)
+    judge = style_prior(tiny, start, faces)
 
     def lost(weight: float) -> tuple[float, Tensor]:
-        nonlocal now
         monkeypatch.setattr(prior, "WEIGHT", weight)
         config = RefineConfig(steps=10, rank=2, optimizer="adamw")
         now = refine(tiny, start, latents, config, lambda *_: None, faces).theta
         monkeypatch.setattr(prior, "WEIGHT", 1.0)
         with torch.no_grad():
-            far = sum(float(judge(seeded(), turn)) for turn in range(len(CAPTIONS)))
+            far = sum(float(judge(now, seeded(), turn)) for turn in range(len(CAPTIONS)))
         return far, now.up
 
     with_prior, held = lost(5.0)
