@@ -27,6 +27,7 @@ from registry.spec import BaseSpec, SampleSettings
 
 BASE = "tiny"
 STEPS = 6
+LOSSES = ("loss", "loss after refinement", "loss after refinement for likeness")
 
 
 def run(*_: object) -> list[Row]:
@@ -45,25 +46,30 @@ def agreement(device: str) -> list[Row]:
     side = here.spec.resolution
     crop = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     found = [_results(base, crop) for base in (there, here)]
-    (theta, loss, refined, picture), (theta_cpu, loss_cpu, refined_cpu, picture_cpu) = found
+    (theta, *losses, picture), (theta_cpu, *losses_cpu, picture_cpu) = found
     error = float(((picture.astype(float) - picture_cpu) ** 2).mean())
     core, core_cpu = (each.up[0] @ each.down[0] for each in (theta, theta_cpu))
     return [
         Row(f"prediction on {device}, off the CPU's", _off(core, core_cpu), "", below=0.05),
-        Row(f"loss on {device}, off the CPU's", abs(loss / loss_cpu - 1), "", below=0.01),
-        Row("loss after refinement, likewise", abs(refined / refined_cpu - 1), "", below=0.01),
+        *(
+            Row(f"{name} on {device}, off the CPU's", abs(one / other - 1), "", below=0.01)
+            for name, one, other in zip(LOSSES, losses, losses_cpu, strict=True)
+        ),
         Row("picture, PSNR", 10 * math.log10(255**2 / max(error, 1e-6)), "dB", above=25),
     ]
 
 
-def _results(base: Base, crop: np.ndarray) -> tuple[Theta, float, float, np.ndarray]:
+def _results(base: Base, crop: np.ndarray) -> tuple[Theta, float, float, float, np.ndarray]:
     theta = load_predictor(base)[0].predict(base.faces([crop]))
     latents = [base.backbone.encode_images(base.images([crop]))]
     config = RefineConfig(steps=STEPS, rank=1)
     loss = float(portrait_loss(base, theta, latents))
-    refined = float(refine(base, theta, latents, config, lambda *_: None).loss_end)
+    plain, alike = (
+        float(refine(base, theta, latents, config, lambda *_: None, faces).loss_end)
+        for faces in (None, [base.faces([crop])])
+    )
     drawn = generate(base, theta, PORTRAIT, [0], SampleSettings(), lambda *_: None)
-    return Theta(theta.down.cpu(), theta.up.cpu()), loss, refined, drawn[0].image
+    return Theta(theta.down.cpu(), theta.up.cpu()), loss, plain, alike, drawn[0].image
 
 
 def speeds(spec: BaseSpec, device: str) -> list[Row]:

@@ -61,8 +61,11 @@ def score(
         render.say("\n".join(measure.words(result)))
 
 
+_Photos = Annotated[
+    Path,
+    typer.Argument(help="A photo, a folder of photos, or a folder with one for each person."),
+]
 _METHODS = f"NAME, or NAME:12 for the first 12 people alone, of {', '.join(METHODS)}."
-
 _Batch = Annotated[
     int | None, typer.Option(min=1, help="Samples a step of every method; default: the base's.")
 ]
@@ -71,7 +74,7 @@ _Tune = Annotated[Path | None, typer.Option(help="Other people, to choose each l
 
 
 def compare(
-    photos: Annotated[Path, typer.Argument(help="A photo, a folder of them, or one per person.")],
+    photos: _Photos,
     methods: Annotated[str, typer.Option(help=_METHODS)] = MAIN_METHODS,
     base: BaseName = None,
     steps: Annotated[

@@ -25,8 +25,9 @@ OTHER_PHOTO, SAME_PHOTO = "a photo that no method saw", "the photo that methods 
 LIMITS = """\
 What this does not show: how any of it fares on another base model, on another machine, or with the
 settings that each method's authors chose for theirs. The recogniser that judges likeness is the one
-whose embedding the hypernetwork reads and, where it was trained with `--likeness`, the one it was
-trained to please."""
+whose embedding the hypernetwork reads and which training with `--likeness` follows; so does the
+refinement of each person where the base asks for likeness. DreamBooth, LoRA and Textual Inversion
+do not."""
 
 
 @dataclass(frozen=True)
