@@ -71,7 +71,7 @@ def _time(
         count, lr=max(contender.lr, 1e-12), batch=batch, optimizer=contender.optimizer
     )
     latents = [base.backbone.encode_images(base.images([crop]))]
-    if contender.predicted:  # what is loaded at the first call belongs to the start-up
+    if contender.predicted and model:  # what is loaded at the first call belongs to the start-up
         model.predict(base.faces([crop]), contender.iterations)
     wait_for(base.device)
     began = time.perf_counter()

@@ -126,11 +126,12 @@ def open_base(
 
 
 def open_pair(
-    name: str, device: str | None = None, hypernetwork: Path | None = None
-) -> tuple[Base, HyperNetwork]:
-    """Load a base model and its hypernetwork."""
-    base = open_base(name, device, hypernetwork)
-    return base, load_predictor(base)[0]
+    name: str, device: str | None = None, needed: bool = True
+) -> tuple[Base, HyperNetwork | None]:
+    """Load a base model and its hypernetwork, or None where it has none and none is `needed`."""
+    base = open_base(name, device)
+    none = base.spec.hypernetwork is None and not needed
+    return base, None if none else load_predictor(base)[0]
 
 
 def load_predictor(base: Base) -> tuple[HyperNetwork, str]:

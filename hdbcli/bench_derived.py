@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hdbcli.base import Base, open_pair
+from hdbcli.base import Base, load_predictor, open_base
 from hdbcli.config import PORTRAIT, Tell
 from hdbcli.create import describe
 from hdbcli.derive import theta_of
@@ -36,7 +36,8 @@ def run(folder: Path | None, tell: Tell) -> list[Row]:
     """Make everybody's identity as `hdb new` does; DATA has a folder of photos a person."""
     if folder is None:
         raise HdbError("benchmark derived needs people; give --people tests/data/heldout")
-    base, model = open_pair(BASE)
+    base = open_base(BASE)
+    model, _ = load_predictor(base)
     people = read_people(folder, base.spec, "*", False, tell).first(PEOPLE)
     if len(people.names) < 2:
         raise HdbError(f"{folder} holds {len(people.names)} usable people; two are needed")

@@ -109,7 +109,7 @@ def compare(
 
     chosen = choose(methods.split(","), steps)
     check_folder(out)
-    load = partial(open_pair, base_name(base), device)
+    load = partial(open_pair, base_name(base), device, any(each.predicted for each in chosen))
     loaded, model = load()
     with render.progress() as tell, enough("close other programs, take a smaller --batch"):
         test = read_people(photos, loaded.spec, pattern, False, tell).first(people)

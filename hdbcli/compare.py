@@ -45,7 +45,7 @@ class Arena:
     """What all contenders share: base, hypernetwork, people, metrics, and what nobody changed."""
 
     base: Base
-    model: HyperNetwork
+    model: HyperNetwork | None  # of a base that has one
     given: tuple[np.ndarray, ...]  # each person's crop (S, S, 3) that methods learn from
     truth: Tensor  # (P, 128) embeddings of another photo of them, or of the same if there is one
     same_photo: bool  # somebody has but one
@@ -59,7 +59,7 @@ class Arena:
 
 def new_arena(
     base: Base,
-    model: HyperNetwork,
+    model: HyperNetwork | None,
     people: People,
     texts: dict[str, Metric],
     batch: int | None,
@@ -76,7 +76,7 @@ def new_arena(
     batch = batch or base.spec.batch
     key.update(repr((__version__, batch, sorted(texts), SampleSettings())).encode())
     own = key.hexdigest()[:12]
-    for tensor in model.state_dict().values():
+    for tensor in model.state_dict().values() if model else ():
         key.update(tensor.cpu().float().numpy().tobytes())
     predicted = key.hexdigest()[:12]
     one = any(len(photos) < 2 for photos in people.members)

@@ -106,9 +106,16 @@ def choose(names: Sequence[str], most: int | None = None) -> list[Contender]:
 
 @contextmanager
 def entered(
-    contender: Contender, base: Base, model: HyperNetwork, faces: Sequence[Faces], tell: Tell
+    contender: Contender,
+    base: Base,
+    model: HyperNetwork | None,
+    faces: Sequence[Faces],
+    tell: Tell,
 ) -> Iterator[Trial]:
-    """Make the trial of P people from the faces on their photos; the base is itself afterwards."""
+    """Make the trial of P people from the faces on their photos; the base is itself afterwards.
+
+    Only methods that start from a prediction need the hypernetwork.
+    """
     if contender.trains == "dreambooth":
         with dreambooth_trial(base, class_latents(base, contender.class_pictures, tell)) as trial:
             yield trial
@@ -124,8 +131,11 @@ def entered(
 
 
 @torch.no_grad()
-def _start(contender: Contender, base: Base, model: HyperNetwork, faces: Sequence[Faces]) -> Theta:
+def _start(
+    contender: Contender, base: Base, model: HyperNetwork | None, faces: Sequence[Faces]
+) -> Theta:
     """Predict everybody's theta, or take theta_0."""
     if not contender.predicted:
         return base.first_theta(people=len(faces))
+    assert model is not None, f"{contender.name} starts from a prediction"
     return stack([model.predict(each, contender.iterations) for each in faces])

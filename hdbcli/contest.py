@@ -78,7 +78,7 @@ def run(
     contenders: Sequence[Contender],
     styles: Sequence[TrueStyle],
     out: Path,
-    load: Callable[[], tuple[Base, HyperNetwork]],
+    load: Callable[[], tuple[Base, HyperNetwork | None]],
 ) -> tuple[Contest, dict[str, Record]]:
     """Let everybody compete; the first contender is the one that others are held against."""
     records: dict[str, Record] = {}
@@ -107,7 +107,7 @@ def run(
 
 def tuned(
     base: Base,
-    model: HyperNetwork,
+    model: HyperNetwork | None,
     people: People,
     contenders: Sequence[Contender],
     out: Path,

@@ -181,6 +181,19 @@ def test_compare_from_photos_to_sheet(
     assert result.exit_code == 1 and "truth has no PERSON/STYLE-*.png" in result.stderr
 
 
+def test_a_base_without_a_hypernetwork_compares_what_needs_none(
+    tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hdbcli.base.customised", lambda spec: replace(spec, hypernetwork=None))
+    monkeypatch.setattr("hdbcli.compare.SampleSettings", partial(SampleSettings, steps=2))
+    monkeypatch.setattr("hdbcli.contest.time_alone", lambda *_: Alone(1.0, 0.1, 0.1, 10**9))
+    words = [HELD_OUT / "900000", "--steps", 1, "-o", tmp_path / "out", "--methods"]
+    document = run(*words, "no-hypernetwork,lora")
+    assert [s["steps"] for s in document["standings"]] == [1, 1]
+    result = hdb("compare", *words, "lora,one-pass")
+    assert result.exit_code == 1 and "tiny has no hypernetwork" in result.stderr
+
+
 def test_compare_says_what_is_wrong(tmp_path: Path) -> None:
     for words, says in (
         (["--methods", "magic"], "unknown method 'magic'"),
