@@ -107,7 +107,7 @@ def load_base(spec: BaseSpec, device: str, plan: MemoryPlan = NORMAL) -> Base:
         backbone.save_memory(plan.recompute)
     note = quantise(backbone.components.values(), plan.quantised) if plan.quantised else None
     injected = inject(backbone.components, spec.targets, spec.a, spec.b, spec.basis_seed)
-    if plan.dtype != NORMAL.dtype:  # identities know the base by its weights before any rounding
+    if plan.dtype != NORMAL.dtype or plan.quantised:  # identities know it before any rounding
         injected = replace(injected, digest=open_checkpoint(spec).weights_digest())
     return Base(spec, backbone, injected, device, plan, (note,) if note else ())
 

@@ -121,8 +121,9 @@ def new(
     name = store.check_name(name) if name else store.name_from_stem(photo.stem)
     path = new_path(name, force)
     _ask_consent(yes)
-    if no_refine and rank:
-        raise HdbError("--no-refine keeps the rank of the prediction; drop it or --rank")
+    for option, value in (("--rank", rank), ("--steps", steps), ("--likeness", likeness)):
+        if no_refine and value is not None:
+            raise HdbError(f"--no-refine keeps the prediction as it is; drop it or {option}")
     from hdbcli.create import settle
 
     wanted = partial(
@@ -162,6 +163,7 @@ def refine(
         seed=seed,
         optimizer=optimizer,
         likeness=likeness,
+        goes_on=True,
     )
     photos = [photo, *(more or [])]
     spec = spec_of(base or identity.base)

@@ -63,10 +63,19 @@ class Boundary(Grouped):
                 if stopped or isinstance(error, KeyboardInterrupt):
                     render.note("interrupted; no file was left half-written")
                     raise typer.Exit(128 + (stopped[0] if stopped else signal.SIGINT)) from None
+                if isinstance(error, MemoryError | RuntimeError) and _out_of_memory(error):
+                    render.note("error: out of memory; close other programs, or try --device cpu")
+                    raise typer.Exit(1) from None
                 if isinstance(error, OSError) and error.filename is not None:
                     render.note(f"error: {error.filename}: {error.strerror}")
                     raise typer.Exit(1) from None
                 raise
+
+
+def _out_of_memory(error: Exception) -> bool:
+    from registry.loading import out_of_memory  # imports torch
+
+    return out_of_memory(error)
 
 
 @contextmanager

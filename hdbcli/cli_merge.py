@@ -54,7 +54,7 @@ def merge(
     )
     if spec.files is not None:
         merge_out.check_apart(out, spec.files)
-    with render.progress() as tell, merge_out.with_files(spec, chosen) as copied:
+    with render.progress() as tell, merge_out.with_files(spec, chosen, out) as copied:
         checkpoint = open_checkpoint(copied)
         warning = fit(identity, spec, checkpoint)
         if warning:

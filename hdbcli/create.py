@@ -61,11 +61,12 @@ def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: 
 
 
 def work_of(spec: BaseSpec, refines: bool, likeness: float | None) -> Work:
-    """Say what making an identity asks of a base; no plan can part what is drawn for likeness."""
+    """Say what making an identity asks of a base; no plan can part what is drawn for likeness,
+    which is kept until the rest of the step has been taken."""
     portraits = sample.work_of(len(LIKENESS_SEEDS), spec.resolution)
-    drawn = drafts(spec.batch) if refines and weight_of(spec, likeness) else 1
-    samples = max(spec.batch, drawn)
-    return Work(samples, spec.resolution, trains=refines, least=drawn, then=portraits)
+    drawn = drafts(spec.batch) if refines and weight_of(spec, likeness) else 0
+    samples = spec.batch + drawn
+    return Work(samples, spec.resolution, trains=refines, least=1 + drawn, then=portraits)
 
 
 def settle(
@@ -75,10 +76,12 @@ def settle(
     seed: int,
     optimizer: str,
     likeness: float | None = None,
+    goes_on: bool = False,
 ) -> RefineConfig:
-    """Fill in what the user left open: what suits a base with a hypernetwork or without, and its
-    budget of bytes."""
-    spec, predicted = base.spec, base.spec.hypernetwork is not None
+    """Fill in what the user left open: what suits a start from a prediction, from somebody whose
+    refinement `goes_on`, or from nobody; and the base's budget of bytes."""
+    spec = base.spec
+    predicted = goes_on or spec.hypernetwork is not None
     rate = RefineConfig.lr if weight_of(spec, likeness) else DIFFUSION_LR
     return RefineConfig(
         steps=steps or (RefineConfig.steps if predicted else UNPREDICTED_STEPS),

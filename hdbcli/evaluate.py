@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hdbcli.base import Base
 from hdbcli.config import PORTRAIT, RefineConfig, Tell
+from hdbcli.create import settle
 from hdbcli.errors import HdbError
 from hdbcli.faces import Retrieval, embed, retrieval
 from hdbcli.hypernet import Faces, HyperNetwork
@@ -111,8 +112,8 @@ def _predict(model: HyperNetwork, faces: Faces) -> Theta:
 
 
 def refine_all(base: Base, theta: Theta, crops: np.ndarray, tell: Tell) -> Theta:
-    """Relax and refine with the defaults, a few dozen people at once."""
-    config = RefineConfig()
+    """Relax and refine as `hdb new` does, a few dozen people at once."""
+    config = settle(base, None, None, RefineConfig.seed, RefineConfig.optimizer)
     faces = [base.faces([crop]) for crop in crops]
     encoded = encode_crops(base, crops, tell)[0].float().to(base.device)
     latents = [latent[None] for latent in encoded]

@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from hdbcli.config import Tell
 from hdbcli.errors import HdbError
 from hdbcli.merge import Merge
 from hdbcli.places import DTYPES, Checkpoint, open_checkpoint
 from hdbcli.stream import Item, write_tensors
+from registry.checkpoint import PREDICTS_V, ZERO_SNR
 from registry.errors import RegistryError
 from registry.ldm import architecture_of
 from registry.settings import predicts
@@ -31,7 +34,7 @@ def write_single(merge: Merge, out: Path, title: str, tell: Tell) -> int:
     """Write one checkpoint file in the original layout; return its bytes."""
     checkpoint = merge.checkpoint
     root = checkpoint.root
-    items = merge.items(root) if checkpoint.single else merge.single_file()
+    items = merge.items(root) if checkpoint.single else merge.single_file() + _marks(checkpoint)
     metadata = dict(checkpoint.headers[root].metadata) if checkpoint.single else {}
     metadata |= _model_spec(checkpoint, title)
     total = sum(item.bytes for item in items)
@@ -71,8 +74,9 @@ def _plan(merge: Merge) -> Iterator[tuple[Path, list[Item] | None]]:
     yield index, None
     patched = {file for file, _ in merge.targets}
     loaded = {file for files in checkpoint.files.values() for file in files}
-    for component in json.loads(index.read_text()):
-        for file in sorted((checkpoint.root / component).rglob("*")):
+    named = json.loads(index.read_text())  # whose words are never taken for paths
+    for folder in sorted(part for part in checkpoint.root.iterdir() if part.name in named):
+        for file in sorted(folder.rglob("*")):
             if file in loaded:
                 changed = file in patched or merge.cast
                 yield file, merge.items(file) if changed else None
@@ -128,10 +132,11 @@ def check_parent(out: Path) -> None:
 
 
 @contextmanager
-def with_files(spec: BaseSpec, form: str) -> Iterator[BaseSpec]:
+def with_files(spec: BaseSpec, form: str, out: Path) -> Iterator[BaseSpec]:
     """Give a base files that can be copied in this format.
 
-    Only a base that lies in one file, or names none, is loaded and unpacked into a folder for it.
+    Only a base that lies in one file, or names none, is loaded and unpacked for it, into a folder
+    beside `out`, where there must be room for a model anyway.
     """
     if spec.files is not None and (form == "single-file" or spec.files.is_dir()):
         yield spec
@@ -141,8 +146,11 @@ def with_files(spec: BaseSpec, form: str) -> Iterator[BaseSpec]:
         checkpoint = open_checkpoint(spec)
         place = next(iter(checkpoint.places.values()))
         dtype = str(DTYPES[checkpoint.info(place).dtype]).removeprefix("torch.")
-    with tempfile.TemporaryDirectory(prefix="hdb-") as folder:
-        spec.load("cpu", dtype).save(Path(folder))
+    with tempfile.TemporaryDirectory(prefix=".hdb-", dir=out.resolve().parent) as folder:
+        try:
+            spec.load("cpu", dtype).save(Path(folder))
+        except SafetensorError as error:
+            raise HdbError(f"base model {spec.name} could not be unpacked ({error})") from error
         if not (Path(folder) / "model_index.json").is_file():
             raise HdbError(
                 f"base model {spec.name} wrote no model_index.json; ask who made its plug-in"
@@ -201,6 +209,20 @@ def _model_spec(checkpoint: Checkpoint, title: str) -> dict[str, str]:
         "modelspec.trigger_phrase": spec.identifier,
         "modelspec.merged_from": f"{spec.name}, {title}",
     }
+
+
+def _marks(checkpoint: Checkpoint) -> list[Item]:
+    """Return the empty tensors by which a single file of XL says that it predicts v, and up to the
+    very end: its weights do not show it."""
+    config = checkpoint.root / "scheduler" / "scheduler_config.json"
+    if checkpoint.spec.family != "sdxl" or not config.is_file():
+        return []
+    told = json.loads(config.read_text(encoding="utf-8"))
+    there = {
+        PREDICTS_V: told.get("prediction_type") == "v_prediction",
+        ZERO_SNR: bool(told.get("rescale_betas_zero_snr")),
+    }
+    return [Item(key, "F32", (0,), lambda: ()) for key, said in there.items() if said]
 
 
 def _counter(tell: Tell, total: int) -> Callable[[int], None]:

@@ -93,7 +93,7 @@ def pretrain(
     parameters = dict(model.named_parameters())
     averages = averages_of(parameters)
     optimizer, used = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
-    plan = _plan(config, _described(base, model, config, used))
+    plan = _plan(config, _described(base, model, config, used, known))
     on = ExitStack()
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -140,22 +140,30 @@ def _plan(config: PretrainConfig, of: str) -> Plan:
     )
 
 
-def _described(base: Base, model: HyperNetwork, config: PretrainConfig, optimizer: str) -> str:
+def _described(
+    base: Base, model: HyperNetwork, config: PretrainConfig, optimizer: str, bank: Theta | None
+) -> str:
     """Name all that decides the numbers of a run, but its people, how many steps it takes, and the
     memory plan, which rounds only: a run that runs out of memory goes on with the next."""
-    start = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        start.update(tensor.cpu().numpy().tobytes())
+    of_bank = "none" if bank is None else _digest(bank.down, bank.up)
     facts = {
         "base": f"{base.spec.name} {base.injected.weights_digest()[:8]}",
-        "start": start.hexdigest()[:8],
+        "start": _digest(*model.state_dict().values()),
+        "bank": of_bank,
         "optimizer": optimizer,
         **{
             k: getattr(config, k)
-            for k in ("lr", "batch", "beta", "prior", "likeness", "share", "precision")
+            for k in ("seed", "lr", "batch", "beta", "prior", "likeness", "share", "precision")
         },
     }
     return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def _digest(*tensors: Tensor) -> str:
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(tensor.detach().cpu().numpy().tobytes())
+    return whole.hexdigest()[:8]
 
 
 class _Material(NamedTuple):

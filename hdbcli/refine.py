@@ -120,8 +120,7 @@ def with_likeness(base: Base, trial: Trial, faces: Sequence[Faces], weight: floa
         return base.injected.factors(worn) if isinstance(worn, Theta) else worn
 
     likeness = portrait_likeness(base, faces, weight)
-    with torch.no_grad():
-        prior = style_prior(base, factors(trial.worn()), faces)
+    prior = style_prior(base, factors(trial.worn()), faces)
 
     def both(worn: Worn | None, generator: torch.Generator, batch: int, turn: int) -> Tensor:
         now = factors(worn)  # once for both

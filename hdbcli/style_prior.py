@@ -19,7 +19,7 @@ from hdbcli.base import Base
 from hdbcli.config import CAPTIONS
 from hdbcli.device import autocast
 from hdbcli.hypernet import Faces
-from hdbcli.lidb import Factors, Theta
+from hdbcli.lidb import Factors
 from hdbcli.likeness_loss import GUIDANCE, STEPS, check_drafts, latent_shape
 
 WEIGHT = 2.0
@@ -28,8 +28,8 @@ SEED = 0
 
 
 def style_prior(
-    base: Base, worn: Theta | Factors, faces: Sequence[Faces]
-) -> Callable[[Theta | Factors, torch.Generator, int], Tensor]:
+    base: Base, worn: Factors, faces: Sequence[Faces]
+) -> Callable[[Factors, torch.Generator, int], Tensor]:
     """Return what adds to the loss of a step for P people, person p wearing row p: WEIGHT times the
     squared distance of their answers from those they give in what they wear now, to one caption
     after the other.
@@ -37,14 +37,15 @@ def style_prior(
     It is handed what they wear by then, and the step's generator and number.
     """
     people, shape = len(faces), latent_shape(base, faces)
-    before = _copied(worn)
+    sides = (tuple(each.detach().clone() for each in side) for side in (worn.down, worn.up))
+    before = Factors(*sides)  # which training changes in place
 
     @functools.cache  # drawn when first asked for: a method that only predicts asks for none
     def drawn(caption: str) -> Tensor:
         with torch.no_grad():
             return _draft(base, before, caption, people, shape)
 
-    def loss(worn: Theta | Factors, generator: torch.Generator, turn: int) -> Tensor:
+    def loss(worn: Factors, generator: torch.Generator, turn: int) -> Tensor:
         caption = CAPTIONS[turn % len(CAPTIONS)]
         clean, prompts = drawn(caption), [base.prompt(caption)] * people
         noise = torch.randn((1, *shape), generator=generator).expand_as(clean).to(clean)
@@ -60,20 +61,10 @@ def style_prior(
     return loss
 
 
-def _draft(
-    base: Base, theta: Theta | Factors, caption: str, people: int, shape: torch.Size
-) -> Tensor:
+def _draft(base: Base, worn: Factors, caption: str, people: int, shape: torch.Size) -> Tensor:
     """Draw everybody's latents (P, c, h, w) in few steps, from the same noise."""
     noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(SEED))
     start = noise.expand(people, *shape).to(base.device)
     prompts = [base.prompt(caption)] * people
-    with base.wearing(theta), autocast(base.device, latents=start):
+    with base.wearing(worn), autocast(base.device, latents=start):
         return check_drafts(base).draft(prompts, start, STEPS, GUIDANCE).float()
-
-
-def _copied(worn: Theta | Factors) -> Theta | Factors:
-    """Keep what training changes in place."""
-    if isinstance(worn, Theta):
-        return Theta(worn.down.detach().clone(), worn.up.detach().clone())
-    sides = (tuple(each.detach().clone() for each in side) for side in (worn.down, worn.up))
-    return Factors(*sides)

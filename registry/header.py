@@ -22,7 +22,8 @@ from typing import Any
 from registry.errors import RegistryError
 
 MAX_FILE = 16 * 2**20  # an identity has 120 KB; the room is for higher ranks
-MAX_HEADER = 2**20
+MAX_HEADER = 2**20  # of an identity
+FORMAT_HEADER = 100_000_000  # of any file: what safetensors itself takes; trainers write a lot
 WORD = 200  # characters of a short text, such as a line of the lineage
 COUNT = re.compile("[0-9]{1,18}")
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -101,7 +102,8 @@ def read_header(path: Path, max_bytes: int = MAX_FILE) -> Header:
             raise RegistryError(f"{path} has {state.st_size} bytes; at most {max_bytes} are read")
         with path.open("rb") as file:
             first = file.read(9)
-            length = _header_length(path, first, state.st_size)
+            most = MAX_HEADER if max_bytes <= MAX_FILE else FORMAT_HEADER
+            length = _header_length(path, first, state.st_size, most)
             text = first[8:] + file.read(length - 1)
     except (FileNotFoundError, ValueError) as error:  # ValueError: a NUL in the path
         raise RegistryError(f"no such file: {str(path)!r}") from error
@@ -215,10 +217,10 @@ def _check_tensors(facts: Facts, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def _header_length(path: Path, first: bytes, size: int) -> int:
+def _header_length(path: Path, first: bytes, size: int, most: int) -> int:
     """Return the header's length from a file's first 9 bytes; say what else the file may be."""
     length = int.from_bytes(first[:8], "little")
-    if first[8:9] == b"{" and length <= MAX_HEADER:
+    if first[8:9] == b"{" and length <= most:
         if 8 + length > size:
             raise _damaged(path, f"{size} bytes, but the header alone has {length}: truncated")
         return length
@@ -230,8 +232,8 @@ def _header_length(path: Path, first: bytes, size: int) -> int:
         )
     if first[8:9] == b"{":
         raise RegistryError(
-            f"{path}: a header of {length} bytes is refused (at most {MAX_HEADER}); "
-            "this is no safetensors file of hdb"
+            f"{path}: a header of {length} bytes is refused (at most {most}); it is damaged, or no "
+            "such file"
         )
     raise RegistryError(f"{path} is not a safetensors file; give one that hdb made")
 

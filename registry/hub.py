@@ -24,6 +24,16 @@ NEEDED += [
         f"{stem}-*.safetensors",
     )
 ]
+# Where the UNet comes in this variant alone, so does all the rest.
+HALF = [
+    f"{component}/{name}"
+    for component, stem in WEIGHTS.items()
+    for name in (
+        f"{stem}.fp16.safetensors",
+        f"{stem}.safetensors.index.fp16.json",
+        f"{stem}.fp16-*.safetensors",
+    )
+]
 
 
 def locate(source: str, revision: str | None) -> tuple[Path, str]:
@@ -55,7 +65,10 @@ def _download(name: str, revision: str | None) -> Path:
 
     whole = f"{name}@{revision}" if revision else name
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED))
+        if any((folder / "unet").glob("*.safetensors")):
+            return folder
+        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED + HALF))
     except GatedRepoError as error:
         reason = "asks for its licence to be accepted; do so on its page, then: hf auth login"
         raise RegistryError(f"{whole} {reason}") from error

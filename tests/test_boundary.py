@@ -21,7 +21,8 @@ from commands import QUICK, hdb, ok, refused
 from hdbcli import cli_boundary, create, derive
 from hdbcli.album import Album, Outputs, plan_outputs
 from hdbcli.algebra import compose
-from hdbcli.config import DIFFUSION_LR, RefineConfig
+from hdbcli.base import Base
+from hdbcli.config import DIFFUSION_LR, UNPREDICTED_LR, RefineConfig
 from hdbcli.errors import HdbError
 from hdbcli.identity import Identity, load, save
 from hdbcli.lidb import Theta
@@ -108,6 +109,23 @@ def test_errors_of_the_system_are_lines(alice: Path, tmp_path: Path) -> None:
     assert hdb("gen", "alice", "x", "--size", 2**40).exit_code == 2
     assert "no text" in hdb("gen", "alice", "\udcff [V] face").stderr
     refused("inspect", "alice", "-o", tmp_path / "photo.jpg", says="not named .png")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a bug")]
+)
+def test_memory_that_runs_out_is_a_line(
+    error: Exception, alice: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(store, "entries", fails)
+    done = hdb("list")
+    if "bug" in str(error):
+        assert done.exception is error  # the control: bugs keep their traceback
+    else:
+        assert done.exit_code == 1 and done.stderr.startswith("error: out of memory; close")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of bytes")
@@ -291,6 +309,12 @@ def test_the_rate_follows_what_is_learned_from(
     ok("new", astronaut, "bob", "--likeness", 0, *QUICK)
     ok("refine", "bob", astronaut, "--likeness", 0, *QUICK)
     assert rates == [RefineConfig.lr, DIFFUSION_LR, DIFFUSION_LR]
+
+
+def test_nobody_is_the_start_of_a_new_identity_alone(tiny: Base) -> None:
+    bare = replace(tiny, spec=replace(tiny.spec, hypernetwork=None, likeness=0.0))
+    new, on = (create.settle(bare, 3, 1, 0, "adamw", goes_on=goes_on) for goes_on in (False, True))
+    assert (new.lr, on.lr) == (UNPREDICTED_LR, DIFFUSION_LR)
 
 
 def test_a_prompt_that_is_too_long_is_told(alice: Path, tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def test_new_without_refining_and_with_more_photos(hdb_home: Path, astronaut: Pa
     assert values["rank"] == 1 and values["loss"]["start"] == values["loss"]["end"]
     two = ok("new", astronaut, "two", "--photo", astronaut, "--json", *QUICK)
     assert json.loads(two.stdout)["rank"] == 4
-    refused("new", astronaut, "no", "--no-refine", "--rank", 2, says="--no-refine")
+    for option, value in (("--rank", 2), ("--steps", 4), ("--likeness", 0)):
+        refused("new", astronaut, "no", "--no-refine", option, value, says=f"it or {option}")
 
 
 def test_refine_goes_on(alice: Path, astronaut: Path) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,7 +98,13 @@ def etag(name: str) -> str:
 
 @pytest.fixture
 def hub(narrow: Narrow) -> Iterator[Hub]:
-    server = Hub(narrow.folder("sd1"))
+    with serving(narrow.folder("sd1")) as server:
+        yield server
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Hub]:
+    server = Hub(folder)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -139,3 +147,16 @@ def test_a_model_of_the_hub(hub: Hub, tmp_path: Path) -> None:
         refused = hdb(tmp_path, endpoint, *words)
         assert refused.returncode == 1 and says in refused.stderr, refused.stderr
         assert refused.stderr.count("\n") == 1
+
+
+def test_a_model_of_the_hub_in_half_precision_alone(narrow: Narrow, tmp_path: Path) -> None:
+    folder = shutil.copytree(narrow.folder("sd1"), tmp_path / "model")
+    for file in folder.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    with serving(folder) as server:
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        done = hdb(tmp_path / "home", endpoint, "half", "some/model", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["family"] == "sd1"
+    weights = [name for name, _ in server.asked if name.endswith(".safetensors")]
+    assert len(weights) == 3 and all(".fp16." in name for name in weights)

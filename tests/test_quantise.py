@@ -161,7 +161,8 @@ def test_cut_down_stable_diffusion_is_near_its_whole_self(narrow: Narrow, kind: 
 
 def test_identities_know_the_base_whatever_holds_it(tiny: Base) -> None:
     digest = tiny.injected.weights_digest()
-    for plan in (MemoryPlan("half", "bfloat16"), MemoryPlan("nf4", "bfloat16", "nf4")):
+    plans = ("half", "bfloat16", None), ("nf4", "bfloat16", "nf4"), ("nf4", "float32", "nf4")
+    for plan in (MemoryPlan(*each) for each in plans):
         base = tiny_in(plan)
         assert base.injected.weights_digest() == digest
         bare = replace(base.injected, digest=None)

@@ -44,12 +44,12 @@ def seeded() -> torch.Generator:
 def test_nothing_is_lost_before_anything_changes(
     tiny: Base, faces: list[Faces], predicted: Theta
 ) -> None:
-    up = predicted.up.clone()
-    worn = Theta(predicted.down, up)
+    worn = tiny.injected.factors(predicted)
     loss = style_prior(tiny, worn, faces)
     calm = [float(loss(worn, seeded(), turn)) for turn in range(len(CAPTIONS))]
     assert max(calm) < 1e-4
-    up *= 1.1  # in place, as optimizers do: what was before is kept apart
+    for each in worn.up:
+        each *= 1.1  # in place, as optimizers do: what was before is kept apart
     moved = [float(loss(worn, seeded(), turn)) for turn in range(len(CAPTIONS))]
     assert min(moved) > 20 * max(calm)
     assert len(set(moved)) == len(CAPTIONS)  # each turn asks another caption
@@ -59,9 +59,9 @@ def test_nothing_is_lost_before_anything_changes(
 def test_it_is_the_squared_distance_of_answers(
     tiny: Base, faces: list[Faces], predicted: Theta
 ) -> None:
-    loss = style_prior(tiny, predicted, faces)
+    loss = style_prior(tiny, tiny.injected.factors(predicted), faces)
     generator = seeded()
-    far = float(loss(predicted.scaled(0.5), generator, 2))
+    far = float(loss(tiny.injected.factors(predicted.scaled(0.5)), generator, 2))
     generator = seeded()
     noise = torch.randn((1, 16, 16, 16), generator=generator)
     t = prior.EARLIEST + (1 - prior.EARLIEST) * torch.rand(1, generator=generator)
@@ -70,7 +70,7 @@ def test_it_is_the_squared_distance_of_answers(
     for person in range(2):  # each alone
         own = predicted[person : person + 1]
         with torch.no_grad():
-            clean = prior._draft(tiny, own, CAPTIONS[2], 1, shape)
+            clean = prior._draft(tiny, tiny.injected.factors(own), CAPTIONS[2], 1, shape)
             asked = clean, [tiny.prompt(CAPTIONS[2])], noise, t
             with tiny.wearing(own):
                 before = tiny.backbone.predict(*asked)
@@ -80,7 +80,7 @@ def test_it_is_the_squared_distance_of_answers(
     assert far == pytest.approx(by_hand, rel=0.05)  # in other number formats
 
 
-def test_plain_factors_are_held_too(tiny: Base, faces: list[Faces], predicted: Theta) -> None:
+def test_gradients_reach_what_is_worn(tiny: Base, faces: list[Faces], predicted: Theta) -> None:
     factors = tiny.injected.factors(predicted)
     up = tuple(each.clone().requires_grad_(True) for each in factors.up)
     worn = Factors(factors.down, up)
@@ -98,7 +98,7 @@ def test_refinement_keeps_styles(
 ) -> None:
     start = relax(predicted, 2)
     latents = [tiny.backbone.encode_images(each.crops) for each in faces]
-    judge = style_prior(tiny, start, faces)
+    judge = style_prior(tiny, tiny.injected.factors(start), faces)
 
     def lost(weight: float) -> tuple[float, Tensor]:
         monkeypatch.setattr(prior, "WEIGHT", weight)
@@ -106,7 +106,10 @@ def test_refinement_keeps_styles(
         now = refine(tiny, start, latents, config, lambda *_: None, faces).theta
         monkeypatch.setattr(prior, "WEIGHT", 1.0)
         with torch.no_grad():
-            far = sum(float(judge(now, seeded(), turn)) for turn in range(len(CAPTIONS)))
+            far = sum(
+                float(judge(tiny.injected.factors(now), seeded(), turn))
+                for turn in range(len(CAPTIONS))
+            )
         return far, now.up
 
     with_prior, held = lost(5.0)

@@ -1,0 +1,65 @@
+"""Which files a merged model has, and what they say: nothing from beside the model, and what its
+UNet predicts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hdbcli import merge_out
+from hdbcli.lidb import Theta, first_theta
+from hdbcli.merge import Merge
+from hdbcli.places import Checkpoint, open_checkpoint
+from registry import added
+from registry.checkpoint import read_checkpoint
+from registry.families import FAMILIES
+from registry.header import read_header
+from registry.recognise import prediction_of
+from registry.settings import Added
+from registry.spec import BaseSpec
+
+if TYPE_CHECKING:
+    from cutdown import Narrow
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+def spec_of(family: str, files: Path) -> BaseSpec:
+    return added.spec_of(Added("narrow", str(files), family, "epsilon", 64, "", {}))
+
+
+def nobody(checkpoint: Checkpoint) -> Theta:
+    return first_theta(len(checkpoint.places), checkpoint.spec.a, checkpoint.spec.b)
+
+
+def test_xl_as_a_single_file_says_that_it_predicts_v(narrow: Narrow, tmp_path: Path) -> None:
+    folder = shutil.copytree(narrow.folder("sdxl"), tmp_path / "v")
+    config = folder / "scheduler" / "scheduler_config.json"
+    told = json.loads(config.read_text())
+    for changes in ({}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}):
+        config.write_text(json.dumps({**told, **changes}))
+        checkpoint, out = open_checkpoint(spec_of("sdxl", folder)), tmp_path / "v.safetensors"
+        merge_out.write_single(Merge(checkpoint, nobody(checkpoint), None), out, "x", quiet)
+        marks = {key for key, info in read_header(out, 2**40).tensors.items() if info.shape == (0,)}
+        assert marks == ({"v_pred", "ztsnr"} if changes else set())
+        assert prediction_of(read_checkpoint(out), FAMILIES["sdxl"], None) == (
+            "v_prediction" if changes else "epsilon"
+        )
+
+
+def test_words_of_an_index_are_no_paths(narrow: Narrow, tmp_path: Path) -> None:
+    """A model from elsewhere may name folders beside itself, or anywhere."""
+    folder = shutil.copytree(narrow.folder("sd1"), tmp_path / "near" / "model")
+    (folder.parent / "secret.txt").write_text("not of the model")
+    index = folder / "model_index.json"
+    words = {**json.loads(index.read_text()), "..": ["x", "y"], str(tmp_path): ["x", "y"]}
+    index.write_text(json.dumps(words))
+    checkpoint, out = open_checkpoint(spec_of("sd1", folder)), tmp_path / "far" / "merged"
+    out.parent.mkdir()
+    merge_out.write_folder(Merge(checkpoint, nobody(checkpoint), None), out, "x", quiet)
+    assert [each.name for each in out.parent.iterdir()] == ["merged"]
+    assert {each.name for each in folder.iterdir()} == {each.name for each in out.iterdir()}
