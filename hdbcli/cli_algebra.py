@@ -21,8 +21,8 @@ from hdbcli.cli_options import (
     Yes,
     check_output,
     new_path,
-    open_on,
     wear,
+    weights_of,
 )
 from hdbcli.errors import HdbError
 from registry import store
@@ -41,8 +41,7 @@ def inspect(
 ) -> None:
     """Look inside an identity: energy by target, component and kind; whether its basis verifies."""
     from hdbcli import inspection
-    from hdbcli.base import theta_for
-    from hdbcli.identity import load
+    from hdbcli.identity import fit, load
 
     path = store.resolve(identity)
     loaded = load(path)
@@ -52,9 +51,9 @@ def inspect(
             raise HdbError(f"{out} is not named .png, the kind of picture that hdb draws")
     names, verified, problem = None, None, None
     try:
-        base = open_on(loaded.base, "cpu")
-        _, problem = theta_for(base, loaded)
-        names, verified = list(base.injected.layers), True
+        spec, weights = weights_of(loaded.base)
+        problem = fit(loaded, spec, weights)
+        names, verified = list(weights.shapes), True
     except (HdbError, RegistryError) as error:
         problem, verified = str(error), False
     result = inspection.inspect(loaded, names, verified, problem)

@@ -63,7 +63,7 @@ class Boundary(Grouped):
                 if stopped or isinstance(error, KeyboardInterrupt):
                     render.note("interrupted; no file was left half-written")
                     raise typer.Exit(128 + (stopped[0] if stopped else signal.SIGINT)) from None
-                if isinstance(error, MemoryError | RuntimeError) and _out_of_memory(error):
+                if _out_of_memory(error):
                     render.note("error: out of memory; close other programs, or try --device cpu")
                     raise typer.Exit(1) from None
                 if isinstance(error, OSError) and error.filename is not None:
@@ -72,8 +72,10 @@ class Boundary(Grouped):
                 raise
 
 
-def _out_of_memory(error: Exception) -> bool:
-    from registry.loading import out_of_memory  # imports torch
+def _out_of_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:  # nor is it to be loaded for a RuntimeError such as Exit
+        return isinstance(error, MemoryError)
+    from registry.loading import out_of_memory
 
     return out_of_memory(error)
 

@@ -19,6 +19,7 @@ from registry import store
 
 if TYPE_CHECKING:
     from hdbcli.base import Base
+    from hdbcli.identity import Weights
     from hdbcli.lidb import Theta
     from hdbcli.lora_stack import Lora, Stacked
     from hdbcli.memory import MemoryPlan, Work
@@ -181,6 +182,16 @@ def spec_of(base: str | None) -> BaseSpec:
     from registry.settings import customised
 
     return customised(bases().get(base_name(base)))
+
+
+def weights_of(base: str) -> tuple[BaseSpec, Weights]:
+    """Return a base model's spec and its targets: read in its files, which takes no memory, or
+    loaded if it names none."""
+    from hdbcli.base import load_base
+    from hdbcli.places import open_checkpoint
+
+    spec = spec_of(base)
+    return spec, load_base(spec, "cpu").injected if spec.files is None else open_checkpoint(spec)
 
 
 def added_of(base: str) -> Added | None:

@@ -12,7 +12,7 @@ import typer
 
 from hdbcli import render
 from hdbcli.cli_boundary import ask
-from hdbcli.cli_options import Force, Identity, Json, NewName, Yes, bases, new_path, open_on
+from hdbcli.cli_options import Force, Identity, Json, NewName, Yes, bases, new_path, weights_of
 from hdbcli.errors import HdbError
 from registry import orphans, store
 
@@ -32,7 +32,7 @@ def import_identity(
 
     identity = keep.read_foreign(file)
     path = new_path(name or store.name_from_stem(file.stem), force)
-    verified, warning = keep.fits_here(lambda base: open_on(base, "cpu"))(identity)
+    verified, warning = keep.fits_here(weights_of)(identity)
     if warning:
         render.note(f"warning: {path.stem}: {warning}")
     keep.take_in(file, identity, path, new=not force)
@@ -103,7 +103,7 @@ def verify(
     paths = [store.resolve(name) for name in names or []]
     if not names:
         paths = [entry.path for entry in store.entries()]
-    verdicts = list(keep.verify(paths, lambda base: open_on(base, "cpu")))
+    verdicts = list(keep.verify(paths, weights_of))
     if as_json:
         render.document([asdict(verdict) for verdict in verdicts])
     elif verdicts:

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hdbcli.base import Base
 from hdbcli.errors import HdbError
-from hdbcli.identity import Identity, check_fits, load, terms_of
+from hdbcli.identity import Identity, Weights, check_fits, load, terms_of
 from registry import store
 from registry.errors import RegistryError
 from registry.foreign import lora_style
 from registry.header import read_header
+from registry.spec import BaseSpec
 
 MAX_LORA = 2**40  # of a foreign file the header alone is read
 
-Open = Callable[[str], Base]
+Open = Callable[[str], tuple[BaseSpec, Weights]]  # a base model's spec and targets
 
 
 @dataclass(frozen=True)
@@ -62,32 +62,31 @@ def take_in(file: Path, identity: Identity, path: Path, new: bool) -> None:
         raise HdbError(str(error)) from error
 
 
-def fits_here(open_base: Open) -> Callable[[Identity], tuple[bool | None, str | None]]:
+def fits_here(weights_of: Open) -> Callable[[Identity], tuple[bool | None, str | None]]:
     """Return a check of identities against their base models, each of which is opened once.
 
     It returns True if an identity is at home on its base, None if that is not here to ask; and a
     warning, if there is one. HdbError if the base refuses it: other family, targets or basis.
     """
-    homes: dict[str, dict[str, Any] | RegistryError] = {}
+    homes: dict[str, dict[str, Any] | HdbError | RegistryError] = {}
 
     def check(identity: Identity) -> tuple[bool | None, str | None]:
         if identity.base not in homes:
             try:
-                base = open_base(identity.base)
-                homes[identity.base] = terms_of(base.spec, base.injected)
-            except RegistryError as error:
+                homes[identity.base] = terms_of(*weights_of(identity.base))
+            except (HdbError, RegistryError) as error:
                 homes[identity.base] = error
         home = homes[identity.base]
-        if isinstance(home, RegistryError):
+        if isinstance(home, HdbError | RegistryError):
             return None, f"its basis is not verified: {home}"
         return True, check_fits(identity, **home)
 
     return check
 
 
-def verify(paths: Iterable[Path], open_base: Open) -> Iterator[Verdict]:
+def verify(paths: Iterable[Path], weights_of: Open) -> Iterator[Verdict]:
     """Check each file in full: header, numbers, digest, and its basis on its base model."""
-    fits = fits_here(open_base)
+    fits = fits_here(weights_of)
     for path in paths:
         known = (path.stem, str(path), path.stat().st_size if path.is_file() else 0)
         try:

@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 
 from hdbcli.base import Base
 from hdbcli.create import describe
-from hdbcli.identity import Identity, load, save
+from hdbcli.identity import Identity, Weights, load, save
 from hdbcli.lidb import Theta
 from registry import store
 from registry.errors import RegistryError
 from registry.foreign import lora_style
 from registry.orphans import temporaries
 from registry.settings import set_hypernetwork, settings_path
+from registry.spec import BaseSpec
 
 Keep = Callable[..., Path]
 
@@ -220,11 +221,11 @@ def test_verify_opens_each_base_once(identity: Identity, outside: Path) -> None:
 
     opened = []
 
-    def open_base(name: str) -> Base:
+    def weights_of(name: str) -> tuple[BaseSpec, Weights]:
         opened.append(name)
         raise RegistryError("not here")
 
-    verdicts = list(verify([outside] * 3, open_base))
+    verdicts = list(verify([outside] * 3, weights_of))
     assert opened == ["tiny"] and [(v.ok, v.basis) for v in verdicts] == [(True, None)] * 3
 
 
