@@ -53,6 +53,8 @@ def composed(parts: Mapping[str, tuple[Identity, float]], rank: int | None) -> I
     how = [f"composed of {' + '.join(shares)}"]
     if len(how[0]) > WORD:
         how = [f"composed of {share}" for share in shares]
+    before = (line for identity in identities for line in identity.lineage)  # who is in the parts
+    how += dict.fromkeys(line for line in before if line.startswith("composed of "))
     made = _made(replace(first, lineage=()), theta, *how)
     return replace(made, steps=0, optimizer="", hypernetwork="")
 

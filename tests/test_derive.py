@@ -121,6 +121,10 @@ def test_compose_is_the_sum(keep: Keep) -> None:
     exact = core(alice) + core(bob) + core(store.path_of("carol"))
     assert load(store.path_of("all")).rank == 6  # b, though the ranks are eight
     assert (core(store.path_of("all")) - exact).abs().max() < 1e-5
+    whole = load(store.path_of("all")).lineage
+    assert whole == ("composed of 1 alice + 1 bob + 1 carol", "composed of 0.6 alice + -0.4 bob")
+    assert hdb("compose", "carol=0.5", "bob=0.5", "--as", "dora").exit_code == 0
+    assert store.composed_of("alice") == ["all", "carol", "dora"]  # though dora names carol
     says(hdb(*words), "all exists already")
 
 
