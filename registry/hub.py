@@ -7,33 +7,27 @@ import os
 import re
 from pathlib import Path
 
-from registry.checkpoint import INDEX, WEIGHTS
+from registry.checkpoint import INDEX, INDEXED, VARIANT, WEIGHTS
 from registry.errors import RegistryError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # What hdb reads of a diffusers folder, and no more: repositories hold the weights several times.
 NEEDED = [INDEX, "scheduler/*.json", "tokenizer/*", "tokenizer_2/*"]
-NEEDED += [
-    f"{component}/{name}"
-    for component, stem in WEIGHTS.items()
-    for name in (
-        "config.json",
-        f"{stem}.safetensors",
-        f"{stem}.safetensors.index.json",
-        f"{stem}-*.safetensors",
-    )
-]
-# Where the UNet comes in this variant alone, so does all the rest.
-HALF = [
-    f"{component}/{name}"
-    for component, stem in WEIGHTS.items()
-    for name in (
-        f"{stem}.fp16.safetensors",
-        f"{stem}.safetensors.index.fp16.json",
-        f"{stem}.fp16-*.safetensors",
-    )
-]
+NEEDED += [f"{component}/config.json" for component in WEIGHTS]
+
+
+def _weights(ending: str = "") -> list[str]:
+    """Name the weights of all components, plain or of a variant: whole, or an index and shards."""
+    return [
+        f"{component}/{name}"
+        for component, stem in WEIGHTS.items()
+        for name in (
+            f"{stem}{ending}.safetensors",
+            f"{stem}{INDEXED}{ending}.json",
+            f"{stem}{ending}-*.safetensors",
+        )
+    ]
 
 
 def locate(source: str, revision: str | None) -> tuple[Path, str]:
@@ -65,10 +59,12 @@ def _download(name: str, revision: str | None) -> Path:
 
     whole = f"{name}@{revision}" if revision else name
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED))
+        wanted = NEEDED + _weights()
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
         if any((folder / "unet").glob("*.safetensors")):
             return folder
-        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED + HALF))
+        wanted += _weights(f".{VARIANT}")  # where the UNet comes in it alone, so does all the rest
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except GatedRepoError as error:
         reason = "asks for its licence to be accepted; do so on its page, then: hf auth login"
         raise RegistryError(f"{whole} {reason}") from error

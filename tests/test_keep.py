@@ -21,6 +21,7 @@ from hdbcli.lidb import Theta
 from registry import store
 from registry.errors import RegistryError
 from registry.foreign import lora_style
+from registry.header import read_header
 from registry.orphans import temporaries
 from registry.settings import set_hypernetwork, settings_path
 from registry.spec import BaseSpec
@@ -201,6 +202,13 @@ def test_verify_reads_all_of_every_file(outside: Path, identity: Identity) -> No
     assert ok("verify", "alice", outside).stdout.count("good") == 2  # names, or files
     assert hdb("verify", "bob").exit_code == 1
     refused("verify", "nobody", says="unknown identity")
+
+
+def test_a_trainers_long_metadata_are_read_and_an_identitys_are_not(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "lora.safetensors", {"tags": "a" * 2**21})
+    assert len(read_header(tmp_path / "lora.safetensors", 2**34).metadata["tags"]) == 2**21
+    with pytest.raises(RegistryError, match="is refused"):
+        read_header(tmp_path / "lora.safetensors")
 
 
 def test_copies_and_renames_say_their_bytes(outside: Path) -> None:
