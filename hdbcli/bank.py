@@ -20,9 +20,11 @@ from hdbcli.base import Base
 from hdbcli.config import BankConfig, Tell
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta
+from hdbcli.memory import Work
 from hdbcli.people import People
 from hdbcli.refine import refine
 from registry.errors import RegistryError
+from registry.spec import BaseSpec
 from registry.store import write_beside
 from registry.tensors import save_tensors
 
@@ -38,6 +40,13 @@ class Shard:
     total: int
     loss_start: float
     loss_end: float
+
+
+def work_of(spec: BaseSpec, at_once: int) -> Work:
+    """Say what a bank asks of a base: a step takes everybody of a shard, so that no plan can part
+    them, and nothing rounded, since hypernetworks learn from it."""
+    samples = at_once * spec.batch
+    return Work(samples, spec.resolution, trains=True, exact=True, least=at_once)
 
 
 def build_bank(

@@ -18,11 +18,14 @@ from hdbcli.cli_options import (
     Force,
     Identity,
     Json,
+    Memory,
     Yes,
     check_output,
     new_path,
+    spec_of,
     wear,
     weights_of,
+    within_memory,
 )
 from hdbcli.errors import HdbError
 from registry import store
@@ -30,6 +33,8 @@ from registry.errors import RegistryError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from hdbcli.memory import MemoryPlan
 
 
 def inspect(
@@ -126,6 +131,7 @@ def compose(
         typer.Option("-o", "--out", help="PNG of --show, or a folder; default: NAME-walk.png."),
     ] = None,
     device: Device = None,
+    memory: Memory = "auto",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -144,7 +150,7 @@ def compose(
     paths = {name: store.resolve(name) for name in weights}
     loaded = {name: (load(paths[name]), weight) for name, weight in weights.items()}
     made = derive.composed(loaded, rank)
-    drawn = _draw_walk(list(paths.values()), device) if sheet else None
+    drawn = _draw_walk(list(paths.values()), made.base, device, memory) if sheet else None
     size = save(made, path, dtype, new=not force)
     if sheet and drawn:
         save_picture(drawn[0], sheet, drawn[1])
@@ -211,16 +217,23 @@ def _sheet_path(show: bool, out: Path | None, name: str, people: int) -> Path | 
     return path
 
 
-def _draw_walk(paths: list[Path], device: str | None) -> tuple[np.ndarray, str]:
+def _draw_walk(
+    paths: list[Path], base: str, device: str | None, memory: str
+) -> tuple[np.ndarray, str]:
     """Draw the walk through identities; return the sheet and what is written into it."""
     from hdbcli import sample, walk
 
-    base, people = wear(paths, None, device)
-    with render.progress() as tell:
-        sheet = walk.draw(base, [people[[i]] for i in range(len(paths))], tell)
+    spec = spec_of(base)
+
+    def draw(plan: MemoryPlan) -> sample.Picture:
+        loaded, people = wear(paths, spec.name, device, plan)
+        with render.progress() as tell:
+            return walk.draw(loaded, [people[[i]] for i in range(len(paths))], tell)
+
+    sheet = within_memory(spec, device, memory, walk.work_of(spec, len(paths)), draw)
     names = " to ".join(path.stem for path in paths)
     prompts = " | ".join(walk.ROWS)
-    text = sample.parameters_text(prompts, walk.SETTINGS, sheet, base.spec.name, names)
+    text = sample.parameters_text(prompts, walk.SETTINGS, sheet, spec.name, names)
     return sheet.image, text
 
 

@@ -17,11 +17,14 @@ from hdbcli.cli_options import (
     FaceNumber,
     Identity,
     Json,
+    Memory,
     More,
     Pattern,
     base_name,
     check_folder,
+    spec_of,
     wear,
+    within_memory,
 )
 from hdbcli.config import (
     MAIN_METHODS,
@@ -32,6 +35,7 @@ from registry.settings import DEFAULT
 
 if TYPE_CHECKING:
     from hdbcli.measuring import Row
+    from hdbcli.memory import MemoryPlan
 
 
 def score(
@@ -40,19 +44,28 @@ def score(
     base: Annotated[str | None, typer.Option(help="Another base than its own.")] = None,
     face: FaceNumber = None,
     device: Device = None,
+    memory: Memory = "auto",
     as_json: Json = False,
 ) -> None:
     """Say how alike, how stylish and how well-behaved an identity is; likeness needs --photo."""
     from hdbcli import score as measure
     from hdbcli.contest import text_metrics
     from hdbcli.create import crop_photos
+    from hdbcli.identity import load
     from registry.plugins import load_metrics
 
-    loaded, worn = wear([store.resolve(identity)], base, device)
+    path = store.resolve(identity)
+    spec = spec_of(base or load(path).base)
     with render.progress() as tell:
-        crops = crop_photos(photo or [], loaded.spec, face, tell)
-        metrics, missing = text_metrics(load_metrics(), loaded.spec.family)
-        result = measure.score(loaded, worn, crops, metrics, tell)
+        crops = crop_photos(photo or [], spec, face, tell)
+    metrics, missing = text_metrics(load_metrics(), spec.family)
+
+    def judge(plan: MemoryPlan) -> measure.Score:
+        loaded, worn = wear([path], spec.name, device, plan)
+        with render.progress() as tell:
+            return measure.score(loaded, worn, crops, metrics, tell)
+
+    result = within_memory(spec, device, memory, measure.work_of(spec), judge)
     for line in missing:
         render.note(f"left out: {line}")
     if as_json:

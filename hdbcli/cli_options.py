@@ -235,15 +235,16 @@ def within_memory(
     memory: str,
     work: Work,
     attempt: Callable[[MemoryPlan], T],
+    **advice: str,
 ) -> T:
     """Choose a memory plan, say it, and run the attempt on it: out of memory, once more on the next
-    smaller one."""
+    smaller one, or an error with the `advice`."""
     from hdbcli.device import choose_device
     from hdbcli.memory import choose, run_within
 
     choice = choose(spec, choose_device(device), memory, work)
     render.note(choice.line)
-    return run_within(choice, attempt, render.note)
+    return run_within(choice, attempt, render.note, **advice)
 
 
 def wear(

@@ -61,28 +61,34 @@ def train_bank(
     pattern: Pattern = "*",
     aligned: Aligned = False,
     device: Device = None,
+    memory: Memory = "auto",
 ) -> None:
     """Optimise the LiDB of everybody in a folder; interrupted, the same command goes on."""
-    from hdbcli.bank import build_bank
-    from hdbcli.memory import enough
+    from hdbcli import bank
     from hdbcli.people import read_people
 
     check_folder(out)
-    loaded = open_on(base, device)
+    spec = spec_of(base)
     config = BankConfig(steps, lr=lr, at_once=at_once, seed=seed, optimizer=optimizer)
-    start, made = time.perf_counter(), 0
+    with render.progress() as tell:
+        people = read_people(data, spec, pattern, aligned, tell)
+    render.show_skipped(people.skipped)
+
+    def build(plan: MemoryPlan) -> None:
+        loaded = open_on(base, device, plan=plan)
+        start, made = time.perf_counter(), 0
+        with render.progress() as tell:
+            for shard in bank.build_bank(loaded, people, out, config, tell):
+                made += shard.people
+                rate = made / (time.perf_counter() - start)
+                render.note(
+                    f"{shard.total}/{len(people.names)} people, loss {shard.loss_start:.4f} to "
+                    f"{shard.loss_end:.4f}, {rate:.2f} people a second, "
+                    f"{(len(people.names) - shard.total) / rate / 60:.1f} min left"
+                )
+
     fewer = f"take fewer people side by side than --at-once {at_once}"
-    with render.progress() as tell, enough(fewer):
-        people = read_people(data, loaded.spec, pattern, aligned, tell)
-        render.show_skipped(people.skipped)
-        for shard in build_bank(loaded, people, out, config, tell):
-            made += shard.people
-            rate = made / (time.perf_counter() - start)
-            render.note(
-                f"{shard.total}/{len(people.names)} people, loss {shard.loss_start:.4f} to "
-                f"{shard.loss_end:.4f}, {rate:.2f} people a second, "
-                f"{(len(people.names) - shard.total) / rate / 60:.1f} min left"
-            )
+    within_memory(spec, device, memory, bank.work_of(spec, at_once), build, advice=fewer)
     render.say(str(out))
 
 
@@ -227,21 +233,28 @@ def train_evaluate(
     pattern: Pattern = "*",
     aligned: Aligned = False,
     device: Device = None,
+    memory: Memory = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure a hypernetwork on people it never saw: loss with intervals, retrieval of
     portraits."""
+    from hdbcli import evaluate
     from hdbcli.base import load_predictor
-    from hdbcli.evaluate import evaluate
-    from hdbcli.memory import enough
     from hdbcli.people import read_people
 
-    loaded = open_on(base, device, hypernetwork)
-    model, _ = load_predictor(loaded)
-    with render.progress() as tell, enough("close other programs"):
-        people = read_people(data, loaded.spec, pattern, aligned, tell)
-        render.show_skipped(people.skipped)
-        result = evaluate(loaded, model, people, refined, tell)
+    spec = spec_of(base)
+    with render.progress() as tell:
+        people = read_people(data, spec, pattern, aligned, tell)
+    render.show_skipped(people.skipped)
+
+    def measure(plan: MemoryPlan) -> evaluate.Evaluation:
+        loaded = open_on(base, device, hypernetwork, plan)
+        model, _ = load_predictor(loaded)
+        with render.progress() as tell:
+            return evaluate.evaluate(loaded, model, people, refined, tell)
+
+    work = evaluate.work_of(spec, refined)
+    result = within_memory(spec, device, memory, work, measure)
     if as_json:
         render.document(asdict(result))
     else:

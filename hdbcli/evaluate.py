@@ -3,28 +3,30 @@ portraits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hdbcli import create
 from hdbcli.base import Base
 from hdbcli.config import PORTRAIT, RefineConfig, Tell
-from hdbcli.create import settle
 from hdbcli.errors import HdbError
 from hdbcli.faces import Retrieval, embed, retrieval
 from hdbcli.hypernet import Faces, HyperNetwork
 from hdbcli.lidb import Theta
+from hdbcli.memory import Work
 from hdbcli.people import People
 from hdbcli.pretrain import encode_crops
 from hdbcli.refine import portrait_loss, refine
 from hdbcli.relax import relax, stack
 from hdbcli.sample import generate
-from registry.spec import SampleSettings
+from registry.spec import BaseSpec, SampleSettings
 
 PAIRS = 32  # (timestep, noise) pairs
-AT_ONCE = 25  # people refined side by side
+AT_ONCE = 25  # people side by side; one where memory is small
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,13 @@ class Evaluation:
     refined_people: int
     other_photo: Retrieval
     autoencoded: Retrieval
+
+
+def work_of(spec: BaseSpec, refined: int) -> Work:
+    """Say what evaluating asks of a base: what `hdb new` does, for many people at once if the plan
+    allows, and unrounded, since the losses differ by little."""
+    alone = create.work_of(spec, refined > 0, None)
+    return replace(alone, samples=AT_ONCE * alone.samples, trains=True, exact=True)
 
 
 def evaluate(
@@ -98,12 +107,17 @@ def person_losses(
 ) -> Tensor:
     """Return the loss (P,) of everybody's one photo (P, c, h, w), over the same pairs."""
     parts = []
-    for i in range(0, len(latents), AT_ONCE):
-        part = slice(i, i + AT_ONCE)
+    for part in _parts(base, len(latents)):
         worn = None if theta is None else theta[part]
         parts.append(portrait_loss(base, worn, list(latents[part, None]), pairs))
-        tell("loss", min(i + AT_ONCE, len(latents)), len(latents))
+        tell("loss", min(part.stop, len(latents)), len(latents))
     return torch.cat(parts)
+
+
+def _parts(base: Base, people: int) -> Iterator[slice]:
+    """Divide people into groups that go side by side."""
+    size = 1 if base.plan.at_once else AT_ONCE
+    return (slice(first, first + size) for first in range(0, people, size))
 
 
 @torch.no_grad()
@@ -113,13 +127,12 @@ def _predict(model: HyperNetwork, faces: Faces) -> Theta:
 
 def refine_all(base: Base, theta: Theta, crops: np.ndarray, tell: Tell) -> Theta:
     """Relax and refine as `hdb new` does, a few dozen people at once."""
-    config = settle(base, None, None, RefineConfig.seed, RefineConfig.optimizer)
+    config = create.settle(base, None, None, RefineConfig.seed, RefineConfig.optimizer)
     faces = [base.faces([crop]) for crop in crops]
     encoded = encode_crops(base, crops, tell)[0].float().to(base.device)
     latents = [latent[None] for latent in encoded]
     done = []
-    for i in range(0, len(latents), AT_ONCE):
-        part = slice(i, i + AT_ONCE)
+    for part in _parts(base, len(latents)):
         start = relax(theta[part], config.rank)
         done.append(refine(base, start, latents[part], config, tell, faces[part]).theta)
     return stack(done)

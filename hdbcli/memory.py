@@ -133,10 +133,15 @@ def choose(spec: BaseSpec, device: str, asked: str, work: Work, free: int | None
     return Choice(plans[index], reason, tuple(plans[index + 1 :]) if alone else ())
 
 
-def run_within(choice: Choice, attempt: Callable[[MemoryPlan], T], say: Callable[[str], None]) -> T:
+def run_within(
+    choice: Choice,
+    attempt: Callable[[MemoryPlan], T],
+    say: Callable[[str], None],
+    advice: str = "ask for fewer or smaller pictures",
+) -> T:
     """Run the attempt on the chosen plan; out of memory, once more on the next smaller one.
 
-    HdbError if there is none, or if memory runs out again.
+    HdbError with advice if there is none, or if memory runs out again.
     """
     plans = [choice.plan, *choice.smaller[:1]]
     for plan, smaller in zip(plans, [*plans[1:], None], strict=True):
@@ -152,8 +157,8 @@ def run_within(choice: Choice, attempt: Callable[[MemoryPlan], T], say: Callable
         if smaller is not None:
             say(f"warning: out of memory with plan {plan.name}; trying {describe(smaller)}")
     raise HdbError(
-        f"out of memory with plan {plans[-1].name} ({choice.reason}); close other programs, ask "
-        "for fewer or smaller pictures, or try --memory low or --device cpu"
+        f"out of memory with plan {plans[-1].name} ({choice.reason}); close other programs, "
+        f"{advice}, or try --memory low or --device cpu"
     )
 
 

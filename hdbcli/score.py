@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hdbcli import sample
 from hdbcli.base import Base, Worn
 from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, Tell, unnamed
 from hdbcli.faces import SAME_PERSON, embed
+from hdbcli.memory import Work
 from hdbcli.photo import Crop
-from hdbcli.sample import generate
 from registry.metric import Metric
-from registry.spec import SampleSettings
+from registry.spec import BaseSpec, SampleSettings
 
 SEEDS = (1, 2, 3, 4)
 SLIGHT, STRONG = 6.0, 20.0  # mean change of a pixel, 0 to 255
@@ -59,6 +60,11 @@ class Score:
     drift: float
 
 
+def work_of(spec: BaseSpec) -> Work:
+    """Say what scoring asks of a base."""
+    return sample.work_of(len(SEEDS), spec.resolution)
+
+
 def score(
     base: Base, worn: Worn, crops: Sequence[Crop], texts: dict[str, Metric], tell: Tell
 ) -> Score:
@@ -96,7 +102,7 @@ def words(result: Score) -> list[str]:
 
 
 def _draw(base: Base, worn: Worn | None, prompt: str, tell: Tell) -> list[np.ndarray]:
-    drawn = generate(base, worn, prompt, SEEDS, SampleSettings(), tell)
+    drawn = sample.generate(base, worn, prompt, SEEDS, SampleSettings(), tell)
     return [picture.image for picture in drawn]
 
 

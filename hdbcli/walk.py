@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hdbcli import sample
 from hdbcli.algebra import compose
 from hdbcli.base import Base
 from hdbcli.config import CAPTIONS, PORTRAIT, Tell
 from hdbcli.errors import HdbError
 from hdbcli.lidb import Theta
+from hdbcli.memory import Work
 from hdbcli.relax import stack
-from hdbcli.sample import Picture, generate
+from hdbcli.sample import Picture
 from registry.contact_sheet import contact_sheet, in_rows
-from registry.spec import SampleSettings
+from registry.spec import BaseSpec, SampleSettings
 
 COLUMNS = 7  # from one identity to the next, both included
 ROWS = (PORTRAIT, CAPTIONS[1])
@@ -39,6 +41,11 @@ def walk(thetas: Sequence[Theta]) -> Theta:
     return stack(steps).to(thetas[0].down.device)
 
 
+def work_of(spec: BaseSpec, people: int) -> Work:
+    """Say what drawing the walk through so many people asks of a base."""
+    return sample.work_of(len(ROWS) * len(weights_of(people)), spec.resolution)
+
+
 def draw(base: Base, thetas: Sequence[Theta], tell: Tell) -> Picture:
     """Draw the walk as one sheet, a column a step and a row a prompt; every picture of the sheet
     is a sample of its own, so that one pass draws all that fit in it."""
@@ -46,6 +53,6 @@ def draw(base: Base, thetas: Sequence[Theta], tell: Tell) -> Picture:
     columns = len(steps)
     worn = steps[[column for _ in ROWS for column in range(columns)]]
     prompts = [prompt for prompt in ROWS for _ in range(columns)]
-    pictures = generate(base, worn, prompts, [SEED] * len(prompts), SETTINGS, tell)
+    pictures = sample.generate(base, worn, prompts, [SEED] * len(prompts), SETTINGS, tell)
     rows = in_rows([picture.image for picture in pictures], columns)
     return Picture(contact_sheet(rows), SEED)

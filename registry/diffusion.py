@@ -37,6 +37,7 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 LCM_STEPS = 50
+ENCODED = 2**20  # pixels that the autoencoder reads in one pass: 4 pictures of 512 px
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,12 @@ class StableDiffusion:
     def encode_images(self, images: Tensor) -> Tensor:
         vae = self.autoencoder
         with _exact(vae):
-            encoded = vae.encode(images.to(vae.device, vae.dtype))
-        distribution = getattr(encoded, "latent_dist", None)
-        latents = encoded.latents if distribution is None else distribution.mode()
-        return latents.float() * vae.config.scaling_factor
+            parts = images.to(vae.device, vae.dtype).split(max(1, ENCODED // images[0, 0].numel()))
+            encoded = [vae.encode(part) for part in parts]
+        latents = [
+            e.latent_dist.mode() if hasattr(e, "latent_dist") else e.latents for e in encoded
+        ]
+        return torch.cat(latents).float() * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> np.ndarray:

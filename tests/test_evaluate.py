@@ -14,8 +14,9 @@ import torch
 
 from hdbcli.base import Base, load_predictor
 from hdbcli.create import crop_photos, likeness_of
-from hdbcli.evaluate import _interval, evaluate
+from hdbcli.evaluate import _interval, _parts, evaluate, work_of
 from hdbcli.lidb import Theta
+from hdbcli.memory import NORMAL, PLANS, Size, estimate
 from hdbcli.people import read_people
 from hdbcli.sample import Picture
 from hdbcli.score import _drift, score
@@ -23,6 +24,7 @@ from hdbcli.tokens import Tokens, own_tokens
 from registry.spec import SampleSettings
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
+SIZE = Size(344_832, 11_727_792, 1_410_707, 96)
 
 
 def quiet(*_: object) -> None:
@@ -42,6 +44,14 @@ def test_a_hypernetwork_is_tested_on_the_photo_that_was_not_read(
     assert right.own < right.another and right.own != wrong.own
     assert right.other_photo.top1 == 1.0 and wrong.other_photo.top1 == 0.5
     assert right.portraits.auc > wrong.portraits.auc
+
+
+def test_as_many_people_go_side_by_side_as_the_plan_allows(tiny: Base) -> None:
+    frugal = replace(tiny, plan=PLANS[1])
+    whole, parted = ([p.stop for p in _parts(base, 26)] for base in (tiny, frugal))
+    assert whole == [25, 50] and parted == list(range(1, 27))
+    generous, least = (estimate(SIZE, plan, work_of(tiny.spec, 2)) for plan in (NORMAL, PLANS[2]))
+    assert generous > 5 * least and work_of(tiny.spec, 0).exact
 
 
 def test_the_interval_is_of_a_mean() -> None:

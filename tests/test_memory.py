@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from registry import store
 from registry.diffusion import StableDiffusion
 from registry.loading import out_of_memory
 from registry.plugins import load_registry
+from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
     from cutdown import Narrow
@@ -234,6 +236,37 @@ def test_hypernetwork_trains_in_little_memory(astronaut: Path, tmp_path: Path) -
     assert (tmp_path / "h.safetensors").exists()
 
 
+def test_what_measures_and_shows_plans_its_memory_too(
+    hdb_home: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = partial(SampleSettings, steps=2)
+    for module in ("score", "evaluate"):
+        monkeypatch.setattr(f"hdbcli.{module}.SampleSettings", few)
+    monkeypatch.setattr("hdbcli.walk.SETTINGS", few())
+    people = two_of_each(astronaut, tmp_path / "people")
+    for name in ("alice", "bob"):
+        assert hdb("new", astronaut, name, "--no-refine").exit_code == 0
+    show = ("compose", "alice=0.5", "bob=0.5", "--as", "both", "--show", "-o", tmp_path / "w.png")
+    for words, plan in {
+        ("score", "alice", "--photo", astronaut): "nf4",
+        show: "nf4",
+        ("train", "evaluate", people): "recompute",
+        ("train", "bank", people, "--out", tmp_path / "bank", "--steps", 1): "recompute",
+    }.items():
+        result = hdb(*words, "--memory", "low")
+        assert result.exit_code == 0, result.stderr
+        assert f"memory: {plan}, " in result.stderr, (words, result.stderr)
+    assert (tmp_path / "w.png").exists() and (tmp_path / "bank/index.json").exists()
+
+
+def two_of_each(photo: Path, folder: Path) -> Path:
+    """Lay a photo into the folders of two people, twice each."""
+    for name in ("a/1", "a/2", "b/1", "b/2"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, folder / f"{name}.png")
+    return folder
+
+
 @pytest.fixture
 def starved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the diffusion loss run out of memory as many times as the list says."""
@@ -266,6 +299,16 @@ def test_out_of_memory_takes_the_next_plan_once(
     assert result.stderr.splitlines()[-1].startswith("error: out of memory with plan half (about")
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 3
     assert not store.names()
+
+
+def test_a_bank_that_runs_out_of_memory_tells_how_to_need_less(
+    astronaut: Path, tmp_path: Path, starved: list[int]
+) -> None:
+    people, starved[0] = two_of_each(astronaut, tmp_path / "people"), 99
+    result = hdb("train", "bank", people, "--out", tmp_path / "bank", "--at-once", 3)
+    assert result.exit_code == 1 and "Traceback" not in result.stderr
+    told = " ".join(result.stderr.split())
+    assert "error: out of memory with plan half" in told and "than --at-once 3" in told
 
 
 def test_without_bitsandbytes_weights_stay_whole(
