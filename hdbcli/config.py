@@ -40,7 +40,7 @@ MAIN_METHODS = "hyperdreambooth,lora,dreambooth,inversion"
 
 def unnamed(prompt: str) -> str:
     """Return a prompt without the [V] that says who: of anybody."""
-    return prompt.replace(f"{PLACEHOLDER} ", "")
+    return " ".join(prompt.replace(PLACEHOLDER, " ").split())
 
 
 # Whoever wants to draw progress is told (stage, done, in all).
@@ -50,7 +50,8 @@ Tell = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class RefineConfig:
     """How to refine. `batch` noises and timesteps are drawn a step, over all the crops, and
-    `likeness` weighs the distance of drawn portraits; None: as the base's spec says."""
+    `likeness` weighs the distance of drawn portraits; None: as the base's spec says. With it styles
+    are held to those of the start, where that is `somebody` and not theta_0."""
 
     steps: int = 40
     rank: int = 4
@@ -59,6 +60,7 @@ class RefineConfig:
     seed: int = 0
     optimizer: str = "adamw8bit"
     likeness: float | None = None
+    somebody: bool = True
 
 
 @dataclass(frozen=True)

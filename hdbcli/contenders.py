@@ -16,6 +16,7 @@ import torch
 
 from hdbcli.base import Base
 from hdbcli.config import DIFFUSION_LR, RefineConfig, Tell
+from hdbcli.create import settle
 from hdbcli.errors import HdbError
 from hdbcli.hypernet import Faces, HyperNetwork
 from hdbcli.lidb import Theta
@@ -41,10 +42,10 @@ class Contender:
     likeness: float | None = 0.0  # weight of what is drawn, None is the base's own
     people: int | None = None  # learns only the first so many
 
-    @property
-    def at_once(self) -> int:
-        """How many people can learn side by side; DreamBooth changes the base, so one."""
-        return 1 if self.trains == "dreambooth" else 25
+    def at_once(self, side: int) -> int:
+        """Return how many people learn side by side on a base that draws `side` pixels: 25 of 128,
+        one of 512. DreamBooth changes the base, so one."""
+        return 1 if self.trains == "dreambooth" else max(1, 25 * 128**2 // side**2)
 
 
 _FULL = Contender(
@@ -104,6 +105,19 @@ def choose(names: Sequence[str], most: int | None = None) -> list[Contender]:
     return list(chosen.values())
 
 
+def suited(contender: Contender, base: Base, most: int | None = None) -> Contender:
+    """Give a contender that learns a LiDB what `hdb new` would give it on this base: the rank that
+    the budget of bytes allows, the rate where nothing is drawn for likeness, and on a base without
+    a hypernetwork the iterations of a start from nobody, at most so many."""
+    if contender.trains != "lidb" or not contender.steps:
+        return contender
+    new = settle(base, None, None, RefineConfig.seed, contender.optimizer, contender.likeness)
+    contender = replace(contender, rank=min(contender.rank, new.rank))
+    if contender.predicted:
+        return replace(contender, lr=min(contender.lr, new.lr))
+    return replace(contender, steps=new.steps if most is None else min(new.steps, most))
+
+
 @contextmanager
 def entered(
     contender: Contender,
@@ -124,10 +138,17 @@ def entered(
     elif contender.trains == "lora":
         beneath = _start(contender, base, model, faces) if contender.predicted else None
         trial = lora_trial(base, len(faces), contender.rank, beneath)
-        yield with_likeness(base, trial, faces, contender.likeness)
+        yield _drawn(contender, base, trial, faces)
     else:
         trial = lidb_trial(base, relax(_start(contender, base, model, faces), contender.rank))
-        yield with_likeness(base, trial, faces, contender.likeness)
+        yield _drawn(contender, base, trial, faces)
+
+
+def _drawn(contender: Contender, base: Base, trial: Trial, faces: Sequence[Faces]) -> Trial:
+    """Let a trial of any steps learn from what it draws, as its contender weighs it."""
+    if not contender.steps:
+        return trial
+    return with_likeness(base, trial, faces, contender.likeness, contender.predicted)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from hdbcli.config import (
     RefineConfig,
     Tell,
 )
+from hdbcli.device import wait_for
 from hdbcli.errors import HdbError
 from hdbcli.faces import embed
 from hdbcli.identity import Identity, home_of
@@ -63,7 +64,7 @@ def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: 
 def work_of(spec: BaseSpec, refines: bool, likeness: float | None) -> Work:
     """Say what making an identity asks of a base; no plan can part what is drawn for likeness,
     which is kept until the rest of the step has been taken."""
-    portraits = sample.work_of(len(LIKENESS_SEEDS), spec.resolution)
+    portraits = sample.work_of(min(len(LIKENESS_SEEDS), spec.batch), spec.resolution)
     drawn = drafts(spec.batch) if refines and weight_of(spec, likeness) else 0
     samples = spec.batch + drawn
     return Work(samples, spec.resolution, trains=refines, least=1 + drawn, then=portraits)
@@ -90,6 +91,7 @@ def settle(
         seed=seed,
         optimizer=optimizer,
         likeness=likeness,
+        somebody=predicted,
     )
 
 
@@ -112,6 +114,7 @@ def create(crops: Sequence[Crop], base: Base, config: RefineConfig | None, tell:
     else:
         predictor, digest = load_predictor(base)
         theta = predictor.predict(base.faces([crop.image for crop in crops]))
+    wait_for(base.device)
     seconds["predict"] = time.perf_counter() - start
     identity = describe(base, theta, hypernetwork=digest)
     return _refined(identity, theta, crops, base, config, tell, seconds)
@@ -163,8 +166,8 @@ def _refined(
 def likeness_of(base: Base, theta: Theta, crops: Sequence[Crop], tell: Tell) -> tuple[float, float]:
     """Return the likeness of generated portraits to the crops, and of the base's own beside it.
 
-    The mean over four seeds, or fewer on a base where a picture takes long, the same for both:
-    1 - distance of the face embeddings, 0 to 1.
+    The mean over as many seeds as a step of the base has samples, two for `tiny` and one where a
+    picture takes long, the same for both: 1 - distance of the face embeddings, 0 to 1.
     """
     seeds = LIKENESS_SEEDS[: base.spec.batch]
     reference, _ = embed([crop.image for crop in crops])

@@ -35,7 +35,6 @@ GUIDANCE = SampleSettings.guidance  # as `hdb gen` will draw
 
 def likeness_loss(
     base: Base,
-    theta: Theta | Factors,
     prompts: Sequence[str],
     noise: Tensor,
     true: Tensor,
@@ -46,10 +45,9 @@ def likeness_loss(
     and contrast.
 
     `noise` (B, c, h, w) is what they are drawn from, `true` (B, 3, S, S) the aligned pictures in
-    -1..1 and `traits` (B, 128) the embeddings of their faces; B is a multiple of the people in
-    theta, who lie fastest.
+    -1..1 and `traits` (B, 128) the embeddings of their faces; B is a multiple of the people whom
+    the base wears, who lie fastest.
     """
-    base.injected.wear(theta)
     backbone = check_drafts(base)
     with autocast(base.device, precision, noise):
         drawn = backbone.draft(prompts, noise, STEPS, GUIDANCE)
@@ -61,16 +59,16 @@ def likeness_loss(
 
 
 def portrait_likeness(
-    base: Base, faces: Sequence[Faces], weight: float
+    base: Base, faces: Sequence[Faces], shape: torch.Size, weight: float
 ) -> Callable[[Theta | Factors, torch.Generator, int, int], Tensor]:
-    """Return what adds to the loss of a step for P people, person p wearing row p: the weighted
-    distance of their portraits from the faces on their photos, in turn.
+    """Return what adds to the loss of a step for P people with latents of a shape (c, h, w), person
+    p wearing row p: the weighted distance of their portraits from the faces on their photos, in
+    turn.
 
     It is handed what they wear, and the step's generator, batch and number; everybody's portraits
     start from the same noise.
     """
     check_drafts(base)
-    shape = latent_shape(base, faces)
 
     def loss(worn: Theta | Factors, generator: torch.Generator, batch: int, turn: int) -> Tensor:
         count = max(1, batch // SHARE)
@@ -79,7 +77,6 @@ def portrait_likeness(
         with base.wearing(worn), base.short_attention(noise):
             far = likeness_loss(
                 base,
-                worn,
                 [base.prompt(PORTRAIT)] * len(own),
                 noise.to(base.device),
                 torch.stack([each.crops[k] for each, k in own]),

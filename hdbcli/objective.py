@@ -106,7 +106,8 @@ def likeness_jobs(
     def loss(some: Tensor, worn: Theta) -> Tensor:
         rows = _rows(some, people)
         theirs = [prompts[row] for row in rows.tolist()]
-        far = likeness_loss(base, worn, theirs, noise[rows], true[rows], traits[rows], precision)
+        base.injected.wear(worn)
+        far = likeness_loss(base, theirs, noise[rows], true[rows], traits[rows], precision)
         return weight * far.sum() / len(noise)
 
     return [(some, partial(loss, some)) for some in _parts(base, people)]

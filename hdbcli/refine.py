@@ -22,7 +22,7 @@ from hdbcli.device import autocast, make_optimizer
 from hdbcli.errors import HdbError
 from hdbcli.hypernet import Faces
 from hdbcli.lidb import Factors, Theta, pack, unpack
-from hdbcli.likeness_loss import portrait_likeness
+from hdbcli.likeness_loss import latent_shape, portrait_likeness
 from hdbcli.objective import Samples
 from hdbcli.style_prior import style_prior
 from registry.spec import BaseSpec
@@ -74,7 +74,7 @@ def refine(
     faces on them, for likeness too, as the config weighs it."""
     trial = lidb_trial(base, theta)
     if faces is not None:
-        trial = with_likeness(base, trial, faces, config.likeness)
+        trial = with_likeness(base, trial, faces, config.likeness, config.somebody)
     _check(trial, latents)
     optimizer, label = optimizer_of(trial, config)
     start = portrait_loss(base, theta, latents)
@@ -107,10 +107,14 @@ def weight_of(spec: BaseSpec, likeness: float | None) -> float:
     return spec.likeness if likeness is None else likeness
 
 
-def with_likeness(base: Base, trial: Trial, faces: Sequence[Faces], weight: float | None) -> Trial:
+def with_likeness(
+    base: Base, trial: Trial, faces: Sequence[Faces], weight: float | None, somebody: bool = True
+) -> Trial:
     """Let a trial of thetas or plain factors learn from what it draws too, and keep styles as they
-    are; None weighs likeness as the base's spec says, which may be 0: then the trial stays what it
-    was."""
+    are, if it starts from `somebody`: nobody's would keep the person out of them.
+
+    None weighs likeness as the base's spec says, which may be 0: then the trial stays what it was.
+    """
     weight = weight_of(base.spec, weight)
     if not weight:
         return trial
@@ -119,12 +123,14 @@ def with_likeness(base: Base, trial: Trial, faces: Sequence[Faces], weight: floa
         assert isinstance(worn, Theta | Factors)
         return base.injected.factors(worn) if isinstance(worn, Theta) else worn
 
-    likeness = portrait_likeness(base, faces, weight)
-    prior = style_prior(base, factors(trial.worn()), faces)
+    shape = latent_shape(base, faces)
+    likeness = portrait_likeness(base, faces, shape, weight)
+    prior = style_prior(base, factors(trial.worn()), len(faces), shape) if somebody else None
 
     def both(worn: Worn | None, generator: torch.Generator, batch: int, turn: int) -> Tensor:
         now = factors(worn)  # once for both
-        return likeness(now, generator, batch, turn) + prior(now, generator, turn)
+        far = likeness(now, generator, batch, turn)
+        return far if prior is None else far + prior(now, generator, turn)
 
     return replace(trial, beside=both)
 

@@ -10,7 +10,7 @@ themselves are compared, not noise. Not in HyperDreamBooth.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from torch import Tensor
 from hdbcli.base import Base
 from hdbcli.config import CAPTIONS
 from hdbcli.device import autocast
-from hdbcli.hypernet import Faces
 from hdbcli.lidb import Factors
-from hdbcli.likeness_loss import GUIDANCE, STEPS, check_drafts, latent_shape
+from hdbcli.likeness_loss import GUIDANCE, STEPS, check_drafts
 
 WEIGHT = 2.0
 EARLIEST = 0.2  # at less noise there is no style left to decide
@@ -28,15 +27,14 @@ SEED = 0
 
 
 def style_prior(
-    base: Base, worn: Factors, faces: Sequence[Faces]
+    base: Base, worn: Factors, people: int, shape: torch.Size
 ) -> Callable[[Factors, torch.Generator, int], Tensor]:
-    """Return what adds to the loss of a step for P people, person p wearing row p: WEIGHT times the
-    squared distance of their answers from those they give in what they wear now, to one caption
-    after the other.
+    """Return what adds to the loss of a step for P people with latents of a shape (c, h, w), person
+    p wearing row p: WEIGHT times the squared distance of their answers from those they give in what
+    they wear now, to one caption after the other.
 
     It is handed what they wear by then, and the step's generator and number.
     """
-    people, shape = len(faces), latent_shape(base, faces)
     sides = (tuple(each.detach().clone() for each in side) for side in (worn.down, worn.up))
     before = Factors(*sides)  # which training changes in place
 

@@ -29,6 +29,7 @@ from registry.diffusion import StableDiffusion
 from registry.spec import SampleSettings
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
+SHAPE = torch.Size((16, 16, 16))  # of tiny's latents
 PROMPTS = ["a sks face"] * 2
 
 
@@ -114,9 +115,9 @@ def _pixels(images: Tensor) -> np.ndarray:
 def test_loss_knows_who_is_drawn(tiny: Base, crops: list[np.ndarray], predicted: Theta) -> None:
     true, traits = tiny.faces(crops)
     prompts, start = [tiny.prompt(PORTRAIT)] * len(crops), noise(len(crops))
-    with torch.no_grad(), tiny.injected.wearing(None):
+    with torch.no_grad(), tiny.injected.wearing(predicted):
         own, face, colours = (
-            likeness_loss(tiny, predicted, prompts, start, *each)
+            likeness_loss(tiny, prompts, start, *each)
             for each in ((true, traits), (true, traits.roll(1, 0)), (true.roll(1, 0), traits))
         )
     assert own.shape == (len(crops),) and own.mean() < face.mean() - 0.02
@@ -162,10 +163,8 @@ def test_a_person_in_a_haze_is_not_them(
         drawn = backbone.decode(clean)
         traits = tiny.embed(drawn)
         hazy = torch.nn.functional.avg_pool2d(drawn, 5, 1, 2, count_include_pad=False)
-        worn = tiny.first_theta(people=2)
         own, other = (
-            likeness_loss(tiny, worn, PROMPTS, noise(2), true, traits, "fp32")
-            for true in (drawn, hazy)
+            likeness_loss(tiny, PROMPTS, noise(2), true, traits, "fp32") for true in (drawn, hazy)
         )
     colours = (mosaic(drawn) - mosaic(hazy)).square().mean((2, 3)).sum(1)
     assert own.max() < 1e-6 and other.min() > 0.005 and (other > 10 * colours).all()
@@ -174,8 +173,8 @@ def test_a_person_in_a_haze_is_not_them(
 def test_gradients_reach_theta_and_nothing_else(tiny: Base, crops: list[np.ndarray]) -> None:
     first = tiny.first_theta(people=2)
     theta = Theta(first.down, (0.01 * torch.randn(first.up.shape)).requires_grad_(True))
-    with tiny.injected.wearing(None):
-        far = likeness_loss(tiny, theta, PROMPTS, noise(2), *tiny.faces(crops[:2]))
+    with tiny.injected.wearing(theta):
+        far = likeness_loss(tiny, PROMPTS, noise(2), *tiny.faces(crops[:2]))
         far[0].backward()
     assert theta.up.grad is not None
     assert theta.up.grad[0].abs().sum(dim=(1, 2)).min() > 0  # every target of the first person
@@ -217,8 +216,8 @@ def test_a_step_along_the_gradient_brings_the_person_nearer(
     true = tiny.faces(crops[:2])
 
     def far(worn: Theta) -> Tensor:
-        with tiny.injected.wearing(None):
-            return likeness_loss(tiny, worn, PROMPTS, noise(2), *true).sum()
+        with tiny.injected.wearing(worn):
+            return likeness_loss(tiny, PROMPTS, noise(2), *true).sum()
 
     before = far(theta)
     before.backward()
@@ -239,8 +238,8 @@ def test_refinement_learns_from_what_it_draws(
     true = Faces(*(torch.cat(each) for each in zip(*faces, strict=True)))
 
     def far(theta: Theta) -> Tensor:  # from the photo, in portraits of other noise
-        with torch.no_grad(), tiny.injected.wearing(None):
-            return likeness_loss(tiny, theta, PROMPTS[:1] * len(crops), noise(len(crops)), *true)
+        with torch.no_grad(), tiny.injected.wearing(theta):
+            return likeness_loss(tiny, PROMPTS[:1] * len(crops), noise(len(crops)), *true)
 
     config = RefineConfig(steps=12, rank=1, lr=1e-3, batch=4, likeness=1.0)
     with_it, without = (
@@ -279,23 +278,21 @@ def test_the_likeness_of_every_photo_counts(
     two, mixed = tiny.faces(crops[:2]), tiny.faces([crops[0], crops[3]])
     losses = [
         [loss(predicted[:1], torch.Generator().manual_seed(0), 2, turn).item() for turn in (0, 1)]
-        for loss in (portrait_likeness(tiny, [faces], 1.0) for faces in (two, mixed))
+        for loss in (portrait_likeness(tiny, [faces], SHAPE, 1.0) for faces in (two, mixed))
     ]
     assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]  # a photo a step
-    thrice = portrait_likeness(tiny, [two], 3.0)
+    thrice = portrait_likeness(tiny, [two], SHAPE, 3.0)
     again = thrice(predicted[:1], torch.Generator().manual_seed(0), 2, 0).item()
     assert again == pytest.approx(3 * losses[0][0])
 
 
-def test_a_base_that_cannot_draft_says_so(tiny: Base, predicted: Theta) -> None:
+def test_a_base_that_cannot_draft_says_so(tiny: Base) -> None:
     class Plain:
         pass
 
     other = replace(tiny, backbone=Plain())  # type: ignore[arg-type]
     with pytest.raises(HdbError, match="leave --likeness out"):
-        likeness_loss(
-            other, predicted, PROMPTS, noise(2), torch.zeros(2, 3, 128, 128), torch.zeros(2, 128)
-        )
+        likeness_loss(other, PROMPTS, noise(2), torch.zeros(2, 3, 128, 128), torch.zeros(2, 128))
 
 
 def test_train_with_likeness_and_from_a_file(tiny: Base, hdb_home: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,16 @@ from torch import Tensor
 from hdbcli import style_prior as prior
 from hdbcli.base import Base, load_predictor
 from hdbcli.config import CAPTIONS, RefineConfig
+from hdbcli.create import settle
 from hdbcli.hypernet import Faces
 from hdbcli.lidb import Factors, Theta
 from hdbcli.photo import crop_face
-from hdbcli.refine import refine
+from hdbcli.refine import lidb_trial, refine, with_likeness
 from hdbcli.relax import relax
 from hdbcli.style_prior import style_prior
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
+SHAPE = torch.Size((16, 16, 16))  # of tiny's latents
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def test_nothing_is_lost_before_anything_changes(
     tiny: Base, faces: list[Faces], predicted: Theta
 ) -> None:
     worn = tiny.injected.factors(predicted)
-    loss = style_prior(tiny, worn, faces)
+    loss = style_prior(tiny, worn, 2, SHAPE)
     calm = [float(loss(worn, seeded(), turn)) for turn in range(len(CAPTIONS))]
     assert max(calm) < 1e-4
     for each in worn.up:
@@ -59,18 +62,17 @@ def test_nothing_is_lost_before_anything_changes(
 def test_it_is_the_squared_distance_of_answers(
     tiny: Base, faces: list[Faces], predicted: Theta
 ) -> None:
-    loss = style_prior(tiny, tiny.injected.factors(predicted), faces)
+    loss = style_prior(tiny, tiny.injected.factors(predicted), 2, SHAPE)
     generator = seeded()
     far = float(loss(tiny.injected.factors(predicted.scaled(0.5)), generator, 2))
     generator = seeded()
-    noise = torch.randn((1, 16, 16, 16), generator=generator)
+    noise = torch.randn((1, *SHAPE), generator=generator)
     t = prior.EARLIEST + (1 - prior.EARLIEST) * torch.rand(1, generator=generator)
-    shape = noise.shape[1:]
     by_hand = 0.0
     for person in range(2):  # each alone
         own = predicted[person : person + 1]
         with torch.no_grad():
-            clean = prior._draft(tiny, tiny.injected.factors(own), CAPTIONS[2], 1, shape)
+            clean = prior._draft(tiny, tiny.injected.factors(own), CAPTIONS[2], 1, SHAPE)
             asked = clean, [tiny.prompt(CAPTIONS[2])], noise, t
             with tiny.wearing(own):
                 before = tiny.backbone.predict(*asked)
@@ -84,7 +86,7 @@ def test_gradients_reach_what_is_worn(tiny: Base, faces: list[Faces], predicted:
     factors = tiny.injected.factors(predicted)
     up = tuple(each.clone().requires_grad_(True) for each in factors.up)
     worn = Factors(factors.down, up)
-    loss = style_prior(tiny, worn, faces)
+    loss = style_prior(tiny, worn, 2, SHAPE)
     with torch.no_grad():
         for each in up:
             each *= 1.1
@@ -93,12 +95,30 @@ def test_gradients_reach_what_is_worn(tiny: Base, faces: list[Faces], predicted:
     assert float(far.detach()) > 1e-3 and all(each.grad is not None for each in up)
 
 
+def test_styles_of_nobody_are_not_held(tiny: Base, faces: list[Faces], predicted: Theta) -> None:
+    def lost(worn: Theta, somebody: bool) -> float:
+        trial = with_likeness(tiny, lidb_trial(tiny, worn), faces, 1.0, somebody)
+        assert trial.beside
+        return float(trial.beside(predicted, seeded(), 2, 0).detach())
+
+    first = tiny.first_theta(people=2)
+    assert lost(first, True) > lost(first, False) + 0.01 > 0.01
+    assert lost(predicted, True) == pytest.approx(lost(predicted, False), abs=1e-3)
+    alone = replace(tiny, spec=replace(tiny.spec, hypernetwork=None))
+    for base, goes_on, somebody in (
+        (tiny, False, True),
+        (alone, False, False),
+        (alone, True, True),
+    ):
+        assert settle(base, 1, 1, 0, "adamw", None, goes_on).somebody == somebody
+
+
 def test_refinement_keeps_styles(
     tiny: Base, faces: list[Faces], predicted: Theta, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = relax(predicted, 2)
     latents = [tiny.backbone.encode_images(each.crops) for each in faces]
-    judge = style_prior(tiny, tiny.injected.factors(start), faces)
+    judge = style_prior(tiny, tiny.injected.factors(start), 2, SHAPE)
 
     def lost(weight: float) -> tuple[float, Tensor]:
         monkeypatch.setattr(prior, "WEIGHT", weight)

@@ -161,8 +161,8 @@ def test_likeness_has_its_weight_whole_or_in_parts(tiny: Base) -> None:
     first = tiny.first_theta(people=2)
     theta = Theta(first.down, 0.2 * torch.randn(first.up.shape, generator=generator))
     portraits = objective.Portraits(prompts, noise, true, traits)
-    with torch.no_grad(), tiny.injected.wearing(None):
-        far = likeness_loss(tiny, theta, prompts, noise, true, traits, "fp32").mean()
+    with torch.no_grad(), tiny.injected.wearing(theta):
+        far = likeness_loss(tiny, prompts, noise, true, traits, "fp32").mean()
         for plan in (NORMAL, PLANS[2]):
             jobs = objective.likeness_jobs(replace(tiny, plan=plan), portraits, 2, 3.0, "fp32")
             assert len(jobs) == (1 if plan == NORMAL else 2)
