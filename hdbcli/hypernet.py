@@ -68,11 +68,10 @@ class HyperNetwork(nn.Module):
         self.config = c = config
         numbers = c.rank * (c.a + c.b)
         patches = (c.resolution // c.patch) ** 2
-        half = c.width // 4
         self.stem = nn.Sequential(  # a convolutional stem trains faster than one patch projection
-            nn.Conv2d(3, half, c.patch // 2, c.patch // 2),
+            nn.Conv2d(3, c.width // 4, c.patch // 2, c.patch // 2),
             nn.GELU(),
-            nn.Conv2d(half, c.width, 2, 2),
+            nn.Conv2d(c.width // 4, c.width, 2, 2),
         )
         self.face_position = nn.Parameter(torch.randn(1, patches, c.width) * 0.02)
         self.encoder = _transformer(c, c.encoder_layers)

@@ -93,7 +93,8 @@ def pretrain(
     parameters = dict(model.named_parameters())
     averages = averages_of(parameters)
     optimizer, used = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
-    plan = _plan(config, _described(base, model, config, used, known))
+    described = _described(base, model, material, config, used, workers.count)
+    plan = _plan(config, described)
     on = ExitStack()
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -141,16 +142,24 @@ def _plan(config: PretrainConfig, of: str) -> Plan:
 
 
 def _described(
-    base: Base, model: HyperNetwork, config: PretrainConfig, optimizer: str, bank: Theta | None
+    base: Base,
+    model: HyperNetwork,
+    material: _Material,
+    config: PretrainConfig,
+    optimizer: str,
+    processes: int,
 ) -> str:
-    """Name all that decides the numbers of a run, but its people, how many steps it takes, and the
-    memory plan, which rounds only: a run that runs out of memory goes on with the next."""
-    of_bank = "none" if bank is None else _digest(bank.down, bank.up)
+    """Name all that decides the numbers of a run, but how many steps it takes, and the memory plan,
+    which rounds only: a run that runs out of memory goes on with the next."""
+    people, bank = material.people, material.known
+    whose = people.names, people.members, people.styled, sorted(people.captions.items())
     facts = {
         "base": f"{base.spec.name} {base.injected.weights_digest()[:8]}",
         "start": _digest(*model.state_dict().values()),
-        "bank": of_bank,
+        "people": f"{len(people.names)} {_digest(material.images, text=repr(whose))}",
+        "bank": "none" if bank is None else _digest(bank.down, bank.up),
         "optimizer": optimizer,
+        "processes": processes,
         **{
             k: getattr(config, k)
             for k in ("seed", "lr", "batch", "beta", "prior", "likeness", "share", "precision")
@@ -159,8 +168,8 @@ def _described(
     return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
-def _digest(*tensors: Tensor) -> str:
-    whole = hashlib.sha256()
+def _digest(*tensors: Tensor, text: str = "") -> str:
+    whole = hashlib.sha256(text.encode())
     for tensor in tensors:
         whole.update(tensor.detach().cpu().numpy().tobytes())
     return whole.hexdigest()[:8]

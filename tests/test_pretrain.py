@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hdbcli.base import Base, load_predictor, theta_for
 from hdbcli.batch import draw_batch
-from hdbcli.config import PORTRAIT, PretrainConfig, RefineConfig
+from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.create import describe
 from hdbcli.errors import HdbError
 from hdbcli.evaluate import person_losses
@@ -26,7 +26,7 @@ from hdbcli.faces import embed
 from hdbcli.lidb import Theta
 from hdbcli.objective import DRAWS, Samples, prior_jobs, spread
 from hdbcli.people import People, read_people
-from hdbcli.pretrain import _described, new_hypernetwork
+from hdbcli.pretrain import new_hypernetwork
 from hdbcli.refine import draw_times, portrait_loss, refine
 from hdbcli.relax import relax
 from hdbcli.sample import generate
@@ -338,11 +338,3 @@ def test_identity_of_a_fine_tune_warns(tiny: Base) -> None:
     assert theta_for(tiny, identity)[1] is None
     _, warning = theta_for(tiny, replace(identity, base_digest="0" * 64))
     assert warning is not None
-
-
-def test_a_run_is_described_with_its_bank_and_seed(tiny: Base) -> None:
-    model, config, bank = new_hypernetwork(tiny, 0), PretrainConfig(), tiny.first_theta(people=2)
-    other = Theta(bank.down * 2, bank.up)
-    runs = (config, None), (config, bank), (config, other), (replace(config, seed=1), None)
-    told = [_described(tiny, model, each, "adamw", known) for each, known in runs]
-    assert len(set(told)) == len(runs) and told[0] == _described(tiny, model, config, "adamw", None)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,13 @@ import torch
 import typer.main
 from safetensors.torch import load_file
 
+from hdbcli.base import Base
 from hdbcli.cli_train import train_app
+from hdbcli.config import PretrainConfig
 from hdbcli.device import ALONE, Workers
-from hdbcli.pretrain import share_out
+from hdbcli.lidb import Theta
+from hdbcli.people import read_people
+from hdbcli.pretrain import _described, _Material, new_hypernetwork, share_out
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
 LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m")
@@ -122,3 +127,23 @@ def test_killed_and_resumed_is_the_same(people: Path, whole: Path, tmp_path: Pat
     run(words)
     for name, tensor in load_file(out).items():
         assert torch.equal(tensor, load_file(whole)[name]), name
+
+
+def test_a_run_is_described_with_all_that_decides_its_numbers(tiny: Base, people: Path) -> None:
+    model, config, bank = new_hypernetwork(tiny, 0), PretrainConfig(), tiny.first_theta(people=2)
+    read = read_people(people, tiny.spec, "*", False, lambda *_: None)
+    images, none = torch.from_numpy(read.crops), torch.zeros(0)
+    one = _Material(read, images, none, none, None)
+
+    def told(material: _Material = one, config: PretrainConfig = config, count: int = 1) -> str:
+        return _described(tiny, model, material, config, "adamw", count)
+
+    others = (
+        told(one._replace(known=bank)),
+        told(one._replace(known=Theta(bank.down * 2, bank.up))),
+        told(one._replace(images=images // 2)),
+        told(one._replace(people=read.first(len(read.names) - 1))),
+        told(config=replace(config, seed=1)),
+        told(count=2),
+    )
+    assert len({told(), *others}) == 1 + len(others) and told() == told()
