@@ -8,12 +8,14 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
 
 from hdbcli.config import RefineConfig
 from hdbcli.contenders import Contender
+from hdbcli.errors import HdbError
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,15 @@ class Alone:
     """What one person costs: seconds, and the peak of memory in bytes, resident or on a GPU."""
 
     startup: float  # loading libraries, base and hypernetwork
-    prepare: float  # predicting, or drawing pictures of the class; and what first steps take more
-    step: float  # the median
+    prepare: float  # predicting, or drawing pictures of the class
+    first: tuple[float, ...]  # steps as they were timed, the first of which take longer
+    step: float  # the median of those that warmed up
     memory: int
 
-    def seconds(self, steps: float) -> float:
+    def seconds(self, steps: int) -> float:
         """Return the seconds of so many steps with what precedes them, start-up apart."""
-        return self.prepare + steps * self.step
+        timed = self.first[:steps]
+        return self.prepare + sum(timed) + (steps - len(timed)) * self.step
 
 
 def time_alone(
@@ -48,7 +52,18 @@ def time_alone(
     """Run a few steps in a fresh process; `load` is picklable and returns (base, hypernetwork)."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_time, contender, load, crop, batch, rounds, time.time()).result()
+        try:
+            return pool.submit(_time, contender, load, crop, batch, rounds, time.time()).result()
+        except BrokenProcessPool:
+            raise HdbError(
+                f"the process that timed {contender.name} was ended by the system, which it often "
+                "does to the one that takes the most memory; close other programs or leave "
+                f"{contender.name} out"
+            ) from None
+        except BaseException:  # an interrupted run need not wait for it
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
 
 
 def _time(
@@ -82,6 +97,4 @@ def _time(
         steps = train(base, trial, latents, config) if contender.steps else ()
         seconds = step_seconds(steps)
     step = statistics.median(seconds[rounds.warm_up :]) if seconds else 0.0
-    # Style captions are drafted in the first steps, and warming up is no less real.
-    more = max(0.0, sum(seconds) - step * len(seconds))
-    return Alone(startup, prepared - began + more, step, peak_memory(base.device))
+    return Alone(startup, prepared - began, tuple(seconds), step, peak_memory(base.device))

@@ -36,6 +36,7 @@ from registry.settings import DEFAULT
 if TYPE_CHECKING:
     from hdbcli.measuring import Row
     from hdbcli.memory import MemoryPlan
+    from hdbcli.metrics import Judges
 
 
 def score(
@@ -49,29 +50,36 @@ def score(
 ) -> None:
     """Say how alike, how stylish and how well-behaved an identity is; likeness needs --photo."""
     from hdbcli import score as measure
-    from hdbcli.contest import text_metrics
     from hdbcli.create import crop_photos
     from hdbcli.identity import load
-    from registry.plugins import load_metrics
 
     path = store.resolve(identity)
     spec = spec_of(base or load(path).base)
     with render.progress() as tell:
         crops = crop_photos(photo or [], spec, face, tell)
-    metrics, missing = text_metrics(load_metrics(), spec.family)
+    judges = _judges(spec.family)
 
     def judge(plan: MemoryPlan) -> measure.Score:
         loaded, worn = wear([path], spec.name, device, plan)
         with render.progress() as tell:
-            return measure.score(loaded, worn, crops, metrics, tell)
+            return measure.score(loaded, worn, crops, judges, tell)
 
     result = within_memory(spec, device, memory, measure.work_of(spec), judge)
-    for line in missing:
-        render.note(f"left out: {line}")
     if as_json:
         render.document(asdict(result))
     else:
         render.say("\n".join(measure.words(result)))
+
+
+def _judges(family: str) -> Judges:
+    """Load what can judge a family of base models, saying what is left out."""
+    from hdbcli.metrics import load_judges
+    from registry.plugins import load_metrics
+
+    judges = load_judges(load_metrics(), family)
+    for line in judges.missing:
+        render.note(f"left out: {line}")
+    return judges
 
 
 _Photos = Annotated[
@@ -115,15 +123,15 @@ def compare(
     from hdbcli import contest
     from hdbcli.base import open_pair
     from hdbcli.compare import new_arena
-    from hdbcli.contenders import choose
+    from hdbcli.contenders import choose, suited
     from hdbcli.memory import enough
     from hdbcli.people import read_people
-    from registry.plugins import load_metrics
 
     chosen = choose(methods.split(","), steps)
     check_folder(out)
     load = partial(open_pair, base_name(base), device, any(each.predicted for each in chosen))
     loaded, model = load()
+    chosen = [suited(each, loaded, steps) for each in chosen]
     with render.progress() as tell, enough("close other programs, take a smaller --batch"):
         test = read_people(photos, loaded.spec, pattern, False, tell).first(people)
         render.show_skipped(test.skipped)
@@ -132,10 +140,8 @@ def compare(
             chosen = contest.tuned(loaded, model, others, chosen, out, batch, tell)
         elif loaded.spec.name != DEFAULT:
             render.note(f"note: rates were chosen on {DEFAULT}; --tune OTHERS chooses them anew")
-        metrics, missing = contest.text_metrics(load_metrics(), loaded.spec.family)
-        for line in missing:
-            render.note(f"left out: {line}")
-        arena = new_arena(loaded, model, test, metrics, batch, tell)
+        judges = _judges(loaded.spec.family)
+        arena = new_arena(loaded, model, test, judges, batch, tell)
         styles = contest.true_styles(truth, test, arena) if truth else []
         result, records = contest.run(arena, chosen, styles, out, load)
     facts = contest.document(result, shlex.join(["hdb", *sys.argv[1:]]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,10 @@ from hdbcli.errors import HdbError
 from hdbcli.faces import embed
 from hdbcli.hypernet import HyperNetwork
 from hdbcli.likeness_loss import CONTRAST
+from hdbcli.metrics import FACE, Judges
 from hdbcli.people import People
 from hdbcli.refine import Trial, train, weight_of
 from hdbcli.sample import Picture, generate
-from registry.metric import Metric
 from registry.spec import SampleSettings
 from registry.store import write_beside
 from registry.tensors import save_tensors
@@ -47,9 +47,10 @@ class Arena:
     base: Base
     model: HyperNetwork | None  # of a base that has one
     given: tuple[np.ndarray, ...]  # each person's crop (S, S, 3) that methods learn from
-    truth: Tensor  # (P, 128) embeddings of another photo of them, or of the same if there is one
+    photos: tuple[np.ndarray, ...]  # another photo of each, or the same if there is one
+    truth: Tensor  # (P, 128) embeddings of those
     same_photo: bool  # somebody has but one
-    texts: dict[str, Metric]
+    judges: Judges
     plain: np.ndarray  # (2 P, S, S, 3): prompts without [V], by the base
     batch: int  # samples a step, of every method
     key: str  # of all the above and of this hdb: others' records are not mistaken for its own
@@ -61,26 +62,28 @@ def new_arena(
     base: Base,
     model: HyperNetwork | None,
     people: People,
-    texts: dict[str, Metric],
+    judges: Judges,
     batch: int | None,
     tell: Tell,
 ) -> Arena:
     """Take each person's first photo to learn from and the last to be measured on."""
-    given = tuple(people.crops[photos[0]] for photos in people.members)
-    truth, _ = embed([people.crops[photos[-1]] for photos in people.members])
+    given = tuple(people.crops[theirs[0]] for theirs in people.members)
+    photos = tuple(people.crops[theirs[-1]] for theirs in people.members)
+    truth, _ = embed(photos)
     plain = _plain(base, None, range(len(given)), tell)
     key = hashlib.sha256(base.injected.weights_digest().encode())
     key.update(truth.numpy().tobytes())
     for crop in given:
         key.update(crop.tobytes())
     batch = batch or base.spec.batch
-    key.update(repr((__version__, batch, sorted(texts), SampleSettings())).encode())
+    measures = sorted([*judges.texts, *(name for name in judges.persons if name != FACE)])
+    key.update(repr((__version__, batch, measures, SampleSettings())).encode())
     own = key.hexdigest()[:12]
     for tensor in model.state_dict().values() if model else ():
         key.update(tensor.cpu().float().numpy().tobytes())
     predicted = key.hexdigest()[:12]
-    one = any(len(photos) < 2 for photos in people.members)
-    return Arena(base, model, given, truth, one, texts, plain, batch, own, predicted, tell)
+    one = any(len(theirs) < 2 for theirs in people.members)
+    return Arena(base, model, given, photos, truth, one, judges, plain, batch, own, predicted, tell)
 
 
 def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
@@ -88,12 +91,13 @@ def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
     groups = []
     people = min(contender.people or len(arena.given), len(arena.given))
     key = arena.predicted_key if contender.predicted else arena.key
-    for start in range(0, people, contender.at_once):
-        persons = range(start, min(start + contender.at_once, people))
+    size = contender.at_once(arena.base.spec.resolution)
+    for start in range(0, people, size):
+        persons = range(start, min(start + size, people))
         weight = weight_of(arena.base.spec, contender.likeness)
         settings = f"{contender.name}-{contender.steps}-{contender.lr:g}-{weight:g}"
         if weight and contender.steps:  # what another loss made is not taken for its own
-            settings += f"-{CONTRAST:g}-{style_prior.WEIGHT:g}"
+            settings += f"-{CONTRAST:g}-{style_prior.WEIGHT * contender.predicted:g}"
         stem = f"{settings}-{key}-{start:04d}-{len(persons)}"
         groups.append(_group(arena, contender, persons, folder / f"{stem}.safetensors"))
     return _joined(groups)
@@ -115,6 +119,7 @@ class Record:
     numbers: Tensor  # (1,) trained for one person
     texts: dict[str, Tensor]  # metric -> (1 + S, P, 1 + S)
     pictures: Tensor  # (1 + S, at most 6, S, S, 3) uint8
+    persons: dict[str, Tensor] = field(default_factory=dict)  # metric -> (P,), of portraits
 
 
 def marks_of(steps: int) -> list[int]:
@@ -140,6 +145,7 @@ def _group(arena: Arena, contender: Contender, persons: range, file: Path) -> Re
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v for k, v in vars(record).items() if isinstance(v, Tensor)}
     tensors |= {f"text.{name}": scores for name, scores in record.texts.items()}
+    tensors |= {f"person.{name}": scores for name, scores in record.persons.items()}
     with write_beside(file) as beside:
         save_tensors({k: v.contiguous() for k, v in tensors.items()}, beside)
     return record
@@ -176,7 +182,13 @@ def _final(
     texts = [unnamed(prompt) for prompt in PROMPTS]
     scores = {
         name: torch.tensor([metric.score([p.image for p in row], texts) for row, _, _ in drawn])
-        for name, metric in arena.texts.items()
+        for name, metric in arena.judges.texts.items()
+    }
+    photos, portraits_drawn = [arena.photos[p] for p in persons], [p.image for p in drawn[0][0]]
+    subjects = {
+        name: torch.tensor(metric.score(portraits_drawn, photos)).diagonal()
+        for name, metric in arena.judges.persons.items()
+        if name != FACE  # which likeness is
     }
     ours = _plain(arena.base, worn, persons, arena.tell)
     pick = [2 * p + k for p in persons for k in range(2)]
@@ -195,6 +207,7 @@ def _final(
         pictures=torch.from_numpy(
             np.array(pictures, np.uint8).reshape(len(PROMPTS), -1, side, side, 3)
         ),
+        persons=subjects,
     )
 
 
@@ -212,9 +225,12 @@ def _plain(base: Base, worn: Worn | None, persons: range, tell: Tell) -> np.ndar
 def _read(file: Path) -> Record:
     try:
         tensors = load_file(file)
-        texts = {k.removeprefix("text."): v for k, v in tensors.items() if k.startswith("text.")}
-        rest = {k: v for k, v in tensors.items() if not k.startswith("text.")}
-        return Record(**rest, texts=texts)
+        texts, persons = (
+            {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
+            for kind in ("text.", "person.")
+        )
+        rest = {k: v for k, v in tensors.items() if "." not in k}
+        return Record(**rest, texts=texts, persons=persons)
     except (OSError, SafetensorError, TypeError) as error:
         raise HdbError(f"{file} is no record of hdb compare ({error}); delete it") from error
 
@@ -235,4 +251,5 @@ def _joined(groups: Sequence[Record]) -> Record:
         numbers=first.numbers,
         texts={k: torch.cat([group.texts[k] for group in groups], 1) for k in first.texts},
         pictures=along("pictures", 1),
+        persons={k: torch.cat([group.persons[k] for group in groups]) for k in first.persons},
     )

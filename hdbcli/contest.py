@@ -23,6 +23,7 @@ from hdbcli.errors import HdbError
 from hdbcli.evaluate import Interval
 from hdbcli.faces import Retrieval, embed, retrieval
 from hdbcli.hypernet import HyperNetwork
+from hdbcli.metrics import Judges
 from hdbcli.people import People
 from hdbcli.photo import read_photo
 from hdbcli.plot import Axes, Curve, save_chart
@@ -31,12 +32,15 @@ from hdbcli.standings import Standing, bootstrap, likeness_of, stand
 from registry.checkpoint import read_checkpoint
 from registry.contact_sheet import contact_sheet
 from registry.errors import RegistryError
-from registry.metric import Metric, MetricSpec
-from registry.plugins import Registry
 from registry.store import write_beside
 
 RATES = (1 / 30, 1 / 10, 1 / 3, 1.0, 3.0)  # times a rate, to choose from: large models want less
-AXES = Axes("one person, start-up apart", "seconds", "likeness of portraits", log_x=True)
+AXES = Axes(
+    "likeness by seconds of learning one person (start-up apart)",
+    "seconds",
+    "likeness of portraits",
+    log_x=True,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def run(
         alone = time_alone(contender, load, arena.given[0], arena.batch)
         record = records[contender.name] = compete(arena, contender, out / "records")
         first = next(iter(records.values())) if standings else None
-        standings.append(stand(contender.name, record, alone, arena.truth, first))
+        standings.append(stand(contender, record, alone, arena.truth, first))
     floor, autoencoder, photo, through, other_photo = _bounds(arena)
     found = Contest(
         people=len(arena.given),
@@ -115,7 +119,7 @@ def tuned(
     tell: Tell,
 ) -> list[Contender]:
     """Choose each method's learning rate by likeness on people who are not in the test."""
-    arena = new_arena(base, model, people, {}, batch, tell)
+    arena = new_arena(base, model, people, Judges(), batch, tell)
     chosen = []
     for contender in contenders:
         rates = [contender.lr * rate for rate in RATES] if contender.steps else [contender.lr]
@@ -168,21 +172,6 @@ def _as_drawn(picture: np.ndarray, base: Base) -> np.ndarray:
     size = base.spec.resolution
     filtering = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
     return cv2.resize(middle, (size, size), interpolation=filtering)
-
-
-def text_metrics(
-    registry: Registry[MetricSpec], family: str
-) -> tuple[dict[str, Metric], list[str]]:
-    """Load every measure of pictures against prompts that can judge this family; and say which
-    could not be had."""
-    loaded, missing = {}, []
-    for spec in registry.specs():
-        if spec.against == "text" and spec.judges(family):
-            try:
-                loaded[spec.name] = spec.load()
-            except RegistryError as error:
-                missing.append(f"{spec.name}: {error}")
-    return loaded, missing
 
 
 def _size(base: Base) -> int | None:
@@ -238,10 +227,13 @@ def save(
     with write_beside(paths[3]) as beside:
         text = page(contest, facts["command"], facts["date"])
         beside.write_text(text, encoding="utf-8")
-    curves = [_curve(s) for s in contest.standings if len(s.curve) > 1]
-    x = [second for s in contest.standings for second, _ in s.curve]
-    for label, bound in (("photo (ceiling)", contest.photo), ("base (floor)", contest.floor)):
-        curves.append(Curve(label, [max(0.01, min(x)), max(x)], [bound.mean] * 2, bound=True))
+    curves = [_curve(s) for s in contest.standings]
+    x = [second for curve in curves for second in curve.x]
+    for label, bound, look in (
+        ("photo (ceiling)", contest.photo, "--"),
+        ("base (floor)", contest.floor, ":"),
+    ):
+        curves.append(Curve(label, [min(x), max(x)], [bound.mean] * 2, bound=look))
     with write_beside(paths[1]) as beside:
         save_chart(AXES, curves, [], beside)
     rows = {"the photo": [photo]}
@@ -252,7 +244,7 @@ def save(
 
 
 def _curve(standing: Standing) -> Curve:
-    points = [(s, i) for s, i in standing.curve if s > 0]
+    points = [(second, interval) for _, second, interval in standing.curve if second > 0]
     return Curve(
         f"{standing.name} ({standing.people})",
         [s for s, _ in points],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ READING = """\
 Seconds and memory are one person's, in a process of their own, start-up apart. Likeness is
 1 - distance of face embeddings to {photo}, with 95 % intervals over people.
 Bytes are two a trained number. Fidelity is how well a metric finds a picture to fit its prompt,
-drift the mean change of a pixel, of 255, in pictures of other people."""
+drift the mean change of a pixel, of 255, in pictures whose prompt has no [V]."""
 PAPERS = (1200, 5000)  # steps of DreamBooth and of Textual Inversion
 OTHER_PHOTO, SAME_PHOTO = "a photo that no method saw", "the photo that methods learned from"
 
@@ -27,7 +27,8 @@ What this does not show: how any of it fares on another base model, on another m
 settings that each method's authors chose for theirs. The recogniser that judges likeness is the one
 whose embedding the hypernetwork reads and which training with `--likeness` follows; so does the
 refinement of each person where the base asks for likeness. DreamBooth, LoRA and Textual Inversion
-do not."""
+do not. The captions to which such a refinement holds a person's styles are those that are judged.
+Columns are of the people that each method learned, which may be fewer than another's."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,16 @@ def page(contest: Contest, command: str, date: str) -> str:
 def tables(contest: Contest) -> Iterator[Table]:
     """Yield the methods, and with several people whom pictures find and what styles keep."""
     first, *rest = contest.standings
-    heads: tuple[str, ...] = ("method", "people", "steps", "seconds", "start-up", "memory", "bytes")
-    yield Table("Methods", (*heads, *first.measured), tuple(map(_line, contest.standings)))
-    names = tuple(standing.name for standing in contest.standings)
+    heads: tuple[str, ...] = ("method", "people", "steps", "rate", "seconds", "start-up", "memory")
+    heads = (*heads, "bytes", *first.measured)
+    yield Table("Methods", heads, tuple(map(_line, contest.standings)))
+    names = tuple(f"{standing.name} ({standing.people})" for standing in contest.standings)
     if rest:
         title = f"Seconds to the likeness of {first.name}, and times its own"
-        yield Table(title, ("likeness", *names), tuple(_speeds(contest)))
+        yield Table(title, ("steps and likeness", *names), tuple(_speeds(contest)))
     less = tuple(
-        (each.name, str(min(each.people, first.people)), *map(_interval, gaps.values()))
-        for each, gaps in ((each, each.less_than_first) for each in rest)
+        (each.name, str(min(each.people, first.people)), *_intervals(each.less_than_first))
+        for each in rest
     )
     if less:
         heads = ("method", "people of both", *first.measured)
@@ -112,11 +114,12 @@ def _line(line: Standing) -> tuple[str, ...]:
         line.name,
         str(line.people),
         f"{line.steps:,}",
-        f"{line.seconds:.1f} s",
-        f"{line.startup:.1f} s",
-        f"{line.memory / 1e6:,.0f} MB",
+        f"{line.lr:g}",
+        _seconds(line.seconds),
+        _seconds(line.alone.startup),
+        f"{line.alone.memory / 1e6:,.0f} MB",
         f"{2 * line.numbers:,}",
-        *map(_interval, line.measured.values()),
+        *_intervals(line.measured),
     )
 
 
@@ -124,19 +127,28 @@ def _speeds(contest: Contest) -> Iterator[tuple[str, ...]]:
     """Hold seconds against the first method's: to the likeness that it has at its marks, on the
     people that both learned, and of as many steps as the papers took."""
     first = contest.standings[0]
-    for i, (seconds, likeness) in enumerate(first.curve):
+    for i, (mark, seconds, likeness) in enumerate(first.curve):
         until = (_against(each.seconds_to_first[i], seconds) for each in contest.standings)
-        yield f"{likeness.mean:.3f}", *until
+        yield f"{mark}: {likeness.mean:.3f}", *until
     for steps in PAPERS if first.steps else ():
-        taken = (each.seconds_of(steps) if each.step else None for each in contest.standings[1:])
+        rest = contest.standings[1:]
+        taken = (each.alone.seconds(steps) if each.steps else None for each in rest)
         yield f"{steps:,} steps", "-", *(_against(each, first.seconds, "-") for each in taken)
 
 
 def _against(seconds: float | None, first: float, absent: str = "never") -> str:
     if seconds is None:
         return absent
-    times = f" ({seconds / first:,.1f} x)" if first else ""
-    return f"{seconds:,.{1 if seconds >= 1 else 3}f} s{times}"
+    return _seconds(seconds) + (f" ({_digits(seconds / first)} x)" if first else "")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{_digits(seconds)} s"
+
+
+def _digits(value: float) -> str:
+    """Return a number to two digits or more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def _found(contest: Contest) -> Iterator[tuple[str, ...]]:
@@ -173,5 +185,14 @@ def _ceilings(contest: Contest, told: Callable[[Ceiling], str]) -> dict[str, tup
     return {style.prompt: (told(style.true), told(style.through)) for style in contest.styles}
 
 
-def _interval(interval: Interval) -> str:
-    return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+def _intervals(measured: Mapping[str, Interval]) -> Iterator[str]:
+    for name, interval in measured.items():
+        yield _interval(interval, 1 if name == "drift" else 3)
+
+
+def _interval(interval: Interval, digits: int = 3) -> str:
+    """Return a mean with what it lies between; without, if it is of one person."""
+    mean, low, high = (
+        f"{value:.{digits}f}" for value in (interval.mean, interval.low, interval.high)
+    )
+    return mean if interval.low == interval.high else f"{mean} ({low} to {high})"

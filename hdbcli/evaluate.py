@@ -31,7 +31,7 @@ AT_ONCE = 25  # people side by side; one where memory is small
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval over people (1.96 standard errors of paired differences)."""
+    """A mean and its 95 % interval over people, as whoever made it estimates that."""
 
     mean: float
     low: float

@@ -6,11 +6,12 @@ DreamBooth names (§4.1). Nothing else is called by those names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.errors import RegistryError
-from registry.metric import MetricSpec
+from registry.metric import Metric, MetricSpec
+from registry.plugins import Registry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,14 +19,37 @@ if TYPE_CHECKING:
 
 CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dino-vits16"
+FACE = "face"  # the measure that is called likeness everywhere
 
 
 def register(add: Callable[[MetricSpec], None]) -> None:
     """Offer the measures to the registry."""
-    add(MetricSpec("face", "dlib's face embedding, 1 - distance", "person", (), FaceMetric))
+    add(MetricSpec(FACE, "dlib's face embedding, 1 - distance", "person", (), FaceMetric))
     add(MetricSpec("clip-i", f"cosine of {CLIP}", "person", (), lambda: ClipMetric("person")))
     add(MetricSpec("clip-t", f"cosine of {CLIP}", "text", (), lambda: ClipMetric("text")))
     add(MetricSpec("dino", f"cosine of {DINO}", "person", (), DinoMetric))
+
+
+class Judges(NamedTuple):
+    """Loaded measures by name: of pictures against prompts, and against photos of the person."""
+
+    texts: Mapping[str, Metric] = {}
+    persons: Mapping[str, Metric] = {}
+    missing: Sequence[str] = ()  # what could not be had, and why
+
+
+def load_judges(registry: Registry[MetricSpec], family: str) -> Judges:
+    """Load every measure that can judge a family of base models."""
+    loaded: dict[str, dict[str, Metric]] = {"text": {}, "person": {}}
+    missing: dict[str, list[str]] = {}
+    for spec in registry.specs():
+        if spec.judges(family):
+            try:
+                loaded[spec.against][spec.name] = spec.load()
+            except RegistryError as error:
+                missing.setdefault(str(error), []).append(spec.name)
+    lines = [f"{', '.join(names)}: {why}" for why, names in missing.items()]
+    return Judges(loaded["text"], loaded["person"], lines)
 
 
 class FaceMetric:

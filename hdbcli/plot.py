@@ -14,7 +14,8 @@ import numpy as np
 class Curve:
     """A line of a chart; `low` and `high` bound a band around it.
 
-    A `bound` is what the others lie above or below: dashed, black, and no colour of its own.
+    A line of one point is drawn with that band as its error bar. A `bound` is what the others lie
+    above or below: black, and dashed as it says ("--", ":").
     """
 
     label: str
@@ -22,7 +23,7 @@ class Curve:
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
-    bound: bool = False
+    bound: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,14 @@ def save_chart(
     twenty = color_sequences["tab20"]  # in pairs of a colour and its paler one
     chart.set_prop_cycle(color=[*twenty[::2], *twenty[1::2]])  # no colour twice: ten are too few
     for curve in curves:
-        look = {"linestyle": "--", "color": "black"} if curve.bound else {}
-        marker = "." * (len(curve.x) < 40)
+        look = {"linestyle": curve.bound, "color": "black"} if curve.bound else {}
+        marker = "." * (len(curve.x) < 40 and not curve.bound)
         (line,) = chart.plot(curve.x, curve.y, label=curve.label, marker=marker, **look)
-        if curve.low is not None and curve.high is not None:
+        if curve.low is None or curve.high is None:
+            continue
+        if len(curve.x) == 1:
+            chart.vlines(curve.x, curve.low, curve.high, color=line.get_color())
+        else:
             chart.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.15)
     chart.set(title=axes.title, xlabel=axes.x, ylabel=axes.y)
     if axes.log_x:

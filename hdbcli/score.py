@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hdbcli import sample
 from hdbcli.base import Base, Worn
 from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, Tell, unnamed
 from hdbcli.faces import SAME_PERSON, embed
 from hdbcli.memory import Work
+from hdbcli.metrics import FACE, Judges
 from hdbcli.photo import Crop
 from registry.metric import Metric
 from registry.spec import BaseSpec, SampleSettings
@@ -52,9 +54,10 @@ class Style:
 
 @dataclass(frozen=True)
 class Score:
-    """What was measured; `likeness` is None without a photo."""
+    """What was measured; without a photo there is no likeness."""
 
-    likeness: Likeness | None
+    likeness: Likeness | None  # of faces
+    subjects: dict[str, Likeness]  # by every other metric that compares with photos
     styles: dict[str, Style]
     faces: float  # share of pictures in which the detector found a face
     drift: float
@@ -65,18 +68,22 @@ def work_of(spec: BaseSpec) -> Work:
     return sample.work_of(len(SEEDS), spec.resolution)
 
 
-def score(
-    base: Base, worn: Worn, crops: Sequence[Crop], texts: dict[str, Metric], tell: Tell
-) -> Score:
+def score(base: Base, worn: Worn, crops: Sequence[Crop], judges: Judges, tell: Tell) -> Score:
     """Draw the portrait and each caption with four seeds, with the identity on and without."""
     mine, plain = ([_draw(base, w, p, tell) for p in PROMPTS] for w in (worn, None))
     styles = {}
-    for name, metric in texts.items():
+    for name, metric in judges.texts.items():
         (own, own_named), (without, base_named) = (_judged(metric, rows) for rows in (mine, plain))
         styles[name] = Style(own, without, own_named, base_named)
     found = [each for row in mine for each in embed(row)[1]]
-    likeness = _likeness(base, mine[0], plain[0], crops) if crops else None
-    return Score(likeness, styles, sum(found) / len(found), _drift(base, worn, tell))
+    subjects = {
+        name: _likeness(base, metric, mine[0], plain[0], [crop.image for crop in crops])
+        for name, metric in judges.persons.items()
+        if crops
+    }
+    likeness = subjects.pop(FACE, None)
+    faces, drift = sum(found) / len(found), _drift(base, worn, tell)
+    return Score(likeness, subjects, styles, faces, drift)
 
 
 def words(result: Score) -> list[str]:
@@ -88,6 +95,11 @@ def words(result: Score) -> list[str]:
         lines.append(
             f"likeness {like.portraits:.2f}: a face recogniser {same} the person in the photo; "
             f"{way} % of the way from a stranger ({like.floor:.2f}) to a photo ({like.ceiling:.2f})"
+        )
+    for name, like in result.subjects.items():
+        lines.append(
+            f"likeness ({name}) {like.portraits:.2f}: of a stranger {like.floor:.2f}, of a photo "
+            f"{like.ceiling:.2f}"
         )
     for name, style in result.styles.items():
         lines.append(
@@ -118,25 +130,22 @@ def _judged(metric: Metric, rows: Sequence[Sequence[np.ndarray]]) -> tuple[float
 
 def _likeness(
     base: Base,
+    metric: Metric,
     portraits: Sequence[np.ndarray],
     strangers: Sequence[np.ndarray],
-    crops: Sequence[Crop],
+    photos: Sequence[np.ndarray],
 ) -> Likeness:
     """Compare with every photo; the ceiling is the photos with each other, or one through the
     autoencoder."""
-    photos = [crop.image for crop in crops]
-    reference = embed(photos)[0]
+
+    def near(pictures: Sequence[np.ndarray]) -> Tensor:
+        return torch.tensor(metric.score(pictures, photos))
+
     if len(photos) > 1:
-        off = ~torch.eye(len(photos), dtype=torch.bool)
-        ceiling = 1 - float(torch.cdist(reference, reference)[off].mean())
+        ceiling = near(photos)[~torch.eye(len(photos), dtype=torch.bool)]
     else:
-        back = base.backbone.decode_latents(base.backbone.encode_images(base.images(photos)))
-        ceiling = 1 - float(torch.cdist(embed(list(back))[0], reference).mean())
-    mine, theirs = (
-        max(0.0, 1 - float(torch.cdist(embed(pictures)[0], reference).mean()))
-        for pictures in (portraits, strangers)
-    )
-    return Likeness(mine, theirs, ceiling)
+        ceiling = near(base.through_autoencoder(photos))
+    return Likeness(*(float(each.mean()) for each in (near(portraits), near(strangers), ceiling)))
 
 
 def _drift(base: Base, worn: Worn, tell: Tell) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hdbcli.alone import Alone
 from hdbcli.compare import Record
+from hdbcli.contenders import Contender
 from hdbcli.evaluate import Interval
 from hdbcli.faces import Retrieval, retrieval
 
@@ -27,11 +28,9 @@ class Standing:
     name: str
     people: int  # the first so many
     steps: int
+    lr: float
     seconds: float
-    prepare: float  # of these, before the first step
-    step: float  # and of each step
-    startup: float
-    memory: int
+    alone: Alone
     numbers: int
     measured: Mapping[str, Interval]  # likeness, fidelity by each metric, drift
     less_than_first: Mapping[str, Interval]  # paired: the first method's minus this one's
@@ -40,11 +39,7 @@ class Standing:
     styled: tuple[Retrieval, ...]  # a caption each
     found: tuple[float, ...]  # share of pictures with a face: portraits, and a caption each
     named: Mapping[str, tuple[float, ...]]  # metric -> share whose own prompt scores highest, each
-    curve: tuple[tuple[float, Interval], ...]  # (seconds, likeness)
-
-    def seconds_of(self, steps: int) -> float:
-        """Return the seconds of so many steps."""
-        return self.prepare + steps * self.step
+    curve: tuple[tuple[int, float, Interval], ...]  # (steps, seconds, likeness)
 
 
 def likeness_of(embeddings: Tensor, truth: Tensor) -> Tensor:
@@ -56,9 +51,10 @@ def likeness_of(embeddings: Tensor, truth: Tensor) -> Tensor:
 
 
 def measures(record: Record, truth: Tensor) -> dict[str, Tensor]:
-    """Return what is judged of each person at the end (P,): likeness, fidelity to the prompts by
-    each metric, and drift."""
+    """Return what is judged of each person at the end (P,): likeness, by the recogniser and by
+    other metrics, fidelity to the prompts by each metric, and drift."""
     found = {"likeness": likeness_of(record.portraits[-1], truth)}
+    found |= {f"likeness ({metric})": scores for metric, scores in record.persons.items()}
     for metric, scores in record.texts.items():
         own = scores.diagonal(dim1=0, dim2=2)  # (P, 1 + S): picture of caption i, text i
         found[f"fidelity ({metric})"] = own.mean(1)
@@ -66,7 +62,7 @@ def measures(record: Record, truth: Tensor) -> dict[str, Tensor]:
 
 
 def stand(
-    name: str, record: Record, alone: Alone, truth: Tensor, against: Record | None
+    contender: Contender, record: Record, alone: Alone, truth: Tensor, against: Record | None
 ) -> Standing:
     """Judge one method on its people, the first of all in `truth`; it is held `against` the first
     method on the people that both learned, or None if it is the first."""
@@ -75,25 +71,23 @@ def stand(
     mine = measures(record, truth)
     both = min(people, len(best["likeness"]))
     less = {key: bootstrap(best[key][:both] - row[:both]) for key, row in mine.items()}
-    steps = int(record.marks[-1])
     at_marks = [likeness_of(row, truth) for row in record.portraits]
     goals = [float(likeness_of(row, truth)[:both].mean()) for row in (against or record).portraits]
     means = [float(row[:both].mean()) for row in at_marks]
-    seconds = [alone.seconds(float(mark)) for mark in record.marks]
+    marks = [int(mark) for mark in record.marks]
+    seconds = [alone.seconds(mark) for mark in marks]
     named = {}
     for metric, scores in record.texts.items():
         best_text = scores.argmax(2) == torch.arange(len(scores))[:, None]
         named[metric] = tuple(best_text.float().mean(1).tolist())
     several = people > 1
     return Standing(
-        name=name,
+        name=contender.name,
         people=people,
-        steps=steps,
+        steps=marks[-1],
+        lr=contender.lr,
         seconds=seconds[-1],
-        prepare=alone.prepare,
-        step=alone.step,
-        startup=alone.startup,
-        memory=alone.memory,
+        alone=alone,
         numbers=int(record.numbers),
         measured={key: bootstrap(row) for key, row in mine.items()},
         less_than_first={} if against is None else less,
@@ -102,9 +96,7 @@ def stand(
         styled=tuple(retrieval(row, truth) for row in record.prompted[1:]) if several else (),
         found=tuple(record.found.float().mean(1).tolist()),
         named=named,
-        curve=tuple(
-            (second, bootstrap(row)) for second, row in zip(seconds, at_marks, strict=True)
-        ),
+        curve=tuple(zip(marks, seconds, map(bootstrap, at_marks), strict=True)),
     )
 
 

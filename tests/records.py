@@ -8,7 +8,7 @@ from hdbcli.alone import Alone
 from hdbcli.compare import Record
 from hdbcli.config import PROMPTS
 
-ALONE = Alone(startup=5.0, prepare=1.0, step=0.5, memory=10**9)
+ALONE = Alone(startup=5.0, prepare=1.0, first=(), step=0.5, memory=10**9)
 
 
 def record(truth: torch.Tensor, away: tuple[float, ...]) -> Record:

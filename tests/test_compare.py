@@ -30,23 +30,26 @@ from registry.contact_sheet import LINE, NAME
 from registry.spec import SampleSettings
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
+a, b = (replace(CONTENDERS["lora"], name=name) for name in "ab")
 
 
 def test_a_standing_is_what_the_record_says() -> None:
     truth = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
     best = record(truth, (0.8, 0.5, 0.25))
-    first = stand("a", best, ALONE, truth, None)
+    first = stand(a, best, ALONE, truth, None)
     means = {key: interval.mean for key, interval in first.measured.items()}
     assert means == pytest.approx({"likeness": 0.75, "fidelity (t)": 1.0, "drift": 2.0}, abs=1e-5)
     assert first.less_than_first == {} and first.seconds == 1 + 40 * 0.5
-    own = [seconds for seconds, _ in first.curve]
+    own = [seconds for _, seconds, _ in first.curve]
     assert first.seconds_to_first == pytest.approx(own, abs=1e-3) and own == [1, 6, 21]
-    assert first.seconds_of(1200) == 601
+    assert first.alone.seconds(1200) == 601 and first.lr == a.lr
+    slow = replace(ALONE, first=(5.0, 3.0))  # is not the pace of all
+    assert [slow.seconds(steps) for steps in (0, 1, 2, 4)] == [1, 6, 9, 10]
     assert first.portraits is not None and first.portraits.top1 == 1.0
     assert first.named == {"t": (1.0,) * 6}
-    assert [round(interval.mean, 4) for _, interval in first.curve] == [0.2, 0.5, 0.75]
+    assert [round(interval.mean, 4) for *_, interval in first.curve] == [0.2, 0.5, 0.75]
     worse = replace(best, portraits=best.portraits[[0, 1, 1]], texts={"t": best.texts["t"].flip(2)})
-    second = stand("b", worse, ALONE, truth, best)
+    second = stand(b, worse, ALONE, truth, best)
     assert second.seconds_to_first[:2] == pytest.approx(own[:2], abs=1e-3)
     assert second.seconds_to_first[2] is None and second.named == {"t": (0.0,) * 6}
     paired = second.less_than_first["likeness"]
@@ -60,15 +63,15 @@ def test_methods_that_learned_fewer_people_are_judged_on_those() -> None:
     many, few = record(truth, (0.8, 0.5, 0.25)), record(truth[:3], (0.8, 0.5))
     assert likeness_of(few.portraits[-1], truth).shape == (3,)
     for first, second in ((many, few), (few, many)):
-        line = stand("a", first, ALONE, truth, None)
-        other = stand("b", second, ALONE, truth, first)
+        line = stand(a, first, ALONE, truth, None)
+        other = stand(b, second, ALONE, truth, first)
         paired = other.less_than_first["likeness"]
         gap = 0.25 if first is many else -0.25
         assert paired.mean == pytest.approx(gap, abs=1e-5)
         assert {line.people, other.people} == {3, 9}
         assert other.portraits is not None and other.portraits.top1 == 1.0
     twin = torch.cat([truth[:5], truth[:1], truth[6:]])  # of somebody who was not learned
-    line = stand("a", few, ALONE, twin, None)
+    line = stand(a, few, ALONE, twin, None)
     assert line.portraits is not None and line.portraits.top1 == pytest.approx(2 / 3)
 
 
@@ -76,16 +79,16 @@ def test_seconds_are_held_against_the_first_methods() -> None:
     truth = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
     best, worse = record(truth, (0.8, 0.5, 0.25)), record(truth, (0.8, 0.8, 0.5))
     slow = replace(ALONE, prepare=0.0, step=5.0)
-    first, second = stand("a", best, ALONE, truth, None), stand("b", worse, slow, truth, best)
+    first, second = stand(a, best, ALONE, truth, None), stand(b, worse, slow, truth, best)
     same, none = Interval(0.5, 0.4, 0.6), None
     contest = Contest(9, "here", False, (first, second), none, same, same, same, none, none, ())
     (speeds,) = (table for table in tables(contest) if table.title.startswith("Seconds"))
     assert speeds.rows == (
-        ("0.200", "1.0 s (1.0 x)", "0.000 s (0.0 x)"),
-        ("0.500", "6.0 s (1.0 x)", "200.0 s (33.3 x)"),
-        ("0.750", "21.0 s (1.0 x)", "never"),
-        ("1,200 steps", "-", "6,000.0 s (285.7 x)"),
-        ("5,000 steps", "-", "25,000.0 s (1,190.5 x)"),
+        ("0: 0.200", "1.0 s (1.0 x)", "0 s (0 x)"),
+        ("10: 0.500", "6.0 s (1.0 x)", "200 s (33.3 x)"),
+        ("40: 0.750", "21.0 s (1.0 x)", "never"),
+        ("1,200 steps", "-", "6,000 s (286 x)"),
+        ("5,000 steps", "-", "25,000 s (1,190 x)"),
     )
     alone = tables(replace(contest, standings=(first,)))
     assert not any(table.title.startswith("Seconds") for table in alone)
@@ -164,7 +167,7 @@ def test_compare_from_photos_to_sheet(
     page = (tmp_path / "out/compare.md").read_text()
     assert f"| lora | 1 | 2 | {lora['seconds']:.1f} s |" in page and "(sheet.png)" in page
     # Timed for real once, above.
-    monkeypatch.setattr("hdbcli.contest.time_alone", lambda *_: Alone(1.0, 0.1, 0.1, 10**9))
+    monkeypatch.setattr("hdbcli.contest.time_alone", lambda *_: Alone(1.0, 0.1, (), 0.1, 10**9))
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out/records").iterdir()}
     tried = list((tmp_path / "out/tuning").iterdir())
     assert len(kept) == 2 and len(tried) == 1 + len(RATES)  # the prediction has none
@@ -186,7 +189,7 @@ def test_a_base_without_a_hypernetwork_compares_what_needs_none(
 ) -> None:
     monkeypatch.setattr("hdbcli.base.customised", lambda spec: replace(spec, hypernetwork=None))
     monkeypatch.setattr("hdbcli.compare.SampleSettings", partial(SampleSettings, steps=2))
-    monkeypatch.setattr("hdbcli.contest.time_alone", lambda *_: Alone(1.0, 0.1, 0.1, 10**9))
+    monkeypatch.setattr("hdbcli.contest.time_alone", lambda *_: Alone(1.0, 0.1, (), 0.1, 10**9))
     words = [HELD_OUT / "900000", "--steps", 1, "-o", tmp_path / "out", "--methods"]
     document = run(*words, "no-hypernetwork,lora")
     assert [s["steps"] for s in document["standings"]] == [1, 1]

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from records import ALONE, record
 
+from hdbcli.alone import time_alone
 from hdbcli.base import Base, load_predictor
 from hdbcli.compare import compete, new_arena
-from hdbcli.config import RefineConfig
-from hdbcli.contenders import CONTENDERS, Contender, choose, entered
+from hdbcli.config import DIFFUSION_LR, UNPREDICTED_LR, UNPREDICTED_STEPS, RefineConfig, unnamed
+from hdbcli.contenders import CONTENDERS, Contender, choose, entered, suited
 from hdbcli.contest import RATES, Contest, _bounds, tuned
 from hdbcli.contest_page import notes, tables
 from hdbcli.create import crop_photos
+from hdbcli.errors import HdbError
 from hdbcli.evaluate import Interval
+from hdbcli.metrics import FaceMetric, Judges
 from hdbcli.people import People
 from hdbcli.pretrain import new_hypernetwork
 from hdbcli.standings import stand
@@ -32,11 +38,24 @@ def quiet(*_: object) -> None:
     pass
 
 
+class Brightness:
+    """Score pictures by how much brighter they are than photos."""
+
+    def score(self, pictures: Sequence[np.ndarray], references: Sequence[Any]) -> list[list[float]]:
+        return [[float(one.mean() - two.mean()) for two in references] for one in pictures]
+
+
 @pytest.fixture(scope="module")
 def two(tiny: Base) -> People:
     photos = [HELD_OUT / name / f"photo-{k}.jpg" for name in ("900000", "900001") for k in range(2)]
     crops = [crop.image for crop in crop_photos(photos, tiny.spec, None, quiet)]
     return People(np.stack(crops), ("a", "b"), ((0, 1), (2, 3)), styled=((), ()))
+
+
+def test_prompts_of_anybody_name_nobody() -> None:
+    assert unnamed("a [V] face with bark skin") == "a face with bark skin"
+    assert unnamed("an oil painting of [V]") == "an oil painting of"
+    assert unnamed("[V], smiling, and [V]'s hat") == ", smiling, and 's hat"
 
 
 def test_tuning_takes_the_rate_that_ends_most_alike(
@@ -52,6 +71,29 @@ def test_tuning_takes_the_rate_that_ends_most_alike(
     assert chosen.lr == lora.lr * RATES[2]
 
 
+def test_methods_get_what_hdb_new_would_give_them(tiny: Base) -> None:
+    assert [suited(each, tiny) for each in CONTENDERS.values()] == list(CONTENDERS.values())
+    plain = replace(tiny, spec=replace(tiny.spec, likeness=0.0))
+    assert suited(CONTENDERS["hyperdreambooth"], plain).lr == DIFFUSION_LR
+    alone = replace(tiny, spec=replace(tiny.spec, hypernetwork=None, budget=20_000))
+    nobody = suited(CONTENDERS["no-hypernetwork"], alone)
+    assert (nobody.steps, nobody.lr) == (UNPREDICTED_STEPS, UNPREDICTED_LR) and nobody.rank < 4
+    assert suited(CONTENDERS["no-hypernetwork"], alone, 3).steps == 3
+    for name in ("lora", "dreambooth", "inversion"):
+        assert suited(CONTENDERS[name], alone) == CONTENDERS[name]
+
+
+def test_few_people_go_side_by_side_where_pictures_are_large() -> None:
+    lora, dreambooth = CONTENDERS["lora"], CONTENDERS["dreambooth"]
+    assert [lora.at_once(side) for side in (128, 256, 512, 1024)] == [25, 6, 1, 1]
+    assert dreambooth.at_once(128) == 1
+
+
+def test_a_timing_that_the_system_ends_is_told(astronaut: Path) -> None:
+    with pytest.raises(HdbError, match="timed lora was ended by the system"):
+        time_alone(CONTENDERS["lora"], partial(os._exit, 9), np.zeros((8, 8, 3), np.uint8), 1)
+
+
 def test_records_rest_on_what_predicted_and_on_the_loss(
     tiny: Base, two: People, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -62,7 +104,7 @@ def test_records_rest_on_what_predicted_and_on_the_loss(
     for version, seed, weight in (("1", 0, 1), ("1", 1, 1), ("2", 1, 1), ("2", 1, 2)):
         monkeypatch.setattr("hdbcli.compare.__version__", version)
         monkeypatch.setattr("hdbcli.style_prior.WEIGHT", weight)
-        arena = new_arena(tiny, new_hypernetwork(tiny, seed), two, {}, None, quiet)
+        arena = new_arena(tiny, new_hypernetwork(tiny, seed), two, Judges(), None, quiet)
         for name in ("one-pass", "lora"):
             compete(arena, CONTENDERS[name], tmp_path)
     one, lora, other, same, later, newer, held, without = kept
@@ -74,10 +116,16 @@ def test_everybody_is_held_against_their_own_pictures(
     tiny: Base, two: People, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("hdbcli.compare.SampleSettings", partial(SampleSettings, steps=2))
-    monkeypatch.setattr(Contender, "at_once", 1)
+    monkeypatch.setattr(Contender, "at_once", lambda *_: 1)
     nobody = replace(CONTENDERS["no-hypernetwork"], steps=0)  # theta_0 is the base
-    arena = new_arena(tiny, new_hypernetwork(tiny, 0), two, {}, None, quiet)
-    assert compete(arena, nobody, tmp_path).drift.max() < 0.5
+    judges = Judges({}, {"face": FaceMetric(), "bright": Brightness()})
+    arena = new_arena(tiny, new_hypernetwork(tiny, 0), two, judges, None, quiet)
+    for _ in range(2):  # learned, and read again
+        found = compete(arena, nobody, tmp_path)
+        assert found.drift.max() < 0.5 and list(found.persons) == ["bright"]
+        drawn, photos = found.pictures[0].float(), np.stack(arena.photos).astype(float)
+        near = drawn.mean((1, 2, 3)) - torch.from_numpy(photos.mean((1, 2, 3))).float()
+        torch.testing.assert_close(found.persons["bright"], near, rtol=0, atol=1e-2)
     assert np.abs(arena.plain[:2].astype(float) - arena.plain[2:]).mean() > 5  # the control
     pairs = np.stack([each for given in arena.given for each in (given, 255 - given)])
     floor, _, photo, *_ = _bounds(replace(arena, plain=pairs))
@@ -114,7 +162,7 @@ def test_one_pass_is_one_pass(tiny: Base, two: People) -> None:
 
 def test_a_line_says_bytes_and_memory() -> None:
     truth = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
-    first = stand("a", record(truth, (0.8, 0.5, 0.25)), ALONE, truth, None)
+    first = stand(CONTENDERS["lora"], record(truth, (0.8, 0.5, 0.25)), ALONE, truth, None)
     same = Interval(0.5, 0.4, 0.6)
     contest = Contest(9, "here", False, (first,), 1400, same, same, same, None, None, ())
     flat = tuple(f"{v:.3f} ({v:.3f} to {v:.3f})" for v in (0.75, 1, 2))

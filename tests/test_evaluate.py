@@ -17,6 +17,7 @@ from hdbcli.create import crop_photos, likeness_of
 from hdbcli.evaluate import _interval, _parts, evaluate, work_of
 from hdbcli.lidb import Theta
 from hdbcli.memory import NORMAL, PLANS, Size, estimate
+from hdbcli.metrics import FaceMetric, Judges
 from hdbcli.people import read_people
 from hdbcli.sample import Picture
 from hdbcli.score import _drift, score
@@ -65,7 +66,9 @@ def test_likeness_is_of_the_identity_beside_the_base(
     (crop,) = crop_photos([astronaut], tiny.spec, None, quiet)
     drawn = {True: [crop.image] * 4, False: [np.ascontiguousarray(crop.image[::-1])] * 4}
     monkeypatch.setattr("hdbcli.score._draw", lambda _, worn, *__: drawn[worn is not None])
-    like = score(tiny, tiny.first_theta(), [crop], {}, quiet).likeness
+    like = score(
+        tiny, tiny.first_theta(), [crop], Judges({}, {"face": FaceMetric()}), quiet
+    ).likeness
     assert like and like.portraits > 0.99 > 0.9 > like.floor
     pictures = {worn: [Picture(image, 1) for image in row] for worn, row in drawn.items()}
     monkeypatch.setattr("hdbcli.sample.generate", lambda _, worn, *__: pictures[worn is not None])

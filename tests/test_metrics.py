@@ -3,8 +3,10 @@ apart."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from commands import hdb, ok, told
 
 from hdbcli import metrics
 from hdbcli.base import Base
-from hdbcli.contest import text_metrics
+from hdbcli.metrics import load_judges
 from hdbcli.photo import crop_face
 from hdbcli.sample import generate
 from hdbcli.score import Likeness, Score, Style, words
@@ -36,9 +38,11 @@ def test_metrics_are_found_and_judge_their_own_bases() -> None:
     assert registry.names() == ["clip-i", "clip-t", "dino", "face", "in-domain-clip"]
     assert registry.get("in-domain-clip").judges("tiny")
     assert not registry.get("in-domain-clip").judges("sd1")
-    loaded, missing = text_metrics(registry, "tiny")
-    assert list(loaded) == ["in-domain-clip"]
-    assert len(missing) == 1 and "hf download openai/clip-vit-large-patch14" in missing[0]
+    judges = load_judges(registry, "tiny")
+    assert list(judges.texts) == ["in-domain-clip"] and list(judges.persons) == ["face"]
+    clip, dino = judges.missing
+    assert clip.startswith("clip-i, clip-t: ") and "hf download openai/clip-vit-large" in clip
+    assert dino.startswith("dino: ")
     with pytest.raises(RegistryError, match="unknown metric 'fase'; did you mean 'face'"):
         registry.get("fase")
 
@@ -135,22 +139,39 @@ def test_clip_and_dino_score_once_their_weights_are_there(
 
 def test_words_follow_the_numbers() -> None:
     style = {"m": Style(0.5, 0.6, 0.9, 1.0)}
-    good = words(Score(Likeness(0.6, 0.2, 0.7), style, 0.95, 3.0))
+    good = words(Score(Likeness(0.6, 0.2, 0.7), {}, style, 0.95, 3.0))
     assert "takes them for the person" in good[0] and "80 % of the way" in good[0]
     assert "90% of the pictures" in good[1] and "hardly change" in good[-1]
-    bad = words(Score(Likeness(0.3, 0.2, 0.7), {}, 0.5, 30.0))
+    bad = words(Score(Likeness(0.3, 0.2, 0.7), {}, {}, 0.5, 30.0))
     assert "does not take them" in bad[0] and "not themselves any more" in bad[-1]
-    assert len(words(Score(None, {}, 1.0, 10.0))) == 2
+    assert len(words(Score(None, {}, {}, 1.0, 10.0))) == 2
+
+
+class Brightness:
+    """Score pictures by how bright they are, whoever the person is; or by how dark."""
+
+    def __init__(self, sign: int) -> None:
+        self.sign = sign
+
+    def score(self, pictures: Sequence[np.ndarray], references: Sequence[Any]) -> list[list[float]]:
+        bright = [float(picture.mean()) / 255 for picture in pictures]
+        return [[each if self.sign > 0 else 1 - each] * len(references) for each in bright]
 
 
 def test_score_of_an_identity(
     hdb_home: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hdbcli.score.SampleSettings", partial(SampleSettings, steps=10))
+    registry = load_metrics()  # with two that a plug-in might bring
+    for name, sign in (("bright", 1), ("dark", -1)):
+        registry.register(MetricSpec(name, "s", "person", (), partial(Brightness, sign)), "here")
+    monkeypatch.setattr("registry.plugins.load_metrics", lambda: registry)
     ok("new", astronaut, "alice", "--yes", "--no-refine")
     values = told("score", "alice", "--photo", astronaut)
     like = values["likeness"]
     assert 0 <= like["floor"] < like["ceiling"] < 1 and 0 < like["portraits"] < like["ceiling"]
+    inverse = values["subjects"]["dark"]
+    assert inverse["portraits"] == pytest.approx(1 - values["subjects"]["bright"]["portraits"])
     style = values["styles"]["in-domain-clip"]
     assert 0 <= style["named"] <= 1 and style["base_named"] > 0.6 and values["drift"] > 0
     said = ok("score", "alice").stdout  # without a photo
