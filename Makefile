@@ -24,8 +24,8 @@ run: $(STAMP)
 	$(BIN)/hdb gen astronaut "$(PROMPT)" --seed 0 --grid -o $(PICTURE)
 	@test -s $(PICTURE) && echo $(PICTURE)
 
-# README's sheet: the first six held-out people and the astronaut, seed 0, every caption of the project
-# page; nothing is picked. Rows are photos, columns captions.
+# README's sheet: the first six held-out people and the astronaut, seed 0, the portrait that is measured and
+# every caption of the project page; nothing is picked. Rows are photos, columns captions.
 HELD   := $(wildcard tests/data/heldout/90000[0-5]/photo-0.jpg)
 PEOPLE := 900000,900001,900002,900003,900004,900005,astronaut
 sheet: export HDB_HOME := $(CURDIR)/build/sheet/home
@@ -34,12 +34,12 @@ sheet: $(STAMP)
 	@set -e; for photo in $(HELD); do \
 	  $(BIN)/hdb new $$photo $$(basename $$(dirname $$photo)) --yes; done
 	$(BIN)/hdb new $(PHOTO) --yes
-	@set -e; k=0; for prompt in "An Instagram selfie of a [V] face" \
+	@set -e; k=0; for prompt in "a [V] face" "An Instagram selfie of a [V] face" \
 	  "A Pixar character of a [V] face" "A [V] face with bark skin" \
 	  "A [V] face as a rock star" "A professional shot of a [V] face"; do \
 	  $(BIN)/hdb gen $(PEOPLE) "$$prompt" -n 1 --seed 0 -o build/sheet/$$k; k=$$((k + 1)); done
 	$(BIN)/python -m registry.tiny.recipe contact $(HELD) $(PHOTO) --drawn build/sheet --titles \
-	  photo selfie "Pixar character" "bark skin" "rock star" "professional" --out docs/sheet.png
+	  photo portrait selfie "Pixar character" "bark skin" "rock star" "professional" --out docs/sheet.png
 
 # Lint, types, tests: the one check, and what CI runs. The tests come last, so their summary does too.
 test: $(STAMP)
