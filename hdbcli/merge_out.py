@@ -164,11 +164,15 @@ def with_files(spec: BaseSpec, form: str, out: Path) -> Iterator[BaseSpec]:
         checkpoint = open_checkpoint(spec)
         place = next(iter(checkpoint.places.values()))
         dtype = str(DTYPES[checkpoint.info(place).dtype]).removeprefix("torch.")
-    with tempfile.TemporaryDirectory(prefix=".hdb-", dir=out.resolve().parent) as folder:
+    parent = out.resolve().parent
+    with tempfile.TemporaryDirectory(prefix=".hdb-", dir=parent) as folder:
         try:
             spec.load("cpu", dtype).save(Path(folder))
-        except SafetensorError as error:
-            raise HdbError(f"base model {spec.name} could not be unpacked ({error})") from error
+        except (OSError, SafetensorError) as error:
+            raise HdbError(
+                f"base model {spec.name} could not be unpacked in {parent} ({error}); free space "
+                "there, or give another --out"
+            ) from error
         if not (Path(folder) / INDEX).is_file():
             raise HdbError(f"base model {spec.name} wrote no {INDEX}; ask who made its plug-in")
         yield replace(spec, files=Path(folder))
