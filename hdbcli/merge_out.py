@@ -38,6 +38,7 @@ def write_single(merge: Merge, out: Path, title: str, tell: Tell) -> int:
     metadata = dict(checkpoint.headers[root].metadata) if checkpoint.single else {}
     metadata |= _model_spec(checkpoint, title)
     total = sum(item.bytes for item in items)
+    out = out.resolve()  # a link stays, and what it leads to is replaced
     _check_space(out, total)
     try:
         with write_beside(out) as beside:

@@ -4,6 +4,7 @@ UNet predicts."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,18 @@ def test_xl_as_a_single_file_says_that_it_predicts_v(narrow: Narrow, tmp_path: P
         assert prediction_of(read_checkpoint(out), FAMILIES["sdxl"], None) == (
             "v_prediction" if changes else "epsilon"
         )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_link_to_a_checkpoint_stays_a_link(narrow: Narrow, tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    real, link = tmp_path / "large" / "m.safetensors", tmp_path / "m.safetensors"
+    real.write_bytes(b"old")
+    link.symlink_to(real)
+    checkpoint = open_checkpoint(spec_of("sd1", narrow.folder("sd1")))
+    merge_out.write_single(Merge(checkpoint, nobody(checkpoint), None), link, "x", quiet)
+    assert link.is_symlink() and read_header(real, 2**40).metadata["modelspec.title"] == "x"
+    assert [each.name for each in real.parent.iterdir()] == ["m.safetensors"]
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
