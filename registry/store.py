@@ -215,12 +215,14 @@ def write_beside(path: Path, new: bool = False) -> Iterator[Path]:
 
     The block should do nothing but write: after any exception, Ctrl-C included, the temporary
     file is deleted and an older `path` is untouched. An OSError, in the block too, becomes a
-    RegistryError, and so does a `path` that is there by then although it is to be `new`. The
-    temporary name starts with a dot, which no identity's name does.
+    RegistryError, and so does a `path` that is there by then although it is to be `new`, or that is
+    a device or a pipe. The temporary name starts with a dot, which no identity's name does.
     """
     temporary = path.parent / f".{os.urandom(8).hex()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # root may replace /dev/null for everybody
+            raise RegistryError(f"cannot write {path}: it is no plain file; give another name")
         with open(temporary, "xb") as file:  # here, so that an unwritable folder is told first
             mode = os.fstat(file.fileno()).st_mode
         yield temporary
