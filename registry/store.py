@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -225,10 +226,13 @@ def write_beside(path: Path, new: bool = False) -> Iterator[Path]:
             raise RegistryError(f"cannot write {path}: it is no plain file; give another name")
         with open(temporary, "xb") as file:  # here, so that an unwritable folder is told first
             mode = os.fstat(file.fileno()).st_mode
+        if path.exists():  # whom it was hidden from does not see the new one either
+            mode = path.stat().st_mode
+            os.chmod(temporary, stat.S_IMODE(mode) | stat.S_IRUSR | stat.S_IWUSR)
         yield temporary
-        os.chmod(temporary, mode)  # a library may have put a file of its own there
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, stat.S_IMODE(mode))  # a library may have put a file of its own there
         (_move_to_new if new else os.replace)(temporary, path)
     except BaseException as error:
         with suppress(OSError):
