@@ -240,20 +240,6 @@ def test_an_unwritable_folder_and_a_full_disk_are_told(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="pipes")
-def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to("pipe")  # as /dev/stdout leads to one
-    for name in ("pipe", "link"):
-        with (
-            pytest.raises(RegistryError, match=f"cannot write .*{name}: it is no plain file"),
-            store.write_beside(tmp_path / name),
-        ):
-            raise AssertionError("the block must not run")
-    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
-    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
-
-
 def test_entries_say_what_is_there_and_what_is_wrong(keep: Callable[[str], Path]) -> None:
     assert store.entries() == [] and store.names() == []
     path = keep("alice")
