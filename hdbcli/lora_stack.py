@@ -28,6 +28,7 @@ from hdbcli.readers import COMFY
 from registry.foreign import lora_style
 from registry.header import SHA256, Header, read_header
 from registry.ldm import original_layer
+from registry.store import shown
 from registry.tensors import canonical
 
 LARGEST = 2**34  # bytes of a file; a LoRA of Stable Diffusion XL has up to 2e9
@@ -72,7 +73,7 @@ class Stacked:
     def facts(self) -> dict[str, Any]:
         """Return what `hdb gen --json` prints."""
         lora = self.lora
-        known = {"name": lora.path.stem, "path": str(lora.path), "strength": lora.strength}
+        known = {"name": shown(lora.path), "path": str(lora.path), "strength": lora.strength}
         return {**known, "hash": lora.digest, "layers": self.layers, "unread": len(self.unread)}
 
 
@@ -119,8 +120,8 @@ def parameters(stacked: Sequence[Stacked]) -> dict[str, str]:
     """Say in a picture's parameters which files were added: A1111's hashes, and strengths."""
     if not stacked:
         return {}
-    hashes = ", ".join(f"{each.lora.path.stem}: {each.lora.digest}" for each in stacked)
-    loras = ", ".join(f"{each.lora.path.stem} {each.lora.strength:g}" for each in stacked)
+    hashes = ", ".join(f"{shown(each.lora.path)}: {each.lora.digest}" for each in stacked)
+    loras = ", ".join(f"{shown(each.lora.path)} {each.lora.strength:g}" for each in stacked)
     return {"Lora hashes": hashes, "Loras": loras}
 
 

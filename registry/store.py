@@ -102,6 +102,12 @@ def name_from_stem(stem: str) -> str:
     return check_name(text or "face")
 
 
+def shown(path: Path) -> str:
+    """Return a file's stem as text for a terminal, a picture or a header: of bytes that are no
+    UTF-8, and of control characters, a sign alone."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in path.stem)
+
+
 def path_of(name: str) -> Path:
     """Return the path of an identity, existing or not; a file that differs in case is the same."""
     wanted = (check_name(name) + SUFFIX).casefold()
