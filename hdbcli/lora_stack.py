@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from hdbcli.base import Base
@@ -87,7 +87,15 @@ def read(text: str) -> Lora:
     except (ValueError, RecursionError) as error:
         raise HdbError(f"{path} is damaged: its {ADAPTER} is no JSON; get it again") from error
     adapter = adapter if isinstance(adapter, dict) else {}
-    return Lora(path, strength, _digest(path, header), load_file(path), adapter)
+    return Lora(path, strength, _digest(path, header), _load(path), adapter)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # safetensors opens no such path itself
+        return load(path.read_bytes())
+    return load_file(path)
 
 
 def parse(text: str) -> tuple[Path, float]:
