@@ -37,7 +37,7 @@ class Shard:
     """What one shard added to the bank, and the mean loss of its people before and after."""
 
     people: int
-    total: int
+    total: int  # of those asked for, who are in the bank by now; it may know others
     loss_start: float
     loss_end: float
 
@@ -74,7 +74,7 @@ def build_bank(
                 beside.write_text(json.dumps(index, indent=1))
         except RegistryError as error:
             raise HdbError(str(error)) from error
-        total = len(done) + start + len(chosen)
+        total = len(people.names) - len(left) + start + len(chosen)
         means = float(result.loss_start.mean()), float(result.loss_end.mean())
         yield Shard(len(chosen), total, *means)
 

@@ -208,9 +208,9 @@ def gen(
     first = int.from_bytes(os.urandom(4), "big") if seed is None else seed
     settings = SampleSettings(steps, guidance, negative, size, scheduler)
     paths = [store.resolve(each) for each in identity.split(",")]
-    jobs = [(path.stem, first + i) for path in paths for i in range(count)]
-    names, seeds = [name for name, _ in jobs], [number for _, number in jobs]
-    targets = album.plan_outputs(out, [f"{name}-{number}" for name, number in jobs], grid)
+    jobs = [(path, first + i) for path in paths for i in range(count)]
+    names, seeds = [store.shown(path) for path, _ in jobs], [number for _, number in jobs]
+    targets = album.plan_outputs(out, [f"{path.stem}-{number}" for path, number in jobs], grid)
     loras = [lora_stack.read(each) for each in lora or []]  # a bad one is told before the work
     spec = spec_of(base or load(paths[0]).base)
     if "[V]" not in prompt:
@@ -231,7 +231,7 @@ def gen(
 
     work = sample.work_of(len(seeds), size or spec.resolution, exact=bool(loras))
     stacked = within_memory(spec, device, memory, work, draw)
-    values = {"name": ",".join(path.stem for path in paths), "base": spec.name, **kept.close()}
+    values = {"name": ",".join(map(store.shown, paths)), "base": spec.name, **kept.close()}
     values |= {"prompt": prompt, "loras": [each.facts() for each in stacked]}
     (render.document if as_json else render.show_pictures)(values)
 

@@ -189,9 +189,9 @@ def export(
     if check:
         require_peft()
     base, theta = wear([path], None, "cpu")
-    size, readings = lora.export(base, theta, path.stem, form, dtype, target, check)
+    size, readings = lora.export(base, theta, store.shown(path), form, dtype, target, check)
     if as_json:
-        values = {"name": path.stem, "path": str(target), "bytes": size, "rank": theta.rank}
+        values = {"name": store.shown(path), "path": str(target), "bytes": size, "rank": theta.rank}
         values |= {"format": form, "dtype": dtype, "identifier": base.spec.identifier}
         render.document({**values, "readers": [asdict(r) | {"ok": r.ok} for r in readings]})
         return
@@ -231,7 +231,7 @@ def _draw_walk(
             return walk.draw(loaded, [people[[i]] for i in range(len(paths))], tell)
 
     sheet = within_memory(spec, device, memory, walk.work_of(spec, len(paths)), draw)
-    names = " to ".join(path.stem for path in paths)
+    names = " to ".join(map(store.shown, paths))
     prompts = " | ".join(walk.ROWS)
     text = sample.parameters_text(prompts, walk.SETTINGS, sheet, spec.name, names)
     return sheet.image, text

@@ -49,7 +49,7 @@ def merge(
     identity = derive.composed(loaded, None)
     spec = spec_of(base or identity.base)
     title = " + ".join(
-        Path(name).stem if weight == 1 else f"{weight:g} {Path(name).stem}"
+        store.shown(Path(name)) if weight == 1 else f"{weight:g} {store.shown(Path(name))}"
         for name, weight in weights.items()
     )
     if spec.files is not None:

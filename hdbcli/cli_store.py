@@ -67,7 +67,8 @@ def rm(
     """Delete identities for good.
 
     An identity's file is all that hdb keeps of a person. A run that was killed can leave part of
-    one in a temporary file: --purge deletes those too, even of a run that is writing just now.
+    one in a temporary file: --purge deletes those in the store too, even of a run that is writing
+    just now.
     """
     paths = list(dict.fromkeys(store.resolve(store.check_name(name)) for name in names))
     if not yes:
@@ -120,7 +121,8 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, only.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete what nothing needs: temporary files of killed runs, settings of bases that are gone.
+    """Delete what nothing needs in the store: temporary files of killed runs, settings of bases
+    that are gone.
 
     Never an identity, not even a damaged one.
     """

@@ -17,6 +17,7 @@ from hdbcli.identity import Identity
 from hdbcli.lidb import Theta
 from hdbcli.relax import relax
 from registry.header import WORD
+from registry.store import shown
 
 SAME = ("family", "base_digest", "targets_digest", "basis", "identifier")  # to be added up
 
@@ -49,7 +50,7 @@ def composed(parts: Mapping[str, tuple[Identity, float]], rank: int | None) -> I
                 )
     thetas = [theta_of(identity) for identity in identities]
     theta = compose(thetas, [weight for _, weight in parts.values()], rank)
-    shares = [f"{weight:g} {Path(name).stem}" for name, (_, weight) in parts.items()]
+    shares = [f"{weight:g} {shown(Path(name))}" for name, (_, weight) in parts.items()]
     how = [f"composed of {' + '.join(shares)}"]
     if len(how[0]) > WORD:
         how = [f"composed of {share}" for share in shares]

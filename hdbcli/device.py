@@ -6,7 +6,6 @@ import ctypes
 import os
 import platform
 import re
-import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -113,12 +112,17 @@ def machine(device: str) -> str:
 
 
 def peak_memory(device: str) -> int:
-    """Return the most memory in bytes that this process has held, on a GPU that of the GPU."""
+    """Return the most memory in bytes that this process has held, on a GPU that of the GPU; 0 where
+    nobody can say."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:  # getrusage counts what the process that started this one held
         return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
     except (OSError, IndexError):
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from hdbcli.base import Base
@@ -28,6 +28,7 @@ from hdbcli.readers import COMFY
 from registry.foreign import lora_style
 from registry.header import SHA256, Header, read_header
 from registry.ldm import original_layer
+from registry.store import shown
 from registry.tensors import canonical
 
 LARGEST = 2**34  # bytes of a file; a LoRA of Stable Diffusion XL has up to 2e9
@@ -67,12 +68,12 @@ class Stacked:
         if not self.unread:
             return ""
         count = f"{len(self.unread)} of {len(self.lora.tensors)} keys"
-        return f"{self.lora.path}: {count} name no layer of this base, such as {self.unread[0]}"
+        return f"{self.lora.path}: {count} name no layer of this base, such as {self.unread[0]!r}"
 
     def facts(self) -> dict[str, Any]:
         """Return what `hdb gen --json` prints."""
         lora = self.lora
-        known = {"name": lora.path.stem, "path": str(lora.path), "strength": lora.strength}
+        known = {"name": shown(lora.path), "path": str(lora.path), "strength": lora.strength}
         return {**known, "hash": lora.digest, "layers": self.layers, "unread": len(self.unread)}
 
 
@@ -86,7 +87,15 @@ def read(text: str) -> Lora:
     except (ValueError, RecursionError) as error:
         raise HdbError(f"{path} is damaged: its {ADAPTER} is no JSON; get it again") from error
     adapter = adapter if isinstance(adapter, dict) else {}
-    return Lora(path, strength, _digest(path, header), load_file(path), adapter)
+    return Lora(path, strength, _digest(path, header), _load(path), adapter)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # safetensors opens no such path itself
+        return load(path.read_bytes())
+    return load_file(path)
 
 
 def parse(text: str) -> tuple[Path, float]:
@@ -119,8 +128,8 @@ def parameters(stacked: Sequence[Stacked]) -> dict[str, str]:
     """Say in a picture's parameters which files were added: A1111's hashes, and strengths."""
     if not stacked:
         return {}
-    hashes = ", ".join(f"{each.lora.path.stem}: {each.lora.digest}" for each in stacked)
-    loras = ", ".join(f"{each.lora.path.stem} {each.lora.strength:g}" for each in stacked)
+    hashes = ", ".join(f"{shown(each.lora.path)}: {each.lora.digest}" for each in stacked)
+    loras = ", ".join(f"{shown(each.lora.path)} {each.lora.strength:g}" for each in stacked)
     return {"Lora hashes": hashes, "Loras": loras}
 
 
@@ -166,7 +175,7 @@ def _add(base: Base, lora: Lora, layers: Mapping[str, Layer]) -> Stacked:
     if not found:
         raise HdbError(
             f"{lora.path} has no layer of base model {base.spec.name} (its first key is "
-            f"{unread[0]}); it was made for another base model"
+            f"{unread[0]!r}); it was made for another base model"
         )
     for stem, parts in found.items():
         weight = layers[stem].weight
@@ -182,17 +191,17 @@ def _delta(lora: Lora, stem: str, parts: Mapping[str, Tensor], weight: Tensor) -
     none = torch.zeros(0)
     lacking = [p for p in ("down", "up") if (t := parts.get(p, none)).dim() < 2 or not t.numel()]
     if lacking:
-        raise HdbError(f"{lora.path} is damaged: {stem} has no {lacking[0]} matrix; get it again")
+        raise HdbError(f"{lora.path} is damaged: {stem!r} has no {lacking[0]} matrix; get it again")
     down, up = (parts[part].to(weight.device).float().flatten(1) for part in ("down", "up"))
     inputs, rank = weight[0].numel(), len(down)
     if up.shape != (len(weight), rank) or down.shape[1] != inputs:
         raise HdbError(
-            f"{lora.path} was made for another base model: {stem} changes {len(up)} x "
+            f"{lora.path} was made for another base model: {stem!r} changes {len(up)} x "
             f"{down.shape[1]} numbers, the layer has {len(weight)} x {inputs}"
         )
     delta = lora.strength * _scale(lora, stem, parts.get("alpha"), rank) * (up @ down)
     if not delta.isfinite().all():
-        raise HdbError(f"{lora.path} holds numbers that are not finite in {stem}; get it again")
+        raise HdbError(f"{lora.path} holds numbers that are not finite in {stem!r}; get it again")
     return delta.view_as(weight)
 
 
@@ -210,7 +219,7 @@ def _scale(lora: Lora, stem: str, alpha: Tensor | None, rank: int) -> float:
         root = bool(lora.adapter.get(f"{component}.use_rslora"))
         return float(said) / (math.sqrt(rank) if root else rank)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise HdbError(f"{lora.path} is damaged: alpha of {stem} is no number") from error
+        raise HdbError(f"{lora.path} is damaged: alpha of {stem!r} is no number") from error
 
 
 def _check_kind(path: Path, header: Header) -> None:
@@ -218,14 +227,14 @@ def _check_kind(path: Path, header: Header) -> None:
     if "hdb.kind" in header.metadata:
         raise HdbError(f"{path} is hdb's own, no LoRA; add identities up with hdb compose")
     if lora_style(header.tensors) is None:
-        first = next(iter(header.tensors), "none")
+        first = next(map(repr, header.tensors), "none")
         raise HdbError(
             f"{path} is no LoRA with kohya or diffusers keys (its first tensor: {first}); give one"
         )
     other = [key for key in header.tensors if NOT_PLAIN.search(key)]
     if other:
         raise HdbError(
-            f"{path} is no plain LoRA: {len(other)} of its tensors, such as {other[0]}, are of "
+            f"{path} is no plain LoRA: {len(other)} of its tensors, such as {other[0]!r}, are of "
             "LoHa, LoKr, DoRA or the like; give a plain one"
         )
 

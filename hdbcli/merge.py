@@ -123,7 +123,7 @@ class Merge:
                     block[low - start : high - start] += rows @ down
             block = block.to(DTYPES[self._dtype(info)])
             if not block.isfinite().all():
-                raise HdbError(f"{key} gets numbers that are not finite; is the base damaged?")
+                raise HdbError(f"{key!r} gets numbers that are not finite; is the base damaged?")
             yield block
 
     def _factors(self, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

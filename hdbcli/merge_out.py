@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from hdbcli.errors import HdbError
 from hdbcli.merge import Merge
 from hdbcli.places import DTYPES, Checkpoint, open_checkpoint
 from hdbcli.stream import Item, write_tensors
-from registry.checkpoint import PREDICTS_V, ZERO_SNR
+from registry.checkpoint import INDEX, PREDICTS_V, ZERO_SNR, read_config
 from registry.errors import RegistryError
 from registry.ldm import architecture_of
 from registry.settings import predicts
@@ -38,6 +38,7 @@ def write_single(merge: Merge, out: Path, title: str, tell: Tell) -> int:
     metadata = dict(checkpoint.headers[root].metadata) if checkpoint.single else {}
     metadata |= _model_spec(checkpoint, title)
     total = sum(item.bytes for item in items)
+    out = out.resolve()  # a link stays, and what it leads to is replaced
     _check_space(out, total)
     try:
         with write_beside(out) as beside:
@@ -54,7 +55,10 @@ def write_folder(merge: Merge, out: Path, title: str, tell: Tell) -> int:
     total = sum(source.stat().st_size for source, _ in plan)
     _check_space(out, total)
     counted = _counter(tell, total)
+    copied = {source.relative_to(checkpoint.root).parts[0] for source, _ in plan}
+    index = _index(checkpoint.root, copied)
     with _folder_beside(out) as beside:
+        (beside / INDEX).write_bytes(index)
         for source, items in plan:
             target = beside / source.relative_to(checkpoint.root)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,20 +72,35 @@ def write_folder(merge: Merge, out: Path, title: str, tell: Tell) -> int:
 
 
 def _plan(merge: Merge) -> Iterator[tuple[Path, list[Item] | None]]:
-    """Yield every file of the pipeline, with its tensors if some of them change."""
+    """Yield every file of the pipeline's components, with its tensors if some of them change."""
     checkpoint = merge.checkpoint
-    index = checkpoint.root / "model_index.json"
-    yield index, None
     patched = {file for file, _ in merge.targets}
     loaded = {file for files in checkpoint.files.values() for file in files}
-    named = json.loads(index.read_text())  # whose words are never taken for paths
+    named = read_config(checkpoint.root / INDEX)  # whose words are never taken for paths
     for folder in sorted(part for part in checkpoint.root.iterdir() if part.name in named):
-        for file in sorted(folder.rglob("*")):
+        files = sorted(folder.rglob("*"))
+        if not checkpoint.files[folder.name] and any(file.suffix in WEIGHTS for file in files):
+            continue  # a safety checker that is a pickle: its settings alone are no component
+        for file in files:
             if file in loaded:
                 changed = file in patched or merge.cast
                 yield file, merge.items(file) if changed else None
             elif file.is_file() and file.suffix not in WEIGHTS:  # other weights lack the identity
                 yield file, None
+
+
+def _index(root: Path, copied: Set[str]) -> bytes:
+    """Return the index without the components that were not copied, which diffusers would look for:
+    hdb downloads no safety checker."""
+    index = read_config(root / INDEX)
+    gone = [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and any(value) and name not in copied
+    ]
+    if not gone:
+        return (root / INDEX).read_bytes()
+    return json.dumps(index | {name: [None, None] for name in gone}, indent=2).encode()
 
 
 def check_folder(out: Path, force: bool) -> None:
@@ -95,7 +114,7 @@ def check_folder(out: Path, force: bool) -> None:
             raise HdbError(
                 f"{out} is not empty; give another folder, or --force to replace a model"
             )
-        if not (out / "model_index.json").exists():
+        if not (out / INDEX).exists():
             raise HdbError(
                 f"{out} holds no model, so --force does not replace it; give another folder"
             )
@@ -146,15 +165,17 @@ def with_files(spec: BaseSpec, form: str, out: Path) -> Iterator[BaseSpec]:
         checkpoint = open_checkpoint(spec)
         place = next(iter(checkpoint.places.values()))
         dtype = str(DTYPES[checkpoint.info(place).dtype]).removeprefix("torch.")
-    with tempfile.TemporaryDirectory(prefix=".hdb-", dir=out.resolve().parent) as folder:
+    parent = out.resolve().parent
+    with tempfile.TemporaryDirectory(prefix=".hdb-", dir=parent) as folder:
         try:
             spec.load("cpu", dtype).save(Path(folder))
-        except SafetensorError as error:
-            raise HdbError(f"base model {spec.name} could not be unpacked ({error})") from error
-        if not (Path(folder) / "model_index.json").is_file():
+        except (OSError, SafetensorError) as error:
             raise HdbError(
-                f"base model {spec.name} wrote no model_index.json; ask who made its plug-in"
-            )
+                f"base model {spec.name} could not be unpacked in {parent} ({error}); free space "
+                "there, or give another --out"
+            ) from error
+        if not (Path(folder) / INDEX).is_file():
+            raise HdbError(f"base model {spec.name} wrote no {INDEX}; ask who made its plug-in")
         yield replace(spec, files=Path(folder))
 
 

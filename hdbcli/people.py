@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,10 +63,11 @@ def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell:
     `aligned` says that the pictures already are crops of the base's size and framing. A picture
     with a caption beside it (PICTURE.txt, as trainers have it) shows its person in that style.
     """
+    skipped: list[str] = []
     if folder.is_file():
         persons = {folder.stem: [folder]}
     elif folder.is_dir():
-        persons = _persons(folder, pattern)
+        persons, skipped = _persons(folder, pattern)
     else:
         raise HdbError(f"{folder} does not exist; give a folder of photos, or a folder per person")
     if not persons:
@@ -75,7 +77,6 @@ def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell:
     members: dict[str, list[int]] = {name: [] for name in persons}
     styled: dict[str, list[int]] = {name: [] for name in persons}
     captions: dict[int, str] = {}
-    skipped = []
     done = 0
     for name, files in persons.items():
         for file in files:
@@ -94,6 +95,11 @@ def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell:
     if not names:
         reason = f"; first: {skipped[0]}" if skipped else ": all have captions of their own"
         raise HdbError(f"none of the {total} photos in {folder} can be used{reason}")
+    skipped += [
+        f"all pictures of {name} have captions of their own; add a photo without one"
+        for name in persons
+        if styled[name] and not members[name]
+    ]
     return People(
         np.stack(crops),
         names,
@@ -120,7 +126,9 @@ def _caption(file: Path) -> str | None:
     return caption
 
 
-def _persons(folder: Path, pattern: str) -> dict[str, list[Path]]:
+def _persons(folder: Path, pattern: str) -> tuple[dict[str, list[Path]], list[str]]:
+    """Return the photos of everybody by name, and what is said of those that are nobody's."""
+
     def photos(place: Path) -> list[Path]:
         try:
             return sorted(f for f in place.glob(pattern) if f.suffix.lower() in SUFFIXES)
@@ -128,10 +136,13 @@ def _persons(folder: Path, pattern: str) -> dict[str, list[Path]]:
             raise HdbError(f"no pattern of file names: {pattern!r} ({error})") from None
 
     folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    persons = {place.name: photos(place) for place in folders}
-    if not any(persons.values()):
-        persons = {file.stem: [file] for file in photos(folder)}
-    return {name: files for name, files in persons.items() if files}
+    persons = {place.name: files for place in folders if (files := photos(place))}
+    loose = photos(folder)
+    if persons:
+        why = f"lies beside the folders of people; put it into its person's folder in {folder}"
+        return persons, [f"{file.name} {why}" for file in loose]
+    stems = Counter(file.stem for file in loose)
+    return {file.stem if stems[file.stem] == 1 else file.name: [file] for file in loose}, []
 
 
 def _read(file: Path, spec: BaseSpec, aligned: bool) -> np.ndarray:

@@ -70,15 +70,18 @@ class _Int8Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, step: Tensor) -> Tensor:
         ctx.save_for_backward(weight, step)
         ctx.dtype = x.dtype
-        y = F.linear(x, weight.to(x.dtype))
-        return y * step.to(y.dtype)
+        return F.linear(x, _expanded(weight, step, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
         weight, step = ctx.saved_tensors
         (slope,) = slopes
-        rows = slope * step.to(slope.dtype)
-        return (rows @ weight.to(rows.dtype)).to(ctx.dtype), None, None
+        return (slope @ _expanded(weight, step, slope.dtype)).to(ctx.dtype), None, None
+
+
+def _expanded(weight: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight (n, m) itself: a product with its 127 steps would overflow float16."""
+    return weight.to(dtype).mul_(step.T)
 
 
 def quantised(linear: nn.Linear, kind: str) -> nn.Linear:

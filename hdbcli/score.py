@@ -37,9 +37,12 @@ class Likeness:
     ceiling: float
 
     @property
-    def way(self) -> float:
-        """Return how far from floor to ceiling the portraits are, 1 at the ceiling."""
-        return (self.portraits - self.floor) / max(1e-6, self.ceiling - self.floor)
+    def way(self) -> float | None:
+        """Return how far from floor to ceiling the portraits are, 1 at the ceiling; None if that is
+        no way."""
+        if self.ceiling <= self.floor:
+            return None
+        return (self.portraits - self.floor) / (self.ceiling - self.floor)
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,11 @@ def words(result: Score) -> list[str]:
     """Say it to a person who knows none of the measures."""
     lines = []
     if result.likeness is not None:
-        like, way = result.likeness, round(100 * result.likeness.way)
+        like = result.likeness
         same = "takes them for" if like.portraits > SAME_PERSON else "does not take them for"
         lines.append(
             f"likeness {like.portraits:.2f}: a face recogniser {same} the person in the photo; "
-            f"{way} % of the way from a stranger ({like.floor:.2f}) to a photo ({like.ceiling:.2f})"
+            f"{_way(like)}"
         )
     for name, like in result.subjects.items():
         lines.append(
@@ -111,6 +114,18 @@ def words(result: Score) -> list[str]:
     how = "are not themselves any more" if result.drift > STRONG else how
     lines.append(f"drift {result.drift:.1f} of 255: pictures of other people {how}")
     return lines
+
+
+def _way(like: Likeness) -> str:
+    if like.way is None:
+        return (
+            f"the photos do not agree with each other, or the base cannot draw them: a photo "
+            f"reaches {like.ceiling:.2f}, no more than a stranger ({like.floor:.2f})"
+        )
+    return (
+        f"{100 * like.way:.0f} % of the way from a stranger ({like.floor:.2f}) to a photo "
+        f"({like.ceiling:.2f})"
+    )
 
 
 def _draw(base: Base, worn: Worn | None, prompt: str, tell: Tell) -> list[np.ndarray]:

@@ -150,8 +150,8 @@ def _shards(index: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise RegistryError(
-            f"{folder} lacks {len(missing)} of {len(files)} shards, such as {missing[0]}; download "
-            "the model in full"
+            f"{folder} lacks {len(missing)} of {len(files)} shards, such as {missing[0]!r}; "
+            "download the model in full"
         )
     return files
 

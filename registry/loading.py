@@ -42,7 +42,7 @@ def load_folder(folder: Path, device: str, dtype: str, double: bool = False) -> 
             unet=_read_unet(folder / "unet", options["torch_dtype"]),
             variant=variant_of(*(folder / component for component in WEIGHTS)),
             **options,
-            **_no_checker(double),
+            **_unused(double),
         )
     vae = folder / "vae"
     again = partial(type(pipeline.vae).from_pretrained, vae, variant=variant_of(vae), **options)
@@ -70,7 +70,7 @@ def load_single(
             vae=again(),
             **options,
             **tokenizers,
-            **_no_checker(family.double),
+            **_unused(family.double),
         )
     own: dict[str, Any] = {"prediction_type": prediction}
     if ZERO_SNR in read_header(file, LARGEST).tensors:
@@ -108,8 +108,10 @@ def _class(double: bool) -> Any:
     return StableDiffusionXLPipeline if double else StableDiffusionPipeline
 
 
-def _no_checker(double: bool) -> dict[str, Any]:
-    return {} if double else {"safety_checker": None, "requires_safety_checker": False}
+def _unused(double: bool) -> dict[str, Any]:
+    """Tell diffusers not to load what an index may list, and hdb neither uses nor downloads."""
+    unused = {"feature_extractor": None, "image_encoder": None}
+    return unused if double else unused | {"safety_checker": None, "requires_safety_checker": False}
 
 
 def _backbone(

@@ -95,7 +95,7 @@ def prediction_of(checkpoint: Checkpoint, family: Family, asked: str | None) -> 
     if told not in PREDICTIONS or "beta_start" not in config:
         raise RegistryError(
             f"{checkpoint.path} is trained to predict {told!r} on the schedule of "
-            f"{config.get('_class_name')}; hdb knows epsilon and v_prediction on that of DDPM"
+            f"{config.get('_class_name')!r}; hdb knows epsilon and v_prediction on that of DDPM"
         )
     if asked and PREDICTIONS[asked] != PREDICTIONS[told]:
         raise RegistryError(
@@ -121,7 +121,7 @@ def _unknown(checkpoint: Checkpoint, found: Anatomy, nearest: Family) -> str:
     refiner = (
         "the refiner of Stable Diffusion XL" if list(found.layers) == ["text_encoder_2"] else ""
     )
-    called = checkpoint.called or refiner or next(signs, "")
+    called = repr(checkpoint.called) if checkpoint.called else refiner or next(signs, "")
     return (
         f"{checkpoint.path} is no Stable Diffusion that hdb knows"
         f"{f', but {called}' if called else ''}: {_count(found.blocks, found.layers)}; the nearest "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -99,6 +100,12 @@ def name_from_stem(stem: str) -> str:
     while text.casefold().endswith(SUFFIX):
         text = text[: -len(SUFFIX)].rstrip("-.")
     return check_name(text or "face")
+
+
+def shown(path: Path) -> str:
+    """Return a file's stem as text for a terminal, a picture or a header: of bytes that are no
+    UTF-8, and of control characters, a sign alone."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in path.stem)
 
 
 def path_of(name: str) -> Path:
@@ -215,18 +222,23 @@ def write_beside(path: Path, new: bool = False) -> Iterator[Path]:
 
     The block should do nothing but write: after any exception, Ctrl-C included, the temporary
     file is deleted and an older `path` is untouched. An OSError, in the block too, becomes a
-    RegistryError, and so does a `path` that is there by then although it is to be `new`. The
-    temporary name starts with a dot, which no identity's name does.
+    RegistryError, and so does a `path` that is there by then although it is to be `new`, or that is
+    a device or a pipe. The temporary name starts with a dot, which no identity's name does.
     """
     temporary = path.parent / f".{os.urandom(8).hex()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # root may replace /dev/null for everybody
+            raise RegistryError(f"cannot write {path}: it is no plain file; give another name")
         with open(temporary, "xb") as file:  # here, so that an unwritable folder is told first
             mode = os.fstat(file.fileno()).st_mode
+        if path.exists():  # whom it was hidden from does not see the new one either
+            mode = path.stat().st_mode
+            os.chmod(temporary, stat.S_IMODE(mode) | stat.S_IRUSR | stat.S_IWUSR)
         yield temporary
-        os.chmod(temporary, mode)  # a library may have put a file of its own there
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, stat.S_IMODE(mode))  # a library may have put a file of its own there
         (_move_to_new if new else os.replace)(temporary, path)
     except BaseException as error:
         with suppress(OSError):

@@ -47,6 +47,16 @@ OPEN_CLIP = {
     "self_attn.out_proj": "attn.out_proj",
 }
 
+# What indexes of the hub list besides; of it, as in the hub's cache, the folders have nothing.
+EXTRACTOR = {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+CHECKER = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+ENCODER = {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}
+LISTED: dict[str, dict[str, list[str]]] = {
+    "sd1": {"feature_extractor": ["transformers", "CLIPFeatureExtractor"], **CHECKER},
+    "sd2": {**EXTRACTOR, **CHECKER},
+    "sdxl": {**EXTRACTOR, **ENCODER},
+}
+
 
 class Narrow:
     """Checkpoints made when they are first asked for; tests copy what they change."""
@@ -112,6 +122,8 @@ def write_folder(configs: Path, family: str, out: Path, seed: int = 0) -> Path:
         parts |= {"safety_checker": None, "feature_extractor": None}
         parts["requires_safety_checker"] = False
     getattr(diffusers, index["_class_name"])(**parts).save_pretrained(out)
+    listed = _read(out, "model_index.json") | LISTED.get(family, {})
+    (out / "model_index.json").write_text(json.dumps(listed))
     return out
 
 

@@ -246,7 +246,7 @@ def test_another_architecture(narrow: Narrow, hdb_home: Path, tmp_path: Path, fo
 
     edit(folder / UNET, shallow)  # as distilled models are
     said = refused("base", "add", "x", folder, says="15 transformer blocks")
-    assert "StableDiffusionPipeline" in said and "16 transformer blocks" in said
+    assert "'StableDiffusionPipeline'" in said and "16 transformer blocks" in said
     told("base", "add", "x", narrow.folder("sd1"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -53,6 +54,13 @@ def test_a_cut_off_bank_goes_on(tiny: Base, people: People, tmp_path: Path) -> N
         assert torch.equal(whole[name].up, cut[name].up)
         assert whole[name].up.abs().max() > 0
     assert not torch.equal(whole[people.names[0]].up, whole[people.names[1]].up)
+
+
+def test_progress_counts_whom_it_was_asked_for(tiny: Base, people: People, tmp_path: Path) -> None:
+    list(build_bank(tiny, people.first(2), tmp_path, CONFIG, quiet))
+    others = replace(people, names=people.names[1:], members=people.members[1:])  # knows one
+    shards = list(build_bank(tiny, others, tmp_path, CONFIG, quiet))
+    assert [s.total for s in shards] == [3, 4] and len(read_bank(tmp_path, tiny)) == 5
 
 
 def test_a_bank_of_other_settings_or_another_base(

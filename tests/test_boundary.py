@@ -173,6 +173,12 @@ def test_files_have_the_permissions_of_files_here(tmp_path: Path) -> None:
         beside.write_bytes(b"x")
         beside.chmod(0o600)
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    for mode in (0o600, 0o440):
+        (tmp_path / "ours").chmod(mode)
+        with store.write_beside(tmp_path / "ours") as beside:
+            assert not beside.stat().st_mode & 0o007  # not even for a moment
+            beside.write_bytes(b"again")
+        assert (tmp_path / "ours").stat().st_mode & 0o777 == mode
 
 
 def test_pictures_of_two_runs_at_once_are_all_kept(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,21 @@ def test_every_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     for name in (None, "cuda", "cuda:2"):
         with pytest.raises(HdbError, match="no cuda:2 here, the GPUs are 2"):
             choose_device(name)
+
+
+WINDOWS = """
+import sys
+from pathlib import Path
+sys.modules["resource"] = None
+from hdbcli import device
+assert device.peak_memory("cpu") != 0 or not Path("/proc/self/status").exists()
+device.Path = lambda name: Path("nowhere")
+assert device.peak_memory("cpu") == 0
+"""
+
+
+def test_devices_need_no_module_that_windows_lacks() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WINDOWS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

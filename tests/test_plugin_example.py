@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import zipfile
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import hdb, ok
+from commands import hdb, ok, refused
 from hatchling.builders.wheel import WheelBuilder
 from PIL import Image
 from safetensors.torch import load_file
@@ -113,7 +114,14 @@ def test_merging_copies_it(
     monkeypatch.setattr(type(base.backbone), "save", lambda self, folder: None)
     result = hdb("merge", "eve", "--out", tmp_path / "none")
     assert result.exit_code == 1 and "no model_index.json" in result.stderr
-    assert not (tmp_path / "none").exists()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write says it: of no file
+
+    monkeypatch.setattr(type(base.backbone), "save", full)
+    says = f"could not be unpacked in {tmp_path} ([Errno 28] No space left on device); free space"
+    refused("merge", "eve", "--out", tmp_path / "none", says=says)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hdb-home", "merged"]
 
 
 def test_identities_of_another_family_are_refused(installed: None, tiny: Base) -> None:

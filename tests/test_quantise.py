@@ -107,6 +107,22 @@ def test_int8_rounds_rows_by_their_largest_and_nothing_else() -> None:
     torch.testing.assert_close(layer(turned), layer(x))
 
 
+def test_int8_takes_float16_as_far_as_float16_goes() -> None:
+    linear = nn.Linear(512, 8, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.linspace(0.001, 0.01, 8)[:, None].expand(8, 512))
+    half, whole = quantised(linear.half(), "int8"), quantised(linear.float(), "int8")
+    x = torch.linspace(1, 200, 512)[None]
+    assert not F.linear(x.half(), half.weight.half()).isfinite().all()  # the control: unscaled
+    torch.testing.assert_close(half(x.half()).float(), whole(x), rtol=2e-3, atol=0)
+    exact = F.linear(x.double(), whole.weight.double() * whole.step.T.double())
+    torch.testing.assert_close(whole(x).double(), exact, rtol=1e-6, atol=0)
+    x = x.half().requires_grad_(True)
+    half(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[0], linear.weight.sum(0).half(), rtol=2e-3, atol=0)
+
+
 def test_int8_keeps_nothing_but_its_weight_for_the_backward_pass() -> None:
     """So gradient checkpointing saves what it promises: no layer keeps its input."""
     kept: list[Tensor] = []
