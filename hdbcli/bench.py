@@ -30,7 +30,6 @@ from hdbcli.random_model import target_shapes, write_random
 from hdbcli.refine import lidb_trial, train
 from hdbcli.sample import generate
 from registry.families import FAMILIES
-from registry.spec import SampleSettings
 
 BASE = "tiny"
 
@@ -73,7 +72,14 @@ def _people(*_: object) -> list[Row]:
     four = Theta(first.down, torch.randn(first.up.shape).to(first.up) * 0.02)
 
     def draw(worn: Theta) -> None:
-        generate(base, worn, PORTRAIT, range(4), SampleSettings(), lambda *_: None)
+        generate(
+            base,
+            worn,
+            PORTRAIT,
+            range(4),
+            base.spec.sampling,
+            lambda *_: None,
+        )
 
     ratio = paired(lambda: draw(four), lambda: draw(four[:1]))
     return [Row("4 people in a batch / 4 pictures of one person", ratio, "x", below=1.3)]

@@ -25,7 +25,6 @@ from hdbcli.relax import stack
 from hdbcli.sample import generate
 from hdbcli.standings import likeness_of
 from hdbcli.walk import walk
-from registry.spec import SampleSettings
 
 BASE = "tiny"
 PEOPLE, PAIRS = 50, 20
@@ -67,7 +66,7 @@ def run(folder: Path | None, tell: Tell) -> list[Row]:
 
 
 def _portraits(base: Base, theta: Theta, tell: Tell) -> Tensor:
-    drawn = generate(base, theta, PORTRAIT, list(range(len(theta))), SampleSettings(), tell)
+    drawn = generate(base, theta, PORTRAIT, list(range(len(theta))), base.spec.sampling, tell)
     return embed([picture.image for picture in drawn])[0]
 
 
@@ -88,7 +87,7 @@ def _order(base: Base, theta: Theta, truth: Tensor, pair: tuple[int, int], tell:
     steps = walk([theta[first : first + 1], theta[last : last + 1]])
     worn = steps[[k for k in range(len(steps)) for _ in range(SEEDS)]]
     seeds = list(range(SEEDS)) * len(steps)
-    drawn = generate(base, worn, PORTRAIT, seeds, SampleSettings(), tell)
+    drawn = generate(base, worn, PORTRAIT, seeds, base.spec.sampling, tell)
     faces = embed([picture.image for picture in drawn])[0].view(len(steps), SEEDS, -1).mean(1)
     return spearman(faces @ (truth[last] - truth[first]))
 

@@ -68,7 +68,7 @@ def _results(base: Base, crop: np.ndarray) -> tuple[Theta, float, float, float, 
         float(refine(base, theta, latents, config, lambda *_: None, faces).loss_end)
         for faces in (None, [base.faces([crop])])
     )
-    drawn = generate(base, theta, PORTRAIT, [0], SampleSettings(), lambda *_: None)
+    drawn = generate(base, theta, PORTRAIT, [0], base.spec.sampling, lambda *_: None)
     return Theta(theta.down.cpu(), theta.up.cpu()), loss, plain, alike, drawn[0].image
 
 

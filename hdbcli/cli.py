@@ -182,7 +182,7 @@ def gen(
     count: Count = 4,
     seed: FirstSeed = None,
     steps: SamplingSteps = SampleSettings.steps,
-    guidance: Guidance = SampleSettings.guidance,
+    guidance: Guidance = None,
     negative: Negative = "",
     strength: Strength = 1.0,
     size: Size = None,
@@ -206,16 +206,16 @@ def gen(
     from hdbcli.identity import load
 
     first = int.from_bytes(os.urandom(4), "big") if seed is None else seed
-    settings = SampleSettings(steps, guidance, negative, size, scheduler)
     paths = [store.resolve(each) for each in identity.split(",")]
     jobs = [(path, first + i) for path in paths for i in range(count)]
     names, seeds = [store.shown(path) for path, _ in jobs], [number for _, number in jobs]
     targets = album.plan_outputs(out, [f"{path.stem}-{number}" for path, number in jobs], grid)
     loras = [lora_stack.read(each) for each in lora or []]  # a bad one is told before the work
     spec = spec_of(base or load(paths[0]).base)
+    cfg = spec.guidance if guidance is None else guidance
+    settings = SampleSettings(steps, cfg, negative, size, scheduler)
     if "[V]" not in prompt:
         render.note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
-
     kept = album.Album(names, targets, prompt, settings, spec.name, strength)
 
     def draw(plan: MemoryPlan) -> list[Stacked]:

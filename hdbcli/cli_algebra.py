@@ -233,7 +233,7 @@ def _draw_walk(
     sheet = within_memory(spec, device, memory, walk.work_of(spec, len(paths)), draw)
     names = " to ".join(map(store.shown, paths))
     prompts = " | ".join(walk.ROWS)
-    text = sample.parameters_text(prompts, walk.SETTINGS, sheet, spec.name, names)
+    text = sample.parameters_text(prompts, spec.sampling, sheet, spec.name, names)
     return sheet.image, text
 
 

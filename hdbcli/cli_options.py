@@ -90,7 +90,10 @@ FirstSeed = Annotated[
     int | None, typer.Option(min=0, max=SEEDS, help="First seed; default: random.")
 ]
 SamplingSteps = Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")]
-Guidance = Annotated[float, typer.Option(min=0, callback=finite, help="CFG scale.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(min=0, callback=finite, help="CFG scale; default: the base's, as base show says."),
+]
 Strength = Annotated[
     float, typer.Option(callback=finite, help="Weight of the identity; 0 is the base.")
 ]

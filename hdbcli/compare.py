@@ -32,7 +32,6 @@ from hdbcli.metrics import FACE, Judges
 from hdbcli.people import People
 from hdbcli.refine import Trial, train, weight_of
 from hdbcli.sample import Picture, generate
-from registry.spec import SampleSettings
 from registry.store import write_beside
 from registry.tensors import save_tensors
 
@@ -77,7 +76,7 @@ def new_arena(
         key.update(crop.tobytes())
     batch = batch or base.spec.batch
     measures = sorted([*judges.texts, *(name for name in judges.persons if name != FACE)])
-    key.update(repr((__version__, batch, measures, SampleSettings())).encode())
+    key.update(repr((__version__, batch, measures, base.spec.sampling)).encode())
     own = key.hexdigest()[:12]
     for tensor in model.state_dict().values() if model else ():
         key.update(tensor.cpu().float().numpy().tobytes())
@@ -165,7 +164,8 @@ def _draw(
     arena: Arena, worn: Worn | None, prompt: str, persons: range
 ) -> tuple[list[Picture], Tensor, Tensor]:
     """Draw everybody once; return pictures, embeddings (P, 128) and whether a face was found."""
-    drawn = generate(arena.base, worn, prompt, list(persons), SampleSettings(), arena.tell)
+    base = arena.base
+    drawn = generate(base, worn, prompt, list(persons), base.spec.sampling, arena.tell)
     faces, found = embed([picture.image for picture in drawn])
     return drawn, faces, torch.tensor(found)
 
@@ -216,7 +216,7 @@ def _plain(base: Base, worn: Worn | None, persons: range, tell: Tell) -> np.ndar
     alone."""
     prompts = [unnamed(prompt) for prompt in (PORTRAIT, CAPTIONS[1])]
     rows = [
-        [p.image for p in generate(base, worn, prompt, list(persons), SampleSettings(), tell)]
+        [p.image for p in generate(base, worn, prompt, list(persons), base.spec.sampling, tell)]
         for prompt in prompts
     ]
     return np.stack([image for pair in zip(*rows, strict=True) for image in pair])

@@ -35,7 +35,7 @@ from hdbcli.memory import Work
 from hdbcli.photo import Crop, crop_face
 from hdbcli.refine import portrait_loss, refine, weight_of
 from hdbcli.relax import relax
-from registry.spec import BaseSpec, SampleSettings
+from registry.spec import BaseSpec
 
 LIKENESS_SEEDS = (1, 2, 3, 4)
 
@@ -173,7 +173,7 @@ def likeness_of(base: Base, theta: Theta, crops: Sequence[Crop], tell: Tell) -> 
     reference, _ = embed([crop.image for crop in crops])
     scores = []
     for worn in (theta, None):
-        drawn = sample.generate(base, worn, PORTRAIT, seeds, SampleSettings(), tell)
+        drawn = sample.generate(base, worn, PORTRAIT, seeds, base.spec.sampling, tell)
         faces, _ = embed([picture.image for picture in drawn])
         far = torch.cdist(faces, reference).mean()
         scores.append(max(0.0, 1 - float(far)))

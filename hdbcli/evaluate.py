@@ -23,7 +23,7 @@ from hdbcli.pretrain import encode_crops
 from hdbcli.refine import portrait_loss, refine
 from hdbcli.relax import relax, stack
 from hdbcli.sample import generate
-from registry.spec import BaseSpec, SampleSettings
+from registry.spec import BaseSpec
 
 PAIRS = 32  # (timestep, noise) pairs
 AT_ONCE = 25  # people side by side; one where memory is small
@@ -141,7 +141,7 @@ def refine_all(base: Base, theta: Theta, crops: np.ndarray, tell: Tell) -> Theta
 def _retrieval_of(base: Base, theta: Theta, gallery: Tensor, tell: Tell) -> Retrieval:
     """Draw one portrait of everybody and look each up among the true photos."""
     seeds = list(range(len(theta.down)))
-    drawn = generate(base, theta, PORTRAIT, seeds, SampleSettings(), tell)
+    drawn = generate(base, theta, PORTRAIT, seeds, base.spec.sampling, tell)
     return retrieval(embed([picture.image for picture in drawn])[0], gallery)
 
 

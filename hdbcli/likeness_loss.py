@@ -24,13 +24,12 @@ from hdbcli.device import autocast
 from hdbcli.errors import HdbError
 from hdbcli.hypernet import Faces
 from hdbcli.lidb import Factors, Theta
-from registry.spec import Drafting, SampleSettings
+from registry.spec import Drafting
 
 STEPS = 4
 SHARE = 4  # one in so many samples of a step is drawn from noise too: that costs eight passes
 KEPT = 2  # of these keep what the gradient needs: the last step's, twice for guidance
 CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
-GUIDANCE = SampleSettings.guidance  # as `hdb gen` will draw
 
 
 def likeness_loss(
@@ -50,7 +49,7 @@ def likeness_loss(
     """
     backbone = check_drafts(base)
     with autocast(base.device, precision, noise):
-        drawn = backbone.draft(prompts, noise, STEPS, GUIDANCE)
+        drawn = backbone.draft(prompts, noise, STEPS, base.spec.guidance)  # as `hdb gen` will
     with autocast(base.device, precision):
         images = backbone.decode(drawn)
         far = (base.embed(images) - traits).square().sum(1)

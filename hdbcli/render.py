@@ -192,6 +192,7 @@ def base_facts(spec: BaseSpec, source: str, added: Added | None) -> dict[str, An
         "targets": {component: list(patterns) for component, patterns in spec.targets.items()},
         "hypernetwork": bool(spec.hypernetwork and spec.hypernetwork.exists()),
         "budget": spec.budget,
+        "guidance": spec.guidance,
         "source": source,
         **where,  # null where the base came with a package
         "bytes": sum(mark.bytes for mark in added.files.values()) if added else None,

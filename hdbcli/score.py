@@ -22,7 +22,7 @@ from hdbcli.memory import Work
 from hdbcli.metrics import FACE, Judges
 from hdbcli.photo import Crop
 from registry.metric import Metric
-from registry.spec import BaseSpec, SampleSettings
+from registry.spec import BaseSpec
 
 SEEDS = (1, 2, 3, 4)
 SLIGHT, STRONG = 6.0, 20.0  # mean change of a pixel, 0 to 255
@@ -129,7 +129,7 @@ def _way(like: Likeness) -> str:
 
 
 def _draw(base: Base, worn: Worn | None, prompt: str, tell: Tell) -> list[np.ndarray]:
-    drawn = sample.generate(base, worn, prompt, SEEDS, SampleSettings(), tell)
+    drawn = sample.generate(base, worn, prompt, SEEDS, base.spec.sampling, tell)
     return [picture.image for picture in drawn]
 
 

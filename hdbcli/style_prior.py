@@ -19,7 +19,7 @@ from hdbcli.base import Base
 from hdbcli.config import CAPTIONS
 from hdbcli.device import autocast
 from hdbcli.lidb import Factors
-from hdbcli.likeness_loss import GUIDANCE, STEPS, check_drafts
+from hdbcli.likeness_loss import STEPS, check_drafts
 
 WEIGHT = 2.0
 EARLIEST = 0.2  # at less noise there is no style left to decide
@@ -65,4 +65,4 @@ def _draft(base: Base, worn: Factors, caption: str, people: int, shape: torch.Si
     start = noise.expand(people, *shape).to(base.device)
     prompts = [base.prompt(caption)] * people
     with base.wearing(worn), autocast(base.device, latents=start):
-        return check_drafts(base).draft(prompts, start, STEPS, GUIDANCE).float()
+        return check_drafts(base).draft(prompts, start, STEPS, base.spec.guidance).float()

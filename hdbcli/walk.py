@@ -14,11 +14,10 @@ from hdbcli.memory import Work
 from hdbcli.relax import stack
 from hdbcli.sample import Picture
 from registry.contact_sheet import contact_sheet, in_rows
-from registry.spec import BaseSpec, SampleSettings
+from registry.spec import BaseSpec
 
 COLUMNS = 7  # from one identity to the next, both included
 ROWS = (PORTRAIT, CAPTIONS[1])
-SETTINGS = SampleSettings()
 SEED = 0  # one for all: what differs between two pictures of a row is the person
 
 
@@ -53,6 +52,7 @@ def draw(base: Base, thetas: Sequence[Theta], tell: Tell) -> Picture:
     columns = len(steps)
     worn = steps[[column for _ in ROWS for column in range(columns)]]
     prompts = [prompt for prompt in ROWS for _ in range(columns)]
-    pictures = sample.generate(base, worn, prompts, [SEED] * len(prompts), SETTINGS, tell)
+    settings = base.spec.sampling
+    pictures = sample.generate(base, worn, prompts, [SEED] * len(prompts), settings, tell)
     rows = in_rows([picture.image for picture in pictures], columns)
     return Picture(contact_sheet(rows), SEED)

@@ -22,7 +22,6 @@ from hdbcli.people import People
 from hdbcli.plot import Axes, Curve, save_chart
 from hdbcli.pretrain import encode_crops
 from hdbcli.sample import generate
-from registry.spec import SampleSettings
 from registry.store import write_beside
 
 PAIRS = 8  # (timestep, noise) pairs
@@ -69,7 +68,7 @@ class Watch:
         lines = "".join(json.dumps(asdict(each)) + "\n" for each in looks)
         with write_beside(self.log) as beside:
             beside.write_text(lines)
-        settings = SampleSettings()
+        settings = self.base.spec.sampling
         shown = theta[:SHOWN]
         drawn = generate(self.base, shown, PORTRAIT, list(range(len(shown))), settings, self.tell)
         with write_beside(self.picture) as beside:

@@ -64,6 +64,7 @@ def spec_of(added: Added) -> BaseSpec:
         files=Path(added.path),
         check=partial(check, added),
         budget=family.budget,
+        guidance=family.guidance,
     )
 
 

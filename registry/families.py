@@ -39,6 +39,7 @@ class Family:
     budget: int  # bytes
     pads: tuple[str, ...]  # token after a prompt's end, for each text encoder
     variants: Mapping[str, str] = field(default_factory=dict)  # prediction type -> configuration
+    guidance: float = 7.5  # as their pipelines in diffusers take
     a: int = 100  # as in the paper
     b: int = 50
     basis_seed: int = 20230713  # the day the paper came out
@@ -85,6 +86,7 @@ FAMILIES = {
             {"text_encoder": 12, "text_encoder_2": 32},
             500_000,
             (END, "!"),
+            guidance=5.0,
         ),
     )
 }

@@ -29,7 +29,8 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How to sample, apart from what: the defaults here are the defaults of `hdb gen`."""
+    """How to sample, apart from what: the defaults here are those of `hdb gen`, but for guidance,
+    for which it asks the base's spec."""
 
     steps: int = 25
     guidance: float = 3.0
@@ -146,6 +147,12 @@ class BaseSpec:
     budget: int = 120_000  # bytes that an identity may have by default
     batch: int = 1  # samples a step of refinement: more where they are cheap
     likeness: float = 0.0  # of drawn portraits, its weight in refinement: where drawing is cheap
+    guidance: float = SampleSettings.guidance  # by default
+
+    @property
+    def sampling(self) -> SampleSettings:
+        """Return how `hdb gen` samples by default."""
+        return SampleSettings(guidance=self.guidance)
 
     def __post_init__(self) -> None:
         """Raise RegistryError for a spec that could not work."""
@@ -161,10 +168,12 @@ class BaseSpec:
                 raise RegistryError(
                     f"base model {self.name}: {field} is {value!r}; an integer from {low} is needed"
                 )
-        if not isinstance(self.likeness, int | float) or not 0 <= self.likeness < math.inf:
-            raise RegistryError(
-                f"base model {self.name}: likeness is {self.likeness!r}; a weight from 0 is needed"
-            )
+        for field in ("likeness", "guidance"):
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise RegistryError(
+                    f"base model {self.name}: {field} is {value!r}; a number from 0 is needed"
+                )
         if not callable(self.load):
             raise RegistryError(f"base model {self.name}: load must be callable")
         _check_targets(self.name, self.targets)

@@ -40,7 +40,7 @@ def edit(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
 def test_add_a_folder_and_a_single_file_of_the_same_weights(narrow: Narrow, hdb_home: Path) -> None:
     one = told("base", "add", "Mine", narrow.folder("sd1"))
     assert one["name"] == "Mine" and one["family"] == "sd1" and one["resolution"] == 64
-    assert one["a"] == 100 and one["b"] == 50 and one["budget"] == 120_000
+    assert [one[k] for k in ("a", "b", "budget", "guidance")] == [100, 50, 120_000, 7.5]
     assert one["hypernetwork"] is False and one["path"] == str(narrow.folder("sd1"))
     two = told("base", "add", "single", narrow.single("sd1"))
     assert two["digest"] == one["digest"]  # one model, whatever its layout
@@ -66,7 +66,7 @@ def test_add_the_other_families(
     one = told("base", "add", "folder", narrow.folder(family))
     two = told("base", "add", "single", narrow.single(family))
     assert one["family"] == two["family"] == family and one["digest"] == two["digest"]
-    assert one["prediction"] == two["prediction"] == digest_of
+    assert one["prediction"] == two["prediction"] == digest_of and one["guidance"] >= 5
     other = told("base", "add", "other", narrow.single(family), "--prediction", "v")
     assert other["prediction"] == "v_prediction" and other["digest"] == one["digest"]
     refused("base", "add", "x", narrow.single(family), "--prediction", "z", says="epsilon or v")

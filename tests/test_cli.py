@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import QUICK, hdb, ok, refused
+from commands import QUICK, hdb, ok, refused, told
 from PIL import Image
 
 from hdbcli.album import plan_outputs
@@ -134,8 +134,10 @@ def test_gen_schedulers_negative_and_size(alice: Path, tmp_path: Path) -> None:
     ok(*base, tmp_path / "c.png", "--negative", "bark skin")
     ok(*base, tmp_path / "d.png", "--size", 192)
     ok(*base, tmp_path / "g.png", "--guidance", 6)
-    a, b, c, d, g = (np.asarray(Image.open(tmp_path / f"{x}.png")) for x in "abcdg")
+    ok(*base, tmp_path / "h.png", "--guidance", told("base", "show", "tiny")["guidance"])
+    a, b, c, d, g, h = (np.asarray(Image.open(tmp_path / f"{x}.png")) for x in "abcdgh")
     assert not any((a == other).all() for other in (b, c, g)) and d.shape == (192, 192, 3)
+    assert (a == h).all() and "CFG scale: 3.0" in Image.open(tmp_path / "a.png").text["parameters"]
     refused(*base, tmp_path / "e.png", "--scheduler", "nope", says="ddim, dpm++")
     refused(*base, tmp_path / "e.png", "--size", 65, says="multiple of 32")
 

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from hdbcli.errors import HdbError
 from hdbcli.evaluate import Interval
 from hdbcli.standings import bootstrap, likeness_of, reached, stand
 from registry.contact_sheet import LINE, NAME
-from registry.spec import SampleSettings
+from registry.spec import BaseSpec, SampleSettings
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
 a, b = (replace(CONTENDERS["lora"], name=name) for name in "ab")
@@ -134,7 +133,7 @@ def run(*words: object) -> dict:
 def test_compare_from_photos_to_sheet(
     tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hdbcli.compare.SampleSettings", partial(SampleSettings, steps=6))
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=6))
     for folder in sorted(HELD_OUT.iterdir())[:3]:
         shutil.copytree(folder, tmp_path / "people" / folder.name)
     shutil.copytree(HELD_OUT / "900050", tmp_path / "others/900050")
@@ -188,7 +187,7 @@ def test_a_base_without_a_hypernetwork_compares_what_needs_none(
     tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hdbcli.base.customised", lambda spec: replace(spec, hypernetwork=None))
-    monkeypatch.setattr("hdbcli.compare.SampleSettings", partial(SampleSettings, steps=2))
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
     monkeypatch.setattr("hdbcli.contest.time_alone", lambda *_: Alone(1.0, 0.1, (), 0.1, 10**9))
     words = [HELD_OUT / "900000", "--steps", 1, "-o", tmp_path / "out", "--methods"]
     document = run(*words, "no-hypernetwork,lora")

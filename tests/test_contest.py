@@ -29,7 +29,7 @@ from hdbcli.metrics import FaceMetric, Judges
 from hdbcli.people import People
 from hdbcli.pretrain import new_hypernetwork
 from hdbcli.standings import stand
-from registry.spec import SampleSettings
+from registry.spec import BaseSpec, SampleSettings
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
 
@@ -115,7 +115,7 @@ def test_records_rest_on_what_predicted_and_on_the_loss(
 def test_everybody_is_held_against_their_own_pictures(
     tiny: Base, two: People, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("hdbcli.compare.SampleSettings", partial(SampleSettings, steps=2))
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
     monkeypatch.setattr(Contender, "at_once", lambda *_: 1)
     nobody = replace(CONTENDERS["no-hypernetwork"], steps=0)  # theta_0 is the base
     judges = Judges({}, {"face": FaceMetric(), "bright": Brightness()})

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from hdbcli.people import read_people
 from hdbcli.sample import Picture
 from hdbcli.score import _drift, score
 from hdbcli.tokens import Tokens, own_tokens
-from registry.spec import SampleSettings
+from registry.spec import BaseSpec, SampleSettings
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
 SIZE = Size(344_832, 11_727_792, 1_410_707, 96)
@@ -79,7 +78,7 @@ def test_likeness_is_of_the_identity_beside_the_base(
 def test_drift_is_of_pictures_that_the_person_is_not_in(
     tiny: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hdbcli.score.SampleSettings", partial(SampleSettings, steps=2))
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
     word = own_tokens(tiny.backbone, tiny.spec.identifier, 1)  # changes nothing without [V]
     noise = torch.randn(word.vectors[0].shape, generator=torch.Generator().manual_seed(0))
     changed = Tokens(word.word, (word.vectors[0] + noise,))

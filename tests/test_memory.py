@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ from registry import store
 from registry.diffusion import StableDiffusion
 from registry.loading import out_of_memory
 from registry.plugins import load_registry
-from registry.spec import SampleSettings
+from registry.spec import BaseSpec, SampleSettings
 
 if TYPE_CHECKING:
     from cutdown import Narrow
@@ -239,10 +238,7 @@ def test_hypernetwork_trains_in_little_memory(astronaut: Path, tmp_path: Path) -
 def test_what_measures_and_shows_plans_its_memory_too(
     hdb_home: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = partial(SampleSettings, steps=2)
-    for module in ("score", "evaluate"):
-        monkeypatch.setattr(f"hdbcli.{module}.SampleSettings", few)
-    monkeypatch.setattr("hdbcli.walk.SETTINGS", few())
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
     people = two_of_each(astronaut, tmp_path / "people")
     for name in ("alice", "bob"):
         assert hdb("new", astronaut, name, "--no-refine").exit_code == 0

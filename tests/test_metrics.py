@@ -22,7 +22,7 @@ from hdbcli.score import Likeness, Score, Style, words
 from registry.errors import RegistryError
 from registry.metric import MetricSpec
 from registry.plugins import Registry, load_metrics
-from registry.spec import SampleSettings
+from registry.spec import BaseSpec, SampleSettings
 from registry.tiny.clip import load_clip
 
 HELD_OUT = Path(__file__).parent / "data/heldout"
@@ -169,7 +169,7 @@ class Brightness:
 def test_score_of_an_identity(
     hdb_home: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hdbcli.score.SampleSettings", partial(SampleSettings, steps=10))
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=10))
     registry = load_metrics()  # with two that a plug-in might bring
     for name, sign in (("bright", 1), ("dark", -1)):
         registry.register(MetricSpec(name, "s", "person", (), partial(Brightness, sign)), "here")

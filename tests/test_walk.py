@@ -23,7 +23,7 @@ from hdbcli.sample import generate
 from hdbcli.walk import COLUMNS, ROWS, SEED, walk, weights_of
 from registry import store
 from registry.diffusion import StableDiffusion
-from registry.spec import SampleSettings
+from registry.spec import BaseSpec, SampleSettings
 
 SIDE, STEPS = 128, 3
 
@@ -37,7 +37,7 @@ def random_theta(base: Base, seed: int, rank: int) -> Theta:
 @pytest.fixture
 def people(tiny: Base, hdb_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Store three people of different ranks, and work in a folder of the test's own, quickly."""
-    monkeypatch.setattr("hdbcli.walk.SETTINGS", SampleSettings(steps=STEPS))
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=STEPS))
     for seed, name in enumerate(("alice", "bob", "carol")):
         theta = random_theta(tiny, seed, 2 + seed)
         save(describe(tiny, theta, ""), store.path_of(name), "fp32")
