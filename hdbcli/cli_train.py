@@ -36,11 +36,15 @@ from hdbcli.config import (
     Tell,
 )
 from hdbcli.errors import HdbError
+from registry.errors import RegistryError
+from registry.header import read_header
 
 if TYPE_CHECKING:
     from hdbcli.base import Base
     from hdbcli.memory import MemoryPlan
     from hdbcli.people import People
+
+LARGEST = 2**40  # bytes of a hypernetwork, of which the header alone is read
 
 LearningRate = Annotated[
     float, typer.Option(min=0, callback=finite, help="Learning rate, at its highest.")
@@ -163,9 +167,7 @@ def train_hypernetwork(
     from hdbcli.objective import DRAWS
     from hdbcli.people import read_people
 
-    if out.is_dir():
-        raise HdbError(f"{out} is a folder; give a file in it, such as hyper.safetensors")
-    check_output(out)
+    _check_hypernetwork_out(out, start)
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
     goals = (steps, lr, batch, beta, prior, likeness, share)
     config = PretrainConfig(
@@ -185,6 +187,22 @@ def train_hypernetwork(
     least = max(DRAWS, drafts)
     work = Work(samples, spec.resolution, trains=True, exact=True, least=least)
     within_memory(spec, device, memory, work, learn)
+
+
+def _check_hypernetwork_out(out: Path, start: Path | None) -> None:
+    """Refuse to write over what a run starts from, or over anything but a hypernetwork: an older
+    one is replaced, since a run that is interrupted goes on with the same command."""
+    if out.is_dir():
+        raise HdbError(f"{out} is a folder; give a file in it, such as hyper.safetensors")
+    check_output(out, *([start] if start else []))
+    if not out.exists():
+        return
+    try:
+        kind = read_header(out, LARGEST).metadata.get("hdb.kind")
+    except RegistryError:
+        kind = None
+    if kind != "hypernetwork":
+        raise HdbError(f"{out} is there and is no hypernetwork of hdb; give another file with -o")
 
 
 def _learn(

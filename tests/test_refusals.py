@@ -1,0 +1,29 @@
+"""What is refused before any work: outputs in the way of other things, and options that would do
+nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from commands import hdb, refused
+
+from registry.plugins import load_registry
+
+
+def test_a_training_replaces_hypernetworks_alone(alice: Path, tmp_path: Path) -> None:
+    people, own = tmp_path / "nobody", load_registry().get("tiny").hypernetwork
+    people.mkdir()
+    assert own is not None
+    older, words = tmp_path / "older.safetensors", ("train", "hypernetwork", people, "-o")
+    shutil.copy(own, older)
+    photo, identity = tmp_path / "photo.jpg", tmp_path / "bob.safetensors"
+    photo.write_bytes(b"a photo")
+    shutil.copy(alice, identity)
+    for file in (photo, identity):
+        before = file.read_bytes()
+        refused(*words, file, says="no hypernetwork of hdb")
+        assert file.read_bytes() == before
+    refused(*words, older, "--from", older, says="what is read")
+    said = hdb(*words, older).stderr  # the control: an older hypernetwork may be replaced
+    assert "no hypernetwork of hdb" not in said and "nobody" in said
