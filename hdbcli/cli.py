@@ -55,10 +55,7 @@ from hdbcli.cli_options import (
 )
 from hdbcli.cli_store import cp, gc, import_identity, mv, rm, verify
 from hdbcli.cli_train import train_app
-from hdbcli.config import (
-    UNPREDICTED_STEPS,
-    RefineConfig,
-)
+from hdbcli.config import UNPREDICTED_STEPS, RefineConfig
 from hdbcli.errors import HdbError
 from registry import store
 from registry.spec import SampleSettings
@@ -153,8 +150,10 @@ def refine(
     """Give an existing identity more iterations on a photo; its file is replaced at the end."""
     from hdbcli.create import settle
     from hdbcli.identity import load
+    from hdbcli.sample import check_writable
 
     path = store.resolve(store.check_name(name))
+    check_writable(path)
     stamp, identity = store.stamp(path), load(path)
     wanted = partial(
         settle,

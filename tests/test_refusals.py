@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 from commands import hdb, refused
 
+from registry.errors import RegistryError
 from registry.plugins import load_registry
 
 
@@ -27,3 +30,18 @@ def test_a_training_replaces_hypernetworks_alone(alice: Path, tmp_path: Path) ->
     refused(*words, older, "--from", older, says="what is read")
     said = hdb(*words, older).stderr  # the control: an older hypernetwork may be replaced
     assert "no hypernetwork of hdb" not in said and "nobody" in said
+
+
+def test_refining_says_first_that_it_cannot_write(
+    alice: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: Any) -> None:
+        raise RegistryError(f"cannot write {path}: no room")
+
+    def work(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hdbcli.create.crop_photos", work)
+    assert hdb("refine", "alice", astronaut).exit_code == 130  # the control: work is what comes next
+    monkeypatch.setattr("hdbcli.sample.write_beside", full)
+    refused("refine", "alice", astronaut, says="no room")
