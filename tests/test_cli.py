@@ -219,6 +219,10 @@ def test_several_faces_need_a_number(hdb_home: Path, tmp_path: Path, astronaut: 
     refused("new", tmp_path / "pair.png", says="--face N")
     refused("new", tmp_path / "pair.png", "--face", 3, says="2 faces, not 3")
     ok("new", tmp_path / "pair.png", "--face", 2, *QUICK)
+    words = "--photo", tmp_path / "pair.png", "--no-refine", "--face"
+    refused("new", astronaut, "solo", *words, 3, says="2 faces, not 3")
+    ok("new", astronaut, "solo", *words, 2)  # which is asked of the pair alone
+    refused("new", astronaut, "alone", "--face", 2, says="1 face, not 2")
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "a\0b", "a\nb", "con", "NUL.txt", "x" * 65, "a."])

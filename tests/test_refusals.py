@@ -42,6 +42,8 @@ def test_refining_says_first_that_it_cannot_write(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hdbcli.create.crop_photos", work)
-    assert hdb("refine", "alice", astronaut).exit_code == 130  # the control: work is what comes next
+    assert (
+        hdb("refine", "alice", astronaut).exit_code == 130
+    )  # the control: work is what comes next
     monkeypatch.setattr("hdbcli.sample.write_beside", full)
     refused("refine", "alice", astronaut, says="no room")
