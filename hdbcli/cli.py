@@ -46,6 +46,7 @@ from hdbcli.cli_options import (
     Steps,
     Strength,
     Yes,
+    chosen_name,
     new_path,
     open_on,
     spec_of,
@@ -115,7 +116,7 @@ def new(
     as_json: Json = False,
 ) -> None:
     """Make an identity from one photo of a face (or several of the same person)."""
-    name = store.check_name(name) if name else store.name_from_stem(photo.stem)
+    name = chosen_name(name) if name else store.name_from_stem(photo.stem)
     path = new_path(name, force)
     _ask_consent(yes)
     for option, value in (("--rank", rank), ("--steps", steps), ("--likeness", likeness)):

@@ -4,6 +4,7 @@ identities."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -11,9 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from hdbcli import render
-from hdbcli.config import (
-    OPTIMIZERS,
-)
+from hdbcli.config import OPTIMIZERS, PICTURES
 from hdbcli.errors import HdbError
 from registry import store
 
@@ -120,6 +119,13 @@ Dtype = Annotated[str, typer.Option(help="fp16, fp32 or int8.")]
 Data = Annotated[Path, typer.Argument(help="Folder of photos, or a folder of them per person.")]
 Pattern = Annotated[str, typer.Option(help="Which files to take, such as 'portrait-*'.")]
 Aligned = Annotated[bool, typer.Option("--aligned", help="Pictures are the base's crops already.")]
+
+
+def chosen_name(name: str) -> str:
+    """Return the name that a new identity is to have; refuse one that was meant as a photo."""
+    if name.casefold().endswith(PICTURES) or os.path.isfile(name):
+        raise HdbError(f"{name} is a picture or a file, not a name; more photos: --photo {name}")
+    return store.check_name(name)
 
 
 def new_path(name: str, force: bool) -> Path:

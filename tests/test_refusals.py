@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import hdb, refused
+from commands import hdb, ok, refused
 
 from registry.errors import RegistryError
 from registry.plugins import load_registry
@@ -47,3 +47,15 @@ def test_refining_says_first_that_it_cannot_write(
     )  # the control: work is what comes next
     monkeypatch.setattr("hdbcli.sample.write_beside", full)
     refused("refine", "alice", astronaut, says="no room")
+
+
+def test_a_second_photo_is_no_name(
+    hdb_home: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(astronaut, "b.png")
+    shutil.copy(astronaut, "photo")
+    for second in ("b.png", "photo", "B.JPG", tmp_path / "b.png"):
+        refused("new", astronaut, second, says=f"more photos: --photo {second}")
+    monkeypatch.chdir("/")
+    ok("new", astronaut, "photo", "--no-refine")  # the control: nothing here has that name
