@@ -17,6 +17,7 @@ from commands import QUICK, hdb, ok, refused
 from PIL import Image
 
 from hdbcli.album import plan_outputs
+from hdbcli.errors import HdbError
 from registry import store
 from registry.plugins import load_registry
 from registry.settings import customised, settings_path
@@ -296,3 +297,13 @@ def test_console_script(hdb_home: Path) -> None:
 def test_pictures_of_two_files_of_one_name_are_all_kept(tmp_path: Path) -> None:
     planned = plan_outputs(tmp_path, ["alice-1", "alice-1", "bob-1"], grid=False)
     assert [path.name for path in planned.pictures] == ["alice-1.png", "alice-1-2.png", "bob-1.png"]
+
+
+def test_pictures_of_other_kinds_are_no_folders(tmp_path: Path) -> None:
+    for name in ("alice.jpg", "alice.JPEG", "alice.webp"):
+        with pytest.raises(HdbError, match=f"{name} is not named .png, the kind of picture"):
+            plan_outputs(tmp_path / name, ["alice-1"], grid=False)
+    assert list(tmp_path.iterdir()) == []
+    for name in ("J.R", "alice.png", "old.jpg"):  # the control, a folder that is there the last
+        (tmp_path / "old.jpg").mkdir(exist_ok=True)
+        assert plan_outputs(tmp_path / name, ["alice-1"], grid=False).pictures
