@@ -29,3 +29,32 @@ def test_json_is_json_in_any_encoding(encoding: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [entry["path"] for entry in json.loads(done.stdout)] == [str(path)]
     assert ("caf\u00e9" in done.stdout) == (encoding == "utf-8")  # which is left readable
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["list", "--json"]])
+def test_output_that_goes_nowhere_ends_plainly(words: list[str], hdb_home: Path) -> None:
+    done = run(*HDB, *words)
+    assert done.returncode == 0 and done.stdout and not done.stderr  # the control
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(*HDB, *words, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            done = run(*HDB, *words, stdout=full)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: No space left") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
+def test_streams_that_are_closed(hdb_home: Path) -> None:
+    identity = hdb_home / "identities" / "bob.safetensors"
+    identity.parent.mkdir(parents=True)
+    identity.write_bytes(b"damaged")
+    done = run("sh", "-c", 'exec "$@" >&-', "sh", *HDB, "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run("sh", "-c", 'exec "$@" <&-', "sh", *HDB, "rm", "bob")
+    assert done.returncode == 1 and "pass --yes" in done.stderr and done.stderr.count("\n") == 1
+    assert identity.exists()
+    assert run("sh", "-c", 'exec "$@" 2>&-', "sh", *HDB, "rm", "bob").returncode == 1
