@@ -329,12 +329,11 @@ def _make(
 def _store(
     created: Created, name: str, path: Path, budget: int, as_json: bool, new: bool = False
 ) -> None:
-    from hdbcli.budget import dtype_within
+    from hdbcli.budget import dtype_for
     from hdbcli.identity import save
 
     identity = created.identity
-    (targets, rank, a), b = identity.down.shape, identity.up.shape[1]
-    dtype = dtype_within(budget, targets, a, b, rank)
+    dtype = dtype_for(identity, budget)
     size = save(identity, path, dtype, new)
     for warning in created.warnings:
         render.note(f"warning: {warning}")

@@ -12,9 +12,9 @@ import typer
 from hdbcli import render
 from hdbcli.cli_boundary import ask
 from hdbcli.cli_options import (
+    FORMATS,
     As,
     Device,
-    Dtype,
     Force,
     Identity,
     Json,
@@ -34,6 +34,7 @@ from registry.errors import RegistryError
 if TYPE_CHECKING:
     import numpy as np
 
+    from hdbcli.identity import Identity as Identified
     from hdbcli.memory import MemoryPlan
 
 
@@ -94,7 +95,7 @@ def shrink(
     identity: Identity,
     rank: Annotated[int, typer.Option(min=1, help="The new, lower rank.")],
     new_name: As = None,
-    dtype: Dtype = "fp16",
+    dtype: Annotated[str | None, typer.Option(help=f"{FORMATS}; default: the file's own.")] = None,
     force: Force = False,
     yes: Yes = False,
     as_json: Json = False,
@@ -106,6 +107,7 @@ def shrink(
     source, path, new = _source_and_target(identity, new_name, force)
     stamp = store.stamp(source)
     made, lost = derive.shrunk(load(source), rank)
+    dtype = dtype or store.summary(source)["dtype"]
     render.note(f"rank {rank} keeps {1 - lost:.2%} of the identity's energy, {lost:.2%} is lost")
     if path == source and not yes:
         if not sys.stdin.isatty():
@@ -122,7 +124,10 @@ def compose(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Highest rank; default: whatever is exact.")
     ] = None,
-    dtype: Dtype = "fp16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"{FORMATS}; default: fp16, or what the base's budget allows."),
+    ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Draw the walk from the first to the last, step by step.")
     ] = False,
@@ -151,7 +156,7 @@ def compose(
     loaded = {name: (load(paths[name]), weight) for name, weight in weights.items()}
     made = derive.composed(loaded, rank)
     drawn = _draw_walk(list(paths.values()), made.base, device, memory) if sheet else None
-    size = save(made, path, dtype, new=not force)
+    size = save(made, path, dtype or _dtype_of(made), new=not force)
     if sheet and drawn:
         save_picture(drawn[0], sheet, drawn[1])
     _tell(path, made.rank, size, as_json, sheet=str(sheet) if sheet else None)
@@ -235,6 +240,16 @@ def _draw_walk(
     prompts = " | ".join(walk.ROWS)
     text = sample.parameters_text(prompts, walk.SETTINGS, sheet, spec.name, names)
     return sheet.image, text
+
+
+def _dtype_of(identity: Identified) -> str:
+    """Choose the number format that keeps within the budget of the base, if that is here."""
+    from hdbcli.budget import BY_DEFAULT, dtype_for
+
+    try:
+        return dtype_for(identity, spec_of(identity.base).budget)
+    except RegistryError:
+        return BY_DEFAULT[0]
 
 
 def _tell(path: Path, rank: int, size: int, as_json: bool, **more: object) -> None:

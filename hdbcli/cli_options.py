@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SEEDS = 2**63 - 1
+FORMATS = "fp16, fp32 or int8"
 
 
 def as_text(value: str) -> str:
@@ -115,7 +116,6 @@ Memory = Annotated[
 ]
 Optimizer = Annotated[str, typer.Option(help=f"{' or '.join(OPTIMIZERS)}.")]
 As = Annotated[str | None, typer.Option("--as", help="Name of the new one; default: replace.")]
-Dtype = Annotated[str, typer.Option(help="fp16, fp32 or int8.")]
 Data = Annotated[Path, typer.Argument(help="Folder of photos, or a folder of them per person.")]
 Pattern = Annotated[str, typer.Option(help="Which files to take, such as 'portrait-*'.")]
 Aligned = Annotated[bool, typer.Option("--aligned", help="Pictures are the base's crops already.")]
