@@ -86,8 +86,10 @@ def relax(
     from hdbcli.identity import load, save
 
     source, path, new = _source_and_target(identity, new_name, force)
+    stamp = store.stamp(source)
     made = derive.relaxed(load(source), rank)
     dtype = store.summary(source)["dtype"]  # in any other the old numbers would be rounded
+    _check_unchanged(source, stamp)
     _tell(path, rank, save(made, path, dtype, new), as_json)
 
 
@@ -113,8 +115,7 @@ def shrink(
         if not sys.stdin.isatty():
             raise HdbError("shrink replaces what it shrinks; pass --as NEW to keep it, or --yes")
         ask(f"Replace {path.stem}?")
-    if store.stamp(source) != stamp:
-        raise HdbError(f"{source.stem} changed while it was shrunk; nothing was written, try again")
+    _check_unchanged(source, stamp)
     _tell(path, rank, save(made, path, dtype, new), as_json, lost=lost)
 
 
@@ -240,6 +241,12 @@ def _draw_walk(
     prompts = " | ".join(walk.ROWS)
     text = sample.parameters_text(prompts, walk.SETTINGS, sheet, spec.name, names)
     return sheet.image, text
+
+
+def _check_unchanged(source: Path, stamp: tuple[int, int, int]) -> None:
+    """Refuse to replace what somebody else wrote meanwhile."""
+    if store.stamp(source) != stamp:
+        raise HdbError(f"{source.stem} changed while it was read; nothing was written, try again")
 
 
 def _dtype_of(identity: Identified) -> str:

@@ -160,10 +160,11 @@ def copy(source: Path, target: Path, new: bool = False) -> Path:
     return target
 
 
-def rename(source: Path, target: Path) -> Path:
-    """Give an identity's file another name."""
+def rename(source: Path, target: Path, new: bool = False) -> Path:
+    """Give an identity's file another name, which takes the place of nothing if it is to be
+    `new`."""
     try:
-        source.replace(target)
+        (_move_to_new if new else os.replace)(source, target)
     except OSError as error:
         raise RegistryError(f"cannot rename {source}: {error.strerror or error}") from error
     return target

@@ -18,7 +18,7 @@ import torch
 import typer
 from commands import QUICK, hdb, ok, refused
 
-from hdbcli import cli_boundary, create, derive
+from hdbcli import cli_boundary, cli_store, create, derive
 from hdbcli.album import Album, Outputs, plan_outputs
 from hdbcli.algebra import compose
 from hdbcli.base import Base
@@ -249,18 +249,41 @@ def test_an_identity_of_another_shape_is_refused(alice: Path, tmp_path: Path) ->
         assert "its numbers are of" in hdb("verify", name).stdout
 
 
-def test_shrinking_replaces_nobody_elses_work(alice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, other = derive.shrunk, load(alice)
+@pytest.mark.parametrize(
+    ("does", "makes", "rank"), [("shrink", "shrunk", 1), ("relax", "relaxed", 6)]
+)
+def test_replacing_in_place_replaces_nobody_elses_work(
+    does: str, makes: str, rank: int, alice: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, other = getattr(derive, makes), load(alice)
+    words = does, "alice", "--rank", rank, *(["--yes"] * (does == "shrink"))
 
     def slow(*args: Any) -> Any:
         save(replace(other, steps=99), alice)  # somebody refines while this one is asked
         return original(*args)
 
-    monkeypatch.setattr(derive, "shrunk", slow)
-    result = hdb("shrink", "alice", "--rank", 1, "--yes")
-    assert "changed while" in result.stderr and load(alice).steps == 99
-    monkeypatch.setattr(derive, "shrunk", original)
-    assert hdb("shrink", "alice", "--rank", 1, "--yes").exit_code == 0 and load(alice).rank == 1
+    monkeypatch.setattr(derive, makes, slow)
+    assert "changed while" in hdb(*words).stderr and load(alice).steps == 99
+    monkeypatch.setattr(derive, makes, original)
+    assert hdb(*words).exit_code == 0 and load(alice).rank == rank
+
+
+def test_a_new_name_takes_the_place_of_nothing(
+    alice: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, bob = cli_store.new_path, alice.with_name("bob.safetensors")
+
+    def slow(*args: Any) -> Path:
+        path = original(*args)
+        bob.write_bytes(b"somebody")  # between the look and the move
+        return path
+
+    monkeypatch.setattr(cli_store, "new_path", slow)
+    said = hdb("mv", "alice", "bob").stderr
+    assert "appeared while this ran" in said and said.count("\n") == 1
+    assert alice.exists() and bob.read_bytes() == b"somebody"
+    ok("mv", "alice", "bob", "--force")  # the control
+    assert not alice.exists() and load(bob).base == "tiny"
 
 
 def test_what_is_taken_in_is_what_was_checked(
