@@ -56,13 +56,19 @@ class Entry:
 
 
 def root() -> Path:
-    """Return the folder of all that hdb keeps: `HDB_HOME`, else the user's data folder."""
+    """Return the folder of all that hdb keeps: `HDB_HOME`, else the user's data folder;
+    RegistryError for a user who has none."""
     home = os.environ.get("HDB_HOME")
     if home:
         return Path(os.path.abspath(os.path.expanduser(home)))
     import platformdirs  # not needed where HDB_HOME is set, and a list has no time to lose
 
-    return Path(platformdirs.user_data_dir("hdb", appauthor=False))
+    try:
+        return Path(platformdirs.user_data_dir("hdb", appauthor=False))
+    except RuntimeError as error:
+        raise RegistryError(
+            "this user has no home folder; set HDB_HOME to the folder where hdb is to keep its data"
+        ) from error
 
 
 def folder() -> Path:
