@@ -36,6 +36,8 @@ from hdbcli.cli_options import (
     Memory,
     More,
     Negative,
+    NewOptimizer,
+    NewSeed,
     Optimizer,
     Photo,
     Prompt,
@@ -49,6 +51,7 @@ from hdbcli.cli_options import (
     chosen_name,
     new_path,
     open_on,
+    refuse_given,
     spec_of,
     stack,
     wear,
@@ -104,10 +107,10 @@ def new(
             help=f"Rank to refine at; default: {RefineConfig.rank}, if the base's budget allows.",
         ),
     ] = None,
-    seed: Seed = RefineConfig.seed,
+    seed: NewSeed = None,
     face: FaceNumber = None,
     no_refine: Annotated[bool, typer.Option("--no-refine", help="Keep the prediction.")] = False,
-    optimizer: Optimizer = RefineConfig.optimizer,
+    optimizer: NewOptimizer = None,
     likeness: Likeness = None,
     force: Force = False,
     device: Device = None,
@@ -119,14 +122,14 @@ def new(
     name = chosen_name(name) if name else store.name_from_stem(photo.stem)
     path = new_path(name, force)
     _ask_consent(yes)
-    for option, value in (("--rank", rank), ("--steps", steps), ("--likeness", likeness)):
-        if no_refine and value is not None:
-            raise HdbError(f"--no-refine keeps the prediction as it is; drop it or {option}")
+    given: dict[str, Any] = {"steps": steps, "rank": rank, "likeness": likeness}
+    given |= {"seed": seed, "optimizer": optimizer}
+    if no_refine:
+        refuse_given("--no-refine keeps the prediction as it is; drop it or", **given)
     from hdbcli.create import settle
 
-    wanted = partial(
-        settle, steps=steps, rank=rank, seed=seed, optimizer=optimizer, likeness=likeness
-    )
+    given |= {"seed": seed or RefineConfig.seed, "optimizer": optimizer or RefineConfig.optimizer}
+    wanted = partial(settle, **given)
     spec, photos = spec_of(base), [photo, *(more or [])]
     created = _make(spec, device, memory, photos, face, likeness, None if no_refine else wanted)
     _store(created, name, path, spec.budget, as_json, new=not force)

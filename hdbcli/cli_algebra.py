@@ -18,10 +18,10 @@ from hdbcli.cli_options import (
     Force,
     Identity,
     Json,
-    Memory,
     Yes,
     check_output,
     new_path,
+    refuse_given,
     spec_of,
     wear,
     weights_of,
@@ -137,7 +137,7 @@ def compose(
         typer.Option("-o", "--out", help="PNG of --show, or a folder; default: NAME-walk.png."),
     ] = None,
     device: Device = None,
-    memory: Memory = "auto",
+    memory: Annotated[str | None, typer.Option(help="auto, low or normal, for --show.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -150,13 +150,15 @@ def compose(
     from hdbcli.identity import load, save
     from hdbcli.sample import save_picture
 
+    if not show:
+        refuse_given("nothing is drawn; add --show or drop", device=device, memory=memory)
     weights = derive.read_weights(parts)
     path = new_path(new_name, force)
     sheet = _sheet_path(show, out, path.stem, len(weights))
     paths = {name: store.resolve(name) for name in weights}
     loaded = {name: (load(paths[name]), weight) for name, weight in weights.items()}
     made = derive.composed(loaded, rank)
-    drawn = _draw_walk(list(paths.values()), made.base, device, memory) if sheet else None
+    drawn = _draw_walk(list(paths.values()), made.base, device, memory or "auto") if sheet else None
     size = save(made, path, dtype or _dtype_of(made), new=not force)
     if sheet and drawn:
         save_picture(drawn[0], sheet, drawn[1])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from hdbcli import render
-from hdbcli.config import OPTIMIZERS, PICTURES
+from hdbcli.config import OPTIMIZERS, PICTURES, RefineConfig
 from hdbcli.errors import HdbError
 from registry import store
 
@@ -115,10 +115,29 @@ Memory = Annotated[
     str, typer.Option(help="auto (what fits into the free memory), low (the least) or normal.")
 ]
 Optimizer = Annotated[str, typer.Option(help=f"{' or '.join(OPTIMIZERS)}.")]
+NewSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", min=0, max=SEEDS, help=f"Seed of the noise; default: {RefineConfig.seed}."
+    ),
+]
+NewOptimizer = Annotated[
+    str | None,
+    typer.Option(
+        "--optimizer", help=f"{' or '.join(OPTIMIZERS)}; default: {RefineConfig.optimizer}."
+    ),
+]
 As = Annotated[str | None, typer.Option("--as", help="Name of the new one; default: replace.")]
 Data = Annotated[Path, typer.Argument(help="Folder of photos, or a folder of them per person.")]
 Pattern = Annotated[str, typer.Option(help="Which files to take, such as 'portrait-*'.")]
 Aligned = Annotated[bool, typer.Option("--aligned", help="Pictures are the base's crops already.")]
+
+
+def refuse_given(why: str, **options: object) -> None:
+    """Refuse options that were given and would do nothing; `why` ends before their names."""
+    for option, value in options.items():
+        if value is not None:
+            raise HdbError(f"{why} --{option.replace('_', '-')}")
 
 
 def chosen_name(name: str) -> str:

@@ -26,6 +26,7 @@ from hdbcli.cli_options import (
     check_output,
     finite,
     open_on,
+    refuse_given,
     spec_of,
     within_memory,
 )
@@ -41,8 +42,9 @@ from registry.header import read_header
 
 if TYPE_CHECKING:
     from hdbcli.base import Base
-    from hdbcli.memory import MemoryPlan
+    from hdbcli.memory import MemoryPlan, Work
     from hdbcli.people import People
+    from registry.spec import BaseSpec
 
 LARGEST = 2**40  # bytes of a hypernetwork, of which the header alone is read
 
@@ -124,7 +126,18 @@ Precision = Annotated[str, typer.Option(help=f"{' or '.join(PRECISIONS)}.")]
 SaveSeconds = Annotated[
     float, typer.Option(min=0, callback=finite, help="Seconds between checkpoints.")
 ]
-Look = Annotated[int, typer.Option(min=1, help="Steps between looks at people held out.")]
+Beta = Annotated[
+    float | None,
+    typer.Option(
+        min=0, callback=finite, help=f"Weight of the bank; default: {PretrainConfig.beta}."
+    ),
+]
+Look = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help=f"Steps between looks at people held out; default: {PretrainConfig.look}."
+    ),
+]
 HeldOut = Annotated[
     int, typer.Option(min=0, help="People to hold out, at most a tenth of all; 0: no looks.")
 ]
@@ -139,9 +152,7 @@ def train_hypernetwork(
     batch: Annotated[int, typer.Option(min=1, help="People a step.")] = PretrainConfig.batch,
     lr: LearningRate = PretrainConfig.lr,
     bank: Annotated[Path | None, typer.Option(help="Bank made by hdb train bank.")] = None,
-    beta: Annotated[
-        float, typer.Option(min=0, callback=finite, help="Weight of the bank.")
-    ] = PretrainConfig.beta,
+    beta: Beta = None,
     prior: Prior = PretrainConfig.prior,
     likeness: Likeness = PretrainConfig.likeness,
     share: Share = PretrainConfig.share,
@@ -149,7 +160,7 @@ def train_hypernetwork(
     optimizer: Optimizer = PretrainConfig.optimizer,
     precision: Precision = PretrainConfig.precision,
     save_seconds: SaveSeconds = PretrainConfig.save_seconds,
-    look: Look = PretrainConfig.look,
+    look: Look = None,
     held_out: HeldOut = PretrainConfig.held_out,
     start: Start = None,
     pattern: Pattern = "*",
@@ -162,13 +173,15 @@ def train_hypernetwork(
     On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
     processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
-    from hdbcli.likeness_loss import KEPT
-    from hdbcli.memory import Work
-    from hdbcli.objective import DRAWS
     from hdbcli.people import read_people
 
+    if not bank:
+        refuse_given("there is nothing to weigh; add --bank or drop", beta=beta)
+    if not held_out:
+        refuse_given("--held-out 0 leaves nobody to look at; drop it or", look=look)
     _check_hypernetwork_out(out, start)
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
+    beta, look = PretrainConfig.beta if beta is None else beta, look or PretrainConfig.look
     goals = (steps, lr, batch, beta, prior, likeness, share)
     config = PretrainConfig(
         *goals, seed, optimizer, precision, save_seconds, look, held_out, checkpoint
@@ -182,11 +195,19 @@ def train_hypernetwork(
             render.show_skipped(people.skipped)
             _learn(loaded, people, config, bank, start is not None, out, tell)
 
-    drafts = DRAWS * KEPT * bool(likeness)  # of a person, all in one graph
-    samples = max(batch * DRAWS, -(-batch // share) * drafts)
+    within_memory(spec, device, memory, _work_of(spec, config), learn)
+
+
+def _work_of(spec: BaseSpec, config: PretrainConfig) -> Work:
+    """Say what a training asks of a base."""
+    from hdbcli.likeness_loss import KEPT
+    from hdbcli.memory import Work
+    from hdbcli.objective import DRAWS
+
+    drafts = DRAWS * KEPT * bool(config.likeness)  # of a person, all in one graph
+    samples = max(config.batch * DRAWS, -(-config.batch // config.share) * drafts)
     least = max(DRAWS, drafts)
-    work = Work(samples, spec.resolution, trains=True, exact=True, least=least)
-    within_memory(spec, device, memory, work, learn)
+    return Work(samples, spec.resolution, trains=True, exact=True, least=least)
 
 
 def _check_hypernetwork_out(out: Path, start: Path | None) -> None:

@@ -268,9 +268,7 @@ def test_replacing_in_place_replaces_nobody_elses_work(
     assert hdb(*words).exit_code == 0 and load(alice).rank == rank
 
 
-def test_a_new_name_takes_the_place_of_nothing(
-    alice: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_renaming_replaces_nobody(alice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, bob = cli_store.new_path, alice.with_name("bob.safetensors")
 
     def slow(*args: Any) -> Path:

@@ -59,3 +59,22 @@ def test_a_second_photo_is_no_name(
         refused("new", astronaut, second, says=f"more photos: --photo {second}")
     monkeypatch.chdir("/")
     ok("new", astronaut, "photo", "--no-refine")  # the control: nothing here has that name
+
+
+def test_options_that_would_do_nothing_are_refused(
+    alice: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    for option in (("--seed", 0), ("--optimizer", "adamw"), ("--steps", 3)):
+        refused("new", astronaut, "b", "--no-refine", *option, says=f"drop it or {option[0]}")
+    compose = "compose", "alice", "--as", "b"
+    for option in (("--device", "cpu"), ("--memory", "low")):
+        refused(*compose, *option, says=f"add --show or drop {option[0]}")
+    refused("score", "alice", "--face", 1, says="add --photo or drop --face")
+    train = "train", "hypernetwork", tmp_path, "-o", tmp_path / "h.safetensors"
+    refused(*train, "--beta", 0, says="add --bank or drop --beta")
+    refused(*train, "--held-out", 0, "--look", 5, says="drop it or --look")
+    for option in (("--bank", tmp_path, "--beta", 0), ("--look", 5), ("--held-out", 0)):
+        said = hdb(*train, *option).stderr  # the control: they go on to what is wrong here
+        assert "drop" not in said and "error: " in said
+    refused("compare", astronaut, "--methods", "lora,lora:12", says="method lora comes twice")
+    ok(*compose)  # the control
