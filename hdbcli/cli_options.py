@@ -47,6 +47,18 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def one_of(noun: str, choices: Sequence[str]) -> Callable[[str | None], str | None]:
+    """Make a check of an option, so that a wrong word is told before any work."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in choices:
+            raise HdbError(f"unknown {noun} {value!r}; choose {' or '.join(choices)}")
+        return value
+
+    return check
+
+
+known_optimizer = one_of("optimizer", OPTIMIZERS)
 Photo = Annotated[Path, typer.Argument(help="JPEG, PNG or WebP photo of the face.")]
 Identity = Annotated[str, typer.Argument(help="Name of an identity, or an identity file.")]
 BaseName = Annotated[
@@ -114,7 +126,9 @@ Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of the noise.")]
 Memory = Annotated[
     str, typer.Option(help="auto (what fits into the free memory), low (the least) or normal.")
 ]
-Optimizer = Annotated[str, typer.Option(help=f"{' or '.join(OPTIMIZERS)}.")]
+Optimizer = Annotated[
+    str, typer.Option(callback=known_optimizer, help=f"{' or '.join(OPTIMIZERS)}.")
+]
 NewSeed = Annotated[
     int | None,
     typer.Option(
@@ -124,7 +138,9 @@ NewSeed = Annotated[
 NewOptimizer = Annotated[
     str | None,
     typer.Option(
-        "--optimizer", help=f"{' or '.join(OPTIMIZERS)}; default: {RefineConfig.optimizer}."
+        "--optimizer",
+        callback=known_optimizer,
+        help=f"{' or '.join(OPTIMIZERS)}; default: {RefineConfig.optimizer}.",
     ),
 ]
 As = Annotated[str | None, typer.Option("--as", help="Name of the new one; default: replace.")]

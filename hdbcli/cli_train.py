@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +26,7 @@ from hdbcli.cli_options import (
     check_folder,
     check_output,
     finite,
+    one_of,
     open_on,
     refuse_given,
     spec_of,
@@ -42,6 +44,8 @@ from registry.header import read_header
 
 if TYPE_CHECKING:
     from hdbcli.base import Base
+    from hdbcli.hypernet import HyperNetwork
+    from hdbcli.lidb import Theta
     from hdbcli.memory import MemoryPlan, Work
     from hdbcli.people import People
     from registry.spec import BaseSpec
@@ -122,7 +126,10 @@ Start = Annotated[
     Path | None,
     typer.Option("--from", help="A hypernetwork to train on, instead of from nothing."),
 ]
-Precision = Annotated[str, typer.Option(help=f"{' or '.join(PRECISIONS)}.")]
+Precision = Annotated[
+    str,
+    typer.Option(callback=one_of("precision", PRECISIONS), help=f"{' or '.join(PRECISIONS)}."),
+]
 SaveSeconds = Annotated[
     float, typer.Option(min=0, callback=finite, help="Seconds between checkpoints.")
 ]
@@ -173,7 +180,10 @@ def train_hypernetwork(
     On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
     processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
+    from hdbcli.bank import read_bank
+    from hdbcli.base import load_predictor
     from hdbcli.people import read_people
+    from hdbcli.pretrain import new_hypernetwork
 
     if not bank:
         refuse_given("there is nothing to weigh; add --bank or drop", beta=beta)
@@ -190,10 +200,13 @@ def train_hypernetwork(
 
     def learn(plan: MemoryPlan) -> None:
         loaded = open_on(base, device, start, plan)
+        # Before the photos are read, which takes hours: these may be missing, or another base's.
+        known = read_bank(bank, loaded) if bank else None
+        model = load_predictor(loaded)[0] if start else new_hypernetwork(loaded, seed)
         with render.progress() as tell:
             people = read_people(data, loaded.spec, pattern, aligned, tell)
             render.show_skipped(people.skipped)
-            _learn(loaded, people, config, bank, start is not None, out, tell)
+            _learn(loaded, model, people, config, known, out, tell)
 
     within_memory(spec, device, memory, _work_of(spec, config), learn)
 
@@ -228,25 +241,20 @@ def _check_hypernetwork_out(out: Path, start: Path | None) -> None:
 
 def _learn(
     loaded: Base,
+    model: HyperNetwork,
     people: People,
     config: PretrainConfig,
-    bank: Path | None,
-    goes_on: bool,
+    known: Mapping[str, Theta] | None,
     out: Path,
     tell: Tell,
 ) -> None:
     """Train, and write the hypernetwork: in the first process, if there are several."""
     from hdbcli import pretrain
-    from hdbcli.bank import read_bank
-    from hdbcli.base import load_predictor
     from hdbcli.device import join_workers
     from hdbcli.hyperfile import save_hypernetwork
     from hdbcli.watch import Watch
 
-    known = read_bank(bank, loaded) if bank else None
     workers = join_workers(loaded.device)
-    fresh = pretrain.new_hypernetwork
-    model = load_predictor(loaded)[0] if goes_on else fresh(loaded, config.seed)
     people, held = people.hold_out(config.held_out)
     watch = Watch(loaded, held, out, tell) if held and not workers.rank else None
     look_at = watch.look if watch else None
@@ -278,10 +286,13 @@ def train_evaluate(
     """Measure a hypernetwork on people it never saw: loss with intervals, retrieval of
     portraits."""
     from hdbcli import evaluate
-    from hdbcli.base import load_predictor
+    from hdbcli.base import load_predictor, predictor_path
+    from hdbcli.hyperfile import load_hypernetwork
     from hdbcli.people import read_people
 
     spec = spec_of(base)
+    # Read twice, since to be told after the photos, which take hours, is too late.
+    load_hypernetwork(predictor_path(spec.name, hypernetwork or spec.hypernetwork))
     with render.progress() as tell:
         people = read_people(data, spec, pattern, aligned, tell)
     render.show_skipped(people.skipped)

@@ -78,3 +78,26 @@ def test_options_that_would_do_nothing_are_refused(
         assert "drop" not in said and "error: " in said
     refused("compare", astronaut, "--methods", "lora,lora:12", says="method lora comes twice")
     ok(*compose)  # the control
+
+
+def test_what_a_training_lacks_is_told_before_the_photos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hdbcli.people.read_people", read)
+    out, gone = ("-o", tmp_path / "h.safetensors"), tmp_path / "gone.safetensors"
+    train = "train", "hypernetwork", tmp_path, *out
+    refused(*train, "--precision", "fp8", says="unknown precision 'fp8'; choose auto or fp32")
+    refused(*train, "--optimizer", "sgd", says="unknown optimizer 'sgd'; choose adamw8bit")
+    refused(*train, "--bank", tmp_path, says="holds no bank")
+    refused(*train, "--from", gone, says=f"no hypernetwork at {gone}")
+    bank = "train", "bank", tmp_path, "-o", tmp_path / "bank"
+    refused(*bank, "--optimizer", "sgd", says="unknown optimizer 'sgd'")
+    evaluate = "train", "evaluate", tmp_path
+    refused(*evaluate, "--hypernetwork", gone, says=f"no hypernetwork at {gone}")
+    (tmp_path / "photo.jpg").write_bytes(b"a photo")
+    refused(*evaluate, "--hypernetwork", tmp_path / "photo.jpg", says="is not a hypernetwork")
+    for words in (train, bank, evaluate):
+        assert hdb(*words).exit_code == 130  # the control: photos come next
