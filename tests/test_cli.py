@@ -10,12 +10,15 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from commands import QUICK, hdb, ok, refused
 from PIL import Image
+from typer.testing import CliRunner
 
+from hdbcli import cli
 from hdbcli.album import plan_outputs
 from hdbcli.errors import HdbError
 from registry import store
@@ -56,6 +59,31 @@ def test_new_without_refining_and_with_more_photos(hdb_home: Path, astronaut: Pa
     assert json.loads(two.stdout)["rank"] == 4
     for option, value in (("--rank", 2), ("--steps", 4), ("--likeness", 0)):
         refused("new", astronaut, "no", "--no-refine", option, value, says=f"it or {option}")
+
+
+def test_consent_is_asked_for_once(
+    hdb_home: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def new(name: str, answer: str, *more: str) -> tuple[int, bool]:
+        """Return the exit code, and whether a question was asked."""
+        words = ["new", str(astronaut), name, "--no-refine", *more]
+        done = CliRunner().invoke(cli.app, words, input=answer)
+        return done.exit_code, "Does this person agree?" in done.stderr
+
+    def work(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hdbcli.create.crop_photos", work)
+        assert new("alice", "") == (130, False)  # nobody is there to ask
+        terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+        monkeypatch.setattr(cli, "sys", terminal)
+        assert new("alice", "n\n") == (1, True) == new("alice", "")
+        assert store.names() == []
+        assert new("alice", "", "--yes") == (130, False)
+    assert new("alice", "y\n") == (0, True) and store.names() == ["alice"]
+    monkeypatch.setattr("hdbcli.create.crop_photos", work)
+    assert new("bob", "") == (130, False)  # the first answer stands
 
 
 def test_refine_goes_on(alice: Path, astronaut: Path) -> None:
