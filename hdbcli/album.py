@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hdbcli.config import PICTURES
 from hdbcli.errors import HdbError
 from hdbcli.sample import Picture, check_writable, parameters_text, save_picture
 from registry.contact_sheet import contact_sheet, in_rows
@@ -31,7 +32,10 @@ def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool) -> Outputs:
     Nothing is overwritten but a file that was named itself. Raise HdbError for what cannot be
     written.
     """
-    if out is not None and out.suffix.lower() == ".png" and not out.is_dir():
+    kind = "" if out is None or out.is_dir() else out.suffix.lower()
+    if kind in PICTURES and kind != ".png":
+        raise HdbError(f"{out} is not named .png, the kind of picture that hdb draws")
+    if out is not None and kind == ".png":
         if len(stems) > 1 and not grid:
             raise HdbError(
                 f"{out} is one file, {len(stems)} pictures were asked for; give a folder, -n 1, or "

@@ -3,8 +3,13 @@ budget."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hdbcli.config import RefineConfig
 from registry.header import DTYPE_BYTES, LAYOUTS
+
+if TYPE_CHECKING:
+    from hdbcli.identity import Identity
 
 HEADER = 1500  # bytes; 1,304 with the longest name of a base
 BY_DEFAULT = ("fp16", "int8")  # the finer first; fp32 is finer than training is
@@ -22,6 +27,12 @@ def dtype_within(budget: int, targets: int, a: int, b: int, rank: int) -> str:
     """Return fp16, or int8 where only that fits; a rank asked for that fits neither stays fp16."""
     fitting = (d for d in BY_DEFAULT if file_bytes(targets, a, b, rank, d) <= budget)
     return next(fitting, BY_DEFAULT[0])
+
+
+def dtype_for(identity: Identity, budget: int) -> str:
+    """Return the number format in which an identity is written unless another is asked for."""
+    (targets, rank, a), b = identity.down.shape, identity.up.shape[1]
+    return dtype_within(budget, targets, a, b, rank)
 
 
 def rank_within(budget: int, targets: int, a: int, b: int) -> int:

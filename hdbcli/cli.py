@@ -36,6 +36,8 @@ from hdbcli.cli_options import (
     Memory,
     More,
     Negative,
+    NewOptimizer,
+    NewSeed,
     Optimizer,
     Photo,
     Prompt,
@@ -46,8 +48,10 @@ from hdbcli.cli_options import (
     Steps,
     Strength,
     Yes,
+    chosen_name,
     new_path,
     open_on,
+    refuse_given,
     spec_of,
     stack,
     wear,
@@ -55,10 +59,7 @@ from hdbcli.cli_options import (
 )
 from hdbcli.cli_store import cp, gc, import_identity, mv, rm, verify
 from hdbcli.cli_train import train_app
-from hdbcli.config import (
-    UNPREDICTED_STEPS,
-    RefineConfig,
-)
+from hdbcli.config import UNPREDICTED_STEPS, RefineConfig
 from hdbcli.errors import HdbError
 from registry import store
 from registry.spec import SampleSettings
@@ -106,10 +107,10 @@ def new(
             help=f"Rank to refine at; default: {RefineConfig.rank}, if the base's budget allows.",
         ),
     ] = None,
-    seed: Seed = RefineConfig.seed,
+    seed: NewSeed = None,
     face: FaceNumber = None,
     no_refine: Annotated[bool, typer.Option("--no-refine", help="Keep the prediction.")] = False,
-    optimizer: Optimizer = RefineConfig.optimizer,
+    optimizer: NewOptimizer = None,
     likeness: Likeness = None,
     force: Force = False,
     device: Device = None,
@@ -118,17 +119,17 @@ def new(
     as_json: Json = False,
 ) -> None:
     """Make an identity from one photo of a face (or several of the same person)."""
-    name = store.check_name(name) if name else store.name_from_stem(photo.stem)
+    name = chosen_name(name) if name else store.name_from_stem(photo.stem)
     path = new_path(name, force)
     _ask_consent(yes)
-    for option, value in (("--rank", rank), ("--steps", steps), ("--likeness", likeness)):
-        if no_refine and value is not None:
-            raise HdbError(f"--no-refine keeps the prediction as it is; drop it or {option}")
+    given: dict[str, Any] = {"steps": steps, "rank": rank, "likeness": likeness}
+    given |= {"seed": seed, "optimizer": optimizer}
+    if no_refine:
+        refuse_given("--no-refine keeps the prediction as it is; drop it or", **given)
     from hdbcli.create import settle
 
-    wanted = partial(
-        settle, steps=steps, rank=rank, seed=seed, optimizer=optimizer, likeness=likeness
-    )
+    given |= {"seed": seed or RefineConfig.seed, "optimizer": optimizer or RefineConfig.optimizer}
+    wanted = partial(settle, **given)
     spec, photos = spec_of(base), [photo, *(more or [])]
     created = _make(spec, device, memory, photos, face, likeness, None if no_refine else wanted)
     _store(created, name, path, spec.budget, as_json, new=not force)
@@ -153,8 +154,10 @@ def refine(
     """Give an existing identity more iterations on a photo; its file is replaced at the end."""
     from hdbcli.create import settle
     from hdbcli.identity import load
+    from hdbcli.sample import check_writable
 
     path = store.resolve(store.check_name(name))
+    check_writable(path)
     stamp, identity = store.stamp(path), load(path)
     wanted = partial(
         settle,
@@ -329,12 +332,11 @@ def _make(
 def _store(
     created: Created, name: str, path: Path, budget: int, as_json: bool, new: bool = False
 ) -> None:
-    from hdbcli.budget import dtype_within
+    from hdbcli.budget import dtype_for
     from hdbcli.identity import save
 
     identity = created.identity
-    (targets, rank, a), b = identity.down.shape, identity.up.shape[1]
-    dtype = dtype_within(budget, targets, a, b, rank)
+    dtype = dtype_for(identity, budget)
     size = save(identity, path, dtype, new)
     for warning in created.warnings:
         render.note(f"warning: {warning}")

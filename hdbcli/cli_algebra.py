@@ -12,16 +12,16 @@ import typer
 from hdbcli import render
 from hdbcli.cli_boundary import ask
 from hdbcli.cli_options import (
+    FORMATS,
     As,
     Device,
-    Dtype,
     Force,
     Identity,
     Json,
-    Memory,
     Yes,
     check_output,
     new_path,
+    refuse_given,
     spec_of,
     wear,
     weights_of,
@@ -34,6 +34,7 @@ from registry.errors import RegistryError
 if TYPE_CHECKING:
     import numpy as np
 
+    from hdbcli.identity import Identity as Identified
     from hdbcli.memory import MemoryPlan
 
 
@@ -85,8 +86,10 @@ def relax(
     from hdbcli.identity import load, save
 
     source, path, new = _source_and_target(identity, new_name, force)
+    stamp = store.stamp(source)
     made = derive.relaxed(load(source), rank)
     dtype = store.summary(source)["dtype"]  # in any other the old numbers would be rounded
+    _check_unchanged(source, stamp)
     _tell(path, rank, save(made, path, dtype, new), as_json)
 
 
@@ -94,7 +97,7 @@ def shrink(
     identity: Identity,
     rank: Annotated[int, typer.Option(min=1, help="The new, lower rank.")],
     new_name: As = None,
-    dtype: Dtype = "fp16",
+    dtype: Annotated[str | None, typer.Option(help=f"{FORMATS}; default: the file's own.")] = None,
     force: Force = False,
     yes: Yes = False,
     as_json: Json = False,
@@ -106,13 +109,13 @@ def shrink(
     source, path, new = _source_and_target(identity, new_name, force)
     stamp = store.stamp(source)
     made, lost = derive.shrunk(load(source), rank)
+    dtype = dtype or store.summary(source)["dtype"]
     render.note(f"rank {rank} keeps {1 - lost:.2%} of the identity's energy, {lost:.2%} is lost")
     if path == source and not yes:
         if not sys.stdin.isatty():
             raise HdbError("shrink replaces what it shrinks; pass --as NEW to keep it, or --yes")
         ask(f"Replace {path.stem}?")
-    if store.stamp(source) != stamp:
-        raise HdbError(f"{source.stem} changed while it was shrunk; nothing was written, try again")
+    _check_unchanged(source, stamp)
     _tell(path, rank, save(made, path, dtype, new), as_json, lost=lost)
 
 
@@ -122,7 +125,10 @@ def compose(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Highest rank; default: whatever is exact.")
     ] = None,
-    dtype: Dtype = "fp16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"{FORMATS}; default: fp16, or what the base's budget allows."),
+    ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Draw the walk from the first to the last, step by step.")
     ] = False,
@@ -131,7 +137,7 @@ def compose(
         typer.Option("-o", "--out", help="PNG of --show, or a folder; default: NAME-walk.png."),
     ] = None,
     device: Device = None,
-    memory: Memory = "auto",
+    memory: Annotated[str | None, typer.Option(help="auto, low or normal, for --show.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -144,14 +150,16 @@ def compose(
     from hdbcli.identity import load, save
     from hdbcli.sample import save_picture
 
+    if not show:
+        refuse_given("nothing is drawn; add --show or drop", device=device, memory=memory)
     weights = derive.read_weights(parts)
     path = new_path(new_name, force)
     sheet = _sheet_path(show, out, path.stem, len(weights))
     paths = {name: store.resolve(name) for name in weights}
     loaded = {name: (load(paths[name]), weight) for name, weight in weights.items()}
     made = derive.composed(loaded, rank)
-    drawn = _draw_walk(list(paths.values()), made.base, device, memory) if sheet else None
-    size = save(made, path, dtype, new=not force)
+    drawn = _draw_walk(list(paths.values()), made.base, device, memory or "auto") if sheet else None
+    size = save(made, path, dtype or _dtype_of(made), new=not force)
     if sheet and drawn:
         save_picture(drawn[0], sheet, drawn[1])
     _tell(path, made.rank, size, as_json, sheet=str(sheet) if sheet else None)
@@ -235,6 +243,22 @@ def _draw_walk(
     prompts = " | ".join(walk.ROWS)
     text = sample.parameters_text(prompts, spec.sampling, sheet, spec.name, names)
     return sheet.image, text
+
+
+def _check_unchanged(source: Path, stamp: tuple[int, int, int]) -> None:
+    """Refuse to replace what somebody else wrote meanwhile."""
+    if store.stamp(source) != stamp:
+        raise HdbError(f"{source.stem} changed while it was read; nothing was written, try again")
+
+
+def _dtype_of(identity: Identified) -> str:
+    """Choose the number format that keeps within the budget of the base, if that is here."""
+    from hdbcli.budget import BY_DEFAULT, dtype_for
+
+    try:
+        return dtype_for(identity, spec_of(identity.base).budget)
+    except RegistryError:
+        return BY_DEFAULT[0]
 
 
 def _tell(path: Path, rank: int, size: int, as_json: bool, **more: object) -> None:

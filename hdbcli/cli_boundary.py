@@ -3,6 +3,8 @@ are asked, help is grouped."""
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 import threading
@@ -47,6 +49,23 @@ class Boundary(Grouped):
     """The one place where errors become a line on stderr and an exit code; bugs keep their
     traceback."""
 
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Run a command; a closed pipe ends it without a word, a full disk with a line."""
+        _open_missing()
+        try:
+            try:
+                return super().main(*args, **more)
+            finally:  # what the interpreter fails to flush at its end is exit code 120
+                sys.stdout.flush()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ENOSPC):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())  # for that flush, with what is left over
+            if error.errno == errno.ENOSPC:
+                render.note(f"error: {error.strerror}; free some, or write elsewhere")
+            raise SystemExit(1) from None
+
     def invoke(self, ctx: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):  # a name of a file need not be text
             if isinstance(stream, TextIOWrapper):
@@ -70,6 +89,13 @@ class Boundary(Grouped):
                     render.note(f"error: {error.filename}: {error.strerror}")
                     raise typer.Exit(1) from None
                 raise
+
+
+def _open_missing() -> None:
+    """Give streams that the shell closed a place to read nothing from and to write to."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  until the end
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ from hdbcli.cli_options import (
     Pattern,
     base_name,
     check_folder,
+    refuse_given,
     spec_of,
     wear,
     within_memory,
@@ -53,6 +54,8 @@ def score(
     from hdbcli.create import crop_photos
     from hdbcli.identity import load
 
+    if not photo:
+        refuse_given("there is no face to choose; add --photo or drop", face=face)
     path = store.resolve(identity)
     spec = spec_of(base or load(path).base)
     with render.progress() as tell:

@@ -4,6 +4,7 @@ identities."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -11,9 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from hdbcli import render
-from hdbcli.config import (
-    OPTIMIZERS,
-)
+from hdbcli.config import OPTIMIZERS, PICTURES, RefineConfig
 from hdbcli.errors import HdbError
 from registry import store
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SEEDS = 2**63 - 1
+FORMATS = "fp16, fp32 or int8"
 
 
 def as_text(value: str) -> str:
@@ -47,6 +47,18 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def one_of(noun: str, choices: Sequence[str]) -> Callable[[str | None], str | None]:
+    """Make a check of an option, so that a wrong word is told before any work."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in choices:
+            raise HdbError(f"unknown {noun} {value!r}; choose {' or '.join(choices)}")
+        return value
+
+    return check
+
+
+known_optimizer = one_of("optimizer", OPTIMIZERS)
 Photo = Annotated[Path, typer.Argument(help="JPEG, PNG or WebP photo of the face.")]
 Identity = Annotated[str, typer.Argument(help="Name of an identity, or an identity file.")]
 BaseName = Annotated[
@@ -117,12 +129,41 @@ Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of the noise.")]
 Memory = Annotated[
     str, typer.Option(help="auto (what fits into the free memory), low (the least) or normal.")
 ]
-Optimizer = Annotated[str, typer.Option(help=f"{' or '.join(OPTIMIZERS)}.")]
+Optimizer = Annotated[
+    str, typer.Option(callback=known_optimizer, help=f"{' or '.join(OPTIMIZERS)}.")
+]
+NewSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", min=0, max=SEEDS, help=f"Seed of the noise; default: {RefineConfig.seed}."
+    ),
+]
+NewOptimizer = Annotated[
+    str | None,
+    typer.Option(
+        "--optimizer",
+        callback=known_optimizer,
+        help=f"{' or '.join(OPTIMIZERS)}; default: {RefineConfig.optimizer}.",
+    ),
+]
 As = Annotated[str | None, typer.Option("--as", help="Name of the new one; default: replace.")]
-Dtype = Annotated[str, typer.Option(help="fp16, fp32 or int8.")]
 Data = Annotated[Path, typer.Argument(help="Folder of photos, or a folder of them per person.")]
 Pattern = Annotated[str, typer.Option(help="Which files to take, such as 'portrait-*'.")]
 Aligned = Annotated[bool, typer.Option("--aligned", help="Pictures are the base's crops already.")]
+
+
+def refuse_given(why: str, **options: object) -> None:
+    """Refuse options that were given and would do nothing; `why` ends before their names."""
+    for option, value in options.items():
+        if value is not None:
+            raise HdbError(f"{why} --{option.replace('_', '-')}")
+
+
+def chosen_name(name: str) -> str:
+    """Return the name that a new identity is to have; refuse one that was meant as a photo."""
+    if name.casefold().endswith(PICTURES) or os.path.isfile(name):
+        raise HdbError(f"{name} is a picture or a file, not a name; more photos: --photo {name}")
+    return store.check_name(name)
 
 
 def new_path(name: str, force: bool) -> Path:

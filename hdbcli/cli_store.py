@@ -53,7 +53,7 @@ def mv(name: Identity, new_name: NewName, force: Force = False, as_json: Json = 
     source = store.resolve(store.check_name(name))
     same = store.path_of(new_name) == source  # a change of case alone
     target = source.with_name(new_name + store.SUFFIX) if same else new_path(new_name, force)
-    _tell(store.rename(source, target), as_json)
+    _tell(store.rename(source, target, new=not (force or same)), as_json)
 
 
 def rm(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,7 +26,9 @@ from hdbcli.cli_options import (
     check_folder,
     check_output,
     finite,
+    one_of,
     open_on,
+    refuse_given,
     spec_of,
     within_memory,
 )
@@ -36,11 +39,18 @@ from hdbcli.config import (
     Tell,
 )
 from hdbcli.errors import HdbError
+from registry.errors import RegistryError
+from registry.header import read_header
 
 if TYPE_CHECKING:
     from hdbcli.base import Base
-    from hdbcli.memory import MemoryPlan
+    from hdbcli.hypernet import HyperNetwork
+    from hdbcli.lidb import Theta
+    from hdbcli.memory import MemoryPlan, Work
     from hdbcli.people import People
+    from registry.spec import BaseSpec
+
+LARGEST = 2**40  # bytes of a hypernetwork, of which the header alone is read
 
 LearningRate = Annotated[
     float, typer.Option(min=0, callback=finite, help="Learning rate, at its highest.")
@@ -116,11 +126,25 @@ Start = Annotated[
     Path | None,
     typer.Option("--from", help="A hypernetwork to train on, instead of from nothing."),
 ]
-Precision = Annotated[str, typer.Option(help=f"{' or '.join(PRECISIONS)}.")]
+Precision = Annotated[
+    str,
+    typer.Option(callback=one_of("precision", PRECISIONS), help=f"{' or '.join(PRECISIONS)}."),
+]
 SaveSeconds = Annotated[
     float, typer.Option(min=0, callback=finite, help="Seconds between checkpoints.")
 ]
-Look = Annotated[int, typer.Option(min=1, help="Steps between looks at people held out.")]
+Beta = Annotated[
+    float | None,
+    typer.Option(
+        min=0, callback=finite, help=f"Weight of the bank; default: {PretrainConfig.beta}."
+    ),
+]
+Look = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help=f"Steps between looks at people held out; default: {PretrainConfig.look}."
+    ),
+]
 HeldOut = Annotated[
     int, typer.Option(min=0, help="People to hold out, at most a tenth of all; 0: no looks.")
 ]
@@ -135,9 +159,7 @@ def train_hypernetwork(
     batch: Annotated[int, typer.Option(min=1, help="People a step.")] = PretrainConfig.batch,
     lr: LearningRate = PretrainConfig.lr,
     bank: Annotated[Path | None, typer.Option(help="Bank made by hdb train bank.")] = None,
-    beta: Annotated[
-        float, typer.Option(min=0, callback=finite, help="Weight of the bank.")
-    ] = PretrainConfig.beta,
+    beta: Beta = None,
     prior: Prior = PretrainConfig.prior,
     likeness: Likeness = PretrainConfig.likeness,
     share: Share = PretrainConfig.share,
@@ -145,7 +167,7 @@ def train_hypernetwork(
     optimizer: Optimizer = PretrainConfig.optimizer,
     precision: Precision = PretrainConfig.precision,
     save_seconds: SaveSeconds = PretrainConfig.save_seconds,
-    look: Look = PretrainConfig.look,
+    look: Look = None,
     held_out: HeldOut = PretrainConfig.held_out,
     start: Start = None,
     pattern: Pattern = "*",
@@ -158,15 +180,18 @@ def train_hypernetwork(
     On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
     processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
-    from hdbcli.likeness_loss import KEPT
-    from hdbcli.memory import Work
-    from hdbcli.objective import DRAWS
+    from hdbcli.bank import read_bank
+    from hdbcli.base import load_predictor
     from hdbcli.people import read_people
+    from hdbcli.pretrain import new_hypernetwork
 
-    if out.is_dir():
-        raise HdbError(f"{out} is a folder; give a file in it, such as hyper.safetensors")
-    check_output(out)
+    if not bank:
+        refuse_given("there is nothing to weigh; add --bank or drop", beta=beta)
+    if not held_out:
+        refuse_given("--held-out 0 leaves nobody to look at; drop it or", look=look)
+    _check_hypernetwork_out(out, start)
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
+    beta, look = PretrainConfig.beta if beta is None else beta, look or PretrainConfig.look
     goals = (steps, lr, batch, beta, prior, likeness, share)
     config = PretrainConfig(
         *goals, seed, optimizer, precision, save_seconds, look, held_out, checkpoint
@@ -175,39 +200,61 @@ def train_hypernetwork(
 
     def learn(plan: MemoryPlan) -> None:
         loaded = open_on(base, device, start, plan)
+        # Before the photos are read, which takes hours: these may be missing, or another base's.
+        known = read_bank(bank, loaded) if bank else None
+        model = load_predictor(loaded)[0] if start else new_hypernetwork(loaded, seed)
         with render.progress() as tell:
             people = read_people(data, loaded.spec, pattern, aligned, tell)
             render.show_skipped(people.skipped)
-            _learn(loaded, people, config, bank, start is not None, out, tell)
+            _learn(loaded, model, people, config, known, out, tell)
 
-    drafts = DRAWS * KEPT * bool(likeness)  # of a person, all in one graph
-    samples = max(batch * DRAWS, -(-batch // share) * drafts)
+    within_memory(spec, device, memory, _work_of(spec, config), learn)
+
+
+def _work_of(spec: BaseSpec, config: PretrainConfig) -> Work:
+    """Say what a training asks of a base."""
+    from hdbcli.likeness_loss import KEPT
+    from hdbcli.memory import Work
+    from hdbcli.objective import DRAWS
+
+    drafts = DRAWS * KEPT * bool(config.likeness)  # of a person, all in one graph
+    samples = max(config.batch * DRAWS, -(-config.batch // config.share) * drafts)
     least = max(DRAWS, drafts)
-    work = Work(samples, spec.resolution, trains=True, exact=True, least=least)
-    within_memory(spec, device, memory, work, learn)
+    return Work(samples, spec.resolution, trains=True, exact=True, least=least)
+
+
+def _check_hypernetwork_out(out: Path, start: Path | None) -> None:
+    """Refuse to write over what a run starts from, or over anything but a hypernetwork: an older
+    one is replaced, since a run that is interrupted goes on with the same command."""
+    if out.is_dir():
+        raise HdbError(f"{out} is a folder; give a file in it, such as hyper.safetensors")
+    check_output(out, *([start] if start else []))
+    if not out.exists():
+        return
+    try:
+        kind = read_header(out, LARGEST).metadata.get("hdb.kind")
+    except RegistryError:
+        kind = None
+    if kind != "hypernetwork":
+        raise HdbError(f"{out} is there and is no hypernetwork of hdb; give another file with -o")
 
 
 def _learn(
     loaded: Base,
+    model: HyperNetwork,
     people: People,
     config: PretrainConfig,
-    bank: Path | None,
-    goes_on: bool,
+    known: Mapping[str, Theta] | None,
     out: Path,
     tell: Tell,
 ) -> None:
     """Train, and write the hypernetwork: in the first process, if there are several."""
     from hdbcli import pretrain
-    from hdbcli.bank import read_bank
-    from hdbcli.base import load_predictor
     from hdbcli.device import join_workers
     from hdbcli.hyperfile import save_hypernetwork
     from hdbcli.watch import Watch
 
-    known = read_bank(bank, loaded) if bank else None
     workers = join_workers(loaded.device)
-    fresh = pretrain.new_hypernetwork
-    model = load_predictor(loaded)[0] if goes_on else fresh(loaded, config.seed)
     people, held = people.hold_out(config.held_out)
     watch = Watch(loaded, held, out, tell) if held and not workers.rank else None
     look_at = watch.look if watch else None
@@ -239,10 +286,13 @@ def train_evaluate(
     """Measure a hypernetwork on people it never saw: loss with intervals, retrieval of
     portraits."""
     from hdbcli import evaluate
-    from hdbcli.base import load_predictor
+    from hdbcli.base import load_predictor, predictor_path
+    from hdbcli.hyperfile import load_hypernetwork
     from hdbcli.people import read_people
 
     spec = spec_of(base)
+    # Read twice, since to be told after the photos, which take hours, is too late.
+    load_hypernetwork(predictor_path(spec.name, hypernetwork or spec.hypernetwork))
     with render.progress() as tell:
         people = read_people(data, spec, pattern, aligned, tell)
     render.show_skipped(people.skipped)

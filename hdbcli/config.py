@@ -10,6 +10,7 @@ DEVICES = ("cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw8bit", "adamw")
 PRECISIONS = ("auto", "fp32")
 MEMORIES = ("auto", "low", "normal")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 PLACEHOLDER = "[V]"
 PORTRAIT = "a [V] face"  # the one prompt of training: HyperDreamBooth §3.3
 CAPTIONS = (  # of HyperDreamBooth's project page

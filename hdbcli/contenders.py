@@ -99,9 +99,11 @@ def choose(names: Sequence[str], most: int | None = None) -> list[Contender]:
             raise HdbError(f"unknown method {name!r}; choose from {', '.join(CONTENDERS)}")
         if people and not (people.isdecimal() and int(people)):
             raise HdbError(f"{each!r} asks for no number of people; write {name}:12")
+        if name in chosen:
+            raise HdbError(f"method {name} comes twice; name it once, with its people or without")
         contender = replace(CONTENDERS[name], people=int(people) if people else None)
         steps = contender.steps if most is None else min(contender.steps, most)
-        chosen.setdefault(name, replace(contender, steps=steps))
+        chosen[name] = replace(contender, steps=steps)
     return list(chosen.values())
 
 

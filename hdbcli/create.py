@@ -57,7 +57,8 @@ def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: 
     crops: list[Crop] = []
     for photo in photos:
         tell("crop", len(crops), len(photos))
-        crops.append(crop_face(photo, np.array(spec.template), spec.resolution, face))
+        several, template = len(photos) > 1, np.array(spec.template)
+        crops.append(crop_face(photo, template, spec.resolution, face, several))
     return crops
 
 

@@ -186,18 +186,16 @@ def find_faces(rgb: np.ndarray) -> list[Face]:
 
 def _resized(rgb: np.ndarray, side: int) -> np.ndarray:
     """Scale a picture so that its longer side is `side`."""
-    height, width = rgb.shape[:2]
-    scale = side / max(height, width)
-    shape = max(1, round(width * scale)), max(1, round(height * scale))
+    scale = side / max(rgb.shape[:2])
+    shape = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))
     return cv2.resize(rgb, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
-def _detect(rgb: np.ndarray, margin: int) -> np.ndarray:
-    """Run YuNet on the picture with a grey margin around it.
+def _detect(rgb: np.ndarray, m: int) -> np.ndarray:
+    """Run YuNet on the picture with a grey margin of `m` pixels around it.
 
     Return (N, 15) rows in the picture's pixels: x, y, width, height, x and y of five points, score.
     """
-    m = margin
     padded = cv2.copyMakeBorder(rgb, m, m, m, m, cv2.BORDER_CONSTANT, value=_GREY)
     detector = _detector()
     detector.setInputSize((padded.shape[1], padded.shape[0]))
@@ -269,8 +267,7 @@ def _mapped(rgb: np.ndarray, turn: complex, shift: complex, size: int) -> np.nda
     shift += turn * half - half
     matrix = np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
     part, large = np.ascontiguousarray(rgb[top, left]), (size * fold, size * fold)
-    edge = cv2.BORDER_REPLICATE
-    drawn = cv2.warpAffine(part, matrix, large, flags=cv2.INTER_CUBIC, borderMode=edge)
+    drawn = cv2.warpAffine(part, matrix, large, None, cv2.INTER_CUBIC, cv2.BORDER_REPLICATE)
     return cv2.resize(drawn, (size, size), interpolation=cv2.INTER_AREA)
 
 
@@ -291,15 +288,18 @@ def _inside(span: np.ndarray, length: int, border: int = 3) -> slice:
     return slice(start, min(max(math.ceil(span.max()) + border, start + 1), length))
 
 
-def crop_face(path: Path, template: np.ndarray, size: int, face: int | None = None) -> Crop:
+def crop_face(
+    path: Path, template: np.ndarray, size: int, face: int | None = None, several: bool = False
+) -> Crop:
     """Read a photo and return its face, aligned to `template` (see `align`), `size` pixels square.
 
-    Faces are counted from the left, from 1; `face` picks one, and must where there are several.
-    Raise HdbError if there is none, none picked, or the face is under MIN_FACE pixels.
+    `face`, from 1 at the left, picks one, and must where there are several; of `several` photos it
+    picks in those alone. Raise HdbError if none is there, or picked, or is MIN_FACE pixels wide.
     """
     rgb = read_photo(path)
     faces = sorted(find_faces(rgb), key=lambda found: found.box[0] + found.box[2] / 2)
-    count, index = len(faces), 1 if face is None else face
+    count = len(faces)
+    index = 1 if face is None or (several and count == 1) else face
     if not faces:
         raise HdbError(
             f"{path}: no face found; use a photo with one face seen from the front, in good light, "

@@ -50,8 +50,10 @@ def note(text: str) -> None:
 
 
 def document(value: object) -> None:
-    """Print one JSON document, alone on standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Print one JSON document, alone on standard output; JSON is UTF-8, so in any other encoding
+    all but ASCII is escaped."""
+    plain = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=plain, allow_nan=False) + "\n")
 
 
 @contextmanager

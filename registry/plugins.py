@@ -115,11 +115,16 @@ def _discover(registry: Registry[Spec]) -> Registry[Spec]:
     for entry in found:
         if _built_in(entry) or wanted is None or entry.name in wanted:
             _load(registry, entry)
-    for name in sorted((wanted or set()) - {entry.name for entry in found}):
-        registry.problems.append(
-            f"HDB_PLUGINS asks for {name!r}: no such entry point of {registry.group}"
-        )
+    for name in sorted((wanted or set()) - {entry.name for entry in found} - _elsewhere(registry)):
+        groups = " or ".join(group for group, _ in GROUPS.values())
+        registry.problems.append(f"HDB_PLUGINS asks for {name!r}: no such entry point of {groups}")
     return registry
+
+
+def _elsewhere(registry: Registry[Spec]) -> set[str]:
+    """Return the names of the entry points in the other groups, which HDB_PLUGINS may mean."""
+    others = (group for group, _ in GROUPS.values() if group != registry.group)
+    return {entry.name for group in others for entry in entry_points(group=group)}
 
 
 def _load(registry: Registry[Spec], entry: EntryPoint) -> None:

@@ -57,13 +57,19 @@ class Entry:
 
 
 def root() -> Path:
-    """Return the folder of all that hdb keeps: `HDB_HOME`, else the user's data folder."""
+    """Return the folder of all that hdb keeps: `HDB_HOME`, else the user's data folder;
+    RegistryError for a user who has none."""
     home = os.environ.get("HDB_HOME")
     if home:
         return Path(os.path.abspath(os.path.expanduser(home)))
     import platformdirs  # not needed where HDB_HOME is set, and a list has no time to lose
 
-    return Path(platformdirs.user_data_dir("hdb", appauthor=False))
+    try:
+        return Path(platformdirs.user_data_dir("hdb", appauthor=False))
+    except RuntimeError as error:
+        raise RegistryError(
+            "this user has no home folder; set HDB_HOME to the folder where hdb is to keep its data"
+        ) from error
 
 
 def folder() -> Path:
@@ -167,10 +173,11 @@ def copy(source: Path, target: Path, new: bool = False) -> Path:
     return target
 
 
-def rename(source: Path, target: Path) -> Path:
-    """Give an identity's file another name."""
+def rename(source: Path, target: Path, new: bool = False) -> Path:
+    """Give an identity's file another name, which takes the place of nothing if it is to be
+    `new`."""
     try:
-        source.replace(target)
+        (_move_to_new if new else os.replace)(source, target)
     except OSError as error:
         raise RegistryError(f"cannot rename {source}: {error.strerror or error}") from error
     return target

@@ -18,7 +18,7 @@ import torch
 import typer
 from commands import QUICK, hdb, ok, refused
 
-from hdbcli import cli_boundary, create, derive
+from hdbcli import cli_boundary, cli_store, create, derive
 from hdbcli.album import Album, Outputs, plan_outputs
 from hdbcli.algebra import compose
 from hdbcli.base import Base
@@ -126,21 +126,6 @@ def test_memory_that_runs_out_is_a_line(
         assert done.exception is error  # the control: bugs keep their traceback
     else:
         assert done.exit_code == 1 and done.stderr.startswith("error: out of memory; close")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="names of bytes")
-def test_a_name_that_is_no_text_does_not_end_a_list(alice: Path) -> None:
-    odd = os.fsencode(alice.parent) + b"/\xff.safetensors"
-    Path(os.fsdecode(odd)).write_bytes(alice.read_bytes())
-    for words in (["list"], ["list", "--json"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "hdbcli", *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        )
-        assert done.returncode == 0 and "alice" in done.stdout and "udcff" in done.stdout
 
 
 def test_a_new_file_takes_the_place_of_nothing(
@@ -255,18 +240,39 @@ def test_an_identity_of_another_shape_is_refused(alice: Path, tmp_path: Path) ->
         assert "its numbers are of" in hdb("verify", name).stdout
 
 
-def test_shrinking_replaces_nobody_elses_work(alice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, other = derive.shrunk, load(alice)
+@pytest.mark.parametrize(
+    ("does", "makes", "rank"), [("shrink", "shrunk", 1), ("relax", "relaxed", 6)]
+)
+def test_replacing_in_place_replaces_nobody_elses_work(
+    does: str, makes: str, rank: int, alice: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, other = getattr(derive, makes), load(alice)
+    words = does, "alice", "--rank", rank, *(["--yes"] * (does == "shrink"))
 
     def slow(*args: Any) -> Any:
         save(replace(other, steps=99), alice)  # somebody refines while this one is asked
         return original(*args)
 
-    monkeypatch.setattr(derive, "shrunk", slow)
-    result = hdb("shrink", "alice", "--rank", 1, "--yes")
-    assert "changed while" in result.stderr and load(alice).steps == 99
-    monkeypatch.setattr(derive, "shrunk", original)
-    assert hdb("shrink", "alice", "--rank", 1, "--yes").exit_code == 0 and load(alice).rank == 1
+    monkeypatch.setattr(derive, makes, slow)
+    assert "changed while" in hdb(*words).stderr and load(alice).steps == 99
+    monkeypatch.setattr(derive, makes, original)
+    assert hdb(*words).exit_code == 0 and load(alice).rank == rank
+
+
+def test_renaming_replaces_nobody(alice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, bob = cli_store.new_path, alice.with_name("bob.safetensors")
+
+    def slow(*args: Any) -> Path:
+        path = original(*args)
+        bob.write_bytes(b"somebody")  # between the look and the move
+        return path
+
+    monkeypatch.setattr(cli_store, "new_path", slow)
+    said = hdb("mv", "alice", "bob").stderr
+    assert "appeared while this ran" in said and said.count("\n") == 1
+    assert alice.exists() and bob.read_bytes() == b"somebody"
+    ok("mv", "alice", "bob", "--force")  # the control
+    assert not alice.exists() and load(bob).base == "tiny"
 
 
 def test_what_is_taken_in_is_what_was_checked(

@@ -10,13 +10,17 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from commands import QUICK, hdb, ok, refused, told
 from PIL import Image
+from typer.testing import CliRunner
 
+from hdbcli import cli
 from hdbcli.album import plan_outputs
+from hdbcli.errors import HdbError
 from registry import store
 from registry.plugins import load_registry
 from registry.settings import customised, settings_path
@@ -55,6 +59,31 @@ def test_new_without_refining_and_with_more_photos(hdb_home: Path, astronaut: Pa
     assert json.loads(two.stdout)["rank"] == 4
     for option, value in (("--rank", 2), ("--steps", 4), ("--likeness", 0)):
         refused("new", astronaut, "no", "--no-refine", option, value, says=f"it or {option}")
+
+
+def test_consent_is_asked_for_once(
+    hdb_home: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def new(name: str, answer: str, *more: str) -> tuple[int, bool]:
+        """Return the exit code, and whether a question was asked."""
+        words = ["new", str(astronaut), name, "--no-refine", *more]
+        done = CliRunner().invoke(cli.app, words, input=answer)
+        return done.exit_code, "Does this person agree?" in done.stderr
+
+    def work(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hdbcli.create.crop_photos", work)
+        assert new("alice", "") == (130, False)  # nobody is there to ask
+        terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+        monkeypatch.setattr(cli, "sys", terminal)
+        assert new("alice", "n\n") == (1, True) == new("alice", "")
+        assert store.names() == []
+        assert new("alice", "", "--yes") == (130, False)
+    assert new("alice", "y\n") == (0, True) and store.names() == ["alice"]
+    monkeypatch.setattr("hdbcli.create.crop_photos", work)
+    assert new("bob", "") == (130, False)  # the first answer stands
 
 
 def test_refine_goes_on(alice: Path, astronaut: Path) -> None:
@@ -221,6 +250,10 @@ def test_several_faces_need_a_number(hdb_home: Path, tmp_path: Path, astronaut: 
     refused("new", tmp_path / "pair.png", says="--face N")
     refused("new", tmp_path / "pair.png", "--face", 3, says="2 faces, not 3")
     ok("new", tmp_path / "pair.png", "--face", 2, *QUICK)
+    words = "--photo", tmp_path / "pair.png", "--no-refine", "--face"
+    refused("new", astronaut, "solo", *words, 3, says="2 faces, not 3")
+    ok("new", astronaut, "solo", *words, 2)  # which is asked of the pair alone
+    refused("new", astronaut, "alone", "--face", 2, says="1 face, not 2")
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "a\0b", "a\nb", "con", "NUL.txt", "x" * 65, "a."])
@@ -294,3 +327,13 @@ def test_console_script(hdb_home: Path) -> None:
 def test_pictures_of_two_files_of_one_name_are_all_kept(tmp_path: Path) -> None:
     planned = plan_outputs(tmp_path, ["alice-1", "alice-1", "bob-1"], grid=False)
     assert [path.name for path in planned.pictures] == ["alice-1.png", "alice-1-2.png", "bob-1.png"]
+
+
+def test_pictures_of_other_kinds_are_no_folders(tmp_path: Path) -> None:
+    for name in ("alice.jpg", "alice.JPEG", "alice.webp"):
+        with pytest.raises(HdbError, match=f"{name} is not named .png, the kind of picture"):
+            plan_outputs(tmp_path / name, ["alice-1"], grid=False)
+    assert list(tmp_path.iterdir()) == []
+    for name in ("J.R", "alice.png", "old.jpg"):  # the control, a folder that is there the last
+        (tmp_path / "old.jpg").mkdir(exist_ok=True)
+        assert plan_outputs(tmp_path / name, ["alice-1"], grid=False).pictures

@@ -241,3 +241,27 @@ def test_inspect_names_the_targets_of_a_real_identity(tiny: Base, hdb_home: Path
     assert set(shares["component"]) == {"unet", "text_encoder"}
     assert set(shares["kind"]) == {"self-attention", "cross-attention", "feed-forward"}
     assert all(sum(part.values()) == pytest.approx(1) for part in shares.values())
+
+
+def test_number_formats_are_the_files_or_the_budgets(keep: Keep) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name in ("alice", "bob"):  # 84,000 numbers together: 120 KB hold that in int8 alone
+        down = torch.randn(150, 4, 40, generator=generator)
+        up = torch.randn(150, 30, 4, generator=generator)
+        save(replace(load(keep(name)), down=down, up=up), store.path_of(name), "int8")
+
+    def made(*words: object) -> tuple[str, int]:
+        assert hdb(*words).exit_code == 0
+        facts = store.summary(store.path_of("new"))
+        return facts["dtype"], facts["bytes"]
+
+    compose = "compose", "alice", "bob", "--as", "new", "--force"
+    assert made(*compose)[0] == "int8" and made(*compose)[1] <= 120_000
+    assert made(*compose, "--rank", 4)[0] == "fp16"  # which fits
+    assert made(*compose, "--dtype", "fp16")[0] == "fp16"
+    shrink = "shrink", "alice", "--rank", 3, "--as", "new", "--force"
+    dtype, size = made(*shrink)
+    assert dtype == "int8" and size < store.path_of("alice").stat().st_size
+    assert made(*shrink, "--dtype", "fp16")[1] > size
+    save(load(store.path_of("alice")), store.path_of("alice"), "fp32")
+    assert made(*shrink)[0] == "fp32"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,18 @@ def test_a_name_that_is_no_text_becomes_text_where_it_is_written(
     (picture,) = (tmp_path / "pictures").iterdir()
     said = Image.open(picture).info["parameters"]
     assert f"Identity: {shown} 1," in said and "Loras: l\ufffd 1" in said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of bytes")
+def test_a_name_that_is_no_text_does_not_end_a_list(alice: Path) -> None:
+    odd = os.fsencode(alice.parent) + b"/\xff.safetensors"
+    Path(os.fsdecode(odd)).write_bytes(alice.read_bytes())
+    for words in (["list"], ["list", "--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "hdbcli", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        )
+        assert done.returncode == 0 and "alice" in done.stdout and "udcff" in done.stdout

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from registry.errors import RegistryError
-from registry.plugins import Registry, load_registry
+from registry.plugins import Registry, load_metrics, load_registry
 from registry.spec import BaseSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +177,22 @@ def test_hdb_plugins_narrows_third_parties_only(
     found = load_registry()
     assert found.names() == ["first", "model-aaa"]
     assert len(found.problems) == 1 and "'nobody'" in found.problems[0]
+
+
+def test_a_choice_of_plugins_is_looked_up_in_every_group(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("draws", ("mine",))
+    install("measures")
+    points = tmp_path / "site" / "measures-1.5.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text().replace("hdb.models", "hdb.metrics"))
+    monkeypatch.setenv("HDB_PLUGINS", "draws,measures")
+    assert load_registry().names() == ["first", "mine"]
+    assert load_registry().problems == [] == load_metrics().problems
+    monkeypatch.setenv("HDB_PLUGINS", "nobody")  # the control
+    for found in (load_registry(), load_metrics()):
+        (problem,) = found.problems
+        assert "'nobody'" in problem and "hdb.models or hdb.metrics" in problem
 
 
 def test_a_good_spec_holds() -> None:

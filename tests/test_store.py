@@ -121,6 +121,14 @@ def test_root_is_hdb_home_or_the_users_data_folder(
     assert store.root().name == "hdb" and store.root().is_absolute()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the user's home on Windows is elsewhere")
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr("pwd.getpwuid", dict[int, str]().__getitem__)  # raises KeyError
+    with pytest.raises(RegistryError, match="set HDB_HOME"):
+        store.names()
+
+
 def test_names_are_unique_without_case(keep: Callable[[str], Path]) -> None:
     path = keep("Alice")
     keep("bob")
