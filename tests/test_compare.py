@@ -117,7 +117,7 @@ def test_marks_halve_down_from_the_end() -> None:
 
 def test_methods_are_those_of_the_help() -> None:
     assert tuple(CONTENDERS) == METHODS and set(MAIN_METHODS.split(",")) <= set(METHODS)
-    assert [c.steps for c in choose(["lora", "hyperdreambooth", "lora"], 50)] == [50, 40]
+    assert [c.steps for c in choose(["lora", "hyperdreambooth"], 50)] == [50, 40]
     assert [c.people for c in choose(["lora:12", "dreambooth"])] == [12, None]
     for bad in ("lora:0", "lora:few", "lora:-1"):
         with pytest.raises(HdbError, match="asks for no number of people"):
@@ -148,8 +148,12 @@ def test_compare_from_photos_to_sheet(
     assert document["people"] == 2
     only, lora = document["standings"]
     assert only["steps"] == 0 and lora["steps"] == 2 and lora["numbers"] > only["numbers"] > 0
-    assert lora["step"] > 0 == only["step"] and min(only["seconds"], lora["seconds"]) > 0
-    assert min(only["memory"], lora["memory"]) > 1e8
+    mine, other = only["alone"], lora["alone"]
+    assert other["step"] > 0 == mine["step"] and min(only["seconds"], lora["seconds"]) > 0
+    assert len(other["first"]) == 15 and lora["seconds"] == pytest.approx(
+        other["prepare"] + sum(other["first"][:2])
+    )
+    assert min(mine["memory"], other["memory"]) > 1e8
     assert only["less_than_first"] == {} and lora["less_than_first"]["likeness"]["mean"]
     assert [s["prompt"] for s in document["styles"]] == [CAPTIONS[1], CAPTIONS[3]]
     for style in document["styles"]:
@@ -164,7 +168,8 @@ def test_compare_from_photos_to_sheet(
     assert 1e7 < document["checkpoint"] < 1e8
     assert document["command"] == shlex.join(["hdb", *sys.argv[1:]])
     page = (tmp_path / "out/compare.md").read_text()
-    assert f"| lora | 1 | 2 | {lora['seconds']:.1f} s |" in page and "(sheet.png)" in page
+    assert f"| lora | 1 | 2 | {lora['lr']:g} | " in page and "(sheet.png)" in page
+    assert "hypernetwork-only (2) | lora (1)" in page
     # Timed for real once, above.
     monkeypatch.setattr("hdbcli.contest.time_alone", lambda *_: Alone(1.0, 0.1, (), 0.1, 10**9))
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out/records").iterdir()}
