@@ -108,10 +108,10 @@ def choose(names: Sequence[str], most: int | None = None) -> list[Contender]:
 
 
 def suited(contender: Contender, base: Base, most: int | None = None) -> Contender:
-    """Give a contender that learns a LiDB what `hdb new` would give it on this base: the rank that
-    the budget of bytes allows, the rate where nothing is drawn for likeness, and on a base without
-    a hypernetwork the iterations of a start from nobody, at most so many."""
-    if contender.trains != "lidb" or not contender.steps:
+    """Give HyperDreamBooth and its ablations what `hdb new` would give them on this base: the rank
+    that the budget of bytes allows, the rate where nothing is drawn for likeness, and on a base
+    without a hypernetwork the iterations of a start from nobody, at most so many."""
+    if not contender.steps or not (contender.predicted or contender.trains == "lidb"):
         return contender
     new = settle(base, None, None, RefineConfig.seed, contender.optimizer, contender.likeness)
     contender = replace(contender, rank=min(contender.rank, new.rank))

@@ -74,7 +74,8 @@ def test_tuning_takes_the_rate_that_ends_most_alike(
 def test_methods_get_what_hdb_new_would_give_them(tiny: Base) -> None:
     assert [suited(each, tiny) for each in CONTENDERS.values()] == list(CONTENDERS.values())
     plain = replace(tiny, spec=replace(tiny.spec, likeness=0.0))
-    assert suited(CONTENDERS["hyperdreambooth"], plain).lr == DIFFUSION_LR
+    for name in ("hyperdreambooth", "free-relaxation"):
+        assert suited(CONTENDERS[name], plain).lr == DIFFUSION_LR
     alone = replace(tiny, spec=replace(tiny.spec, hypernetwork=None, budget=20_000))
     nobody = suited(CONTENDERS["no-hypernetwork"], alone)
     assert (nobody.steps, nobody.lr) == (UNPREDICTED_STEPS, UNPREDICTED_LR) and nobody.rank < 4
