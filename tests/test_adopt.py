@@ -170,7 +170,7 @@ def test_half_a_download(narrow: Narrow, hdb_home: Path, tmp_path: Path, folder:
     assert sharded["digest"] == told("base", "add", "y", narrow.folder("sd1"))["digest"]
     told("base", "rm", "x")
     (folder / "unet" / "unet-1.safetensors").unlink()
-    refused(*add, folder, says="1 of 2 shards, such as unet-1.safetensors")
+    refused(*add, folder, says="1 of 2 shards, such as 'unet-1.safetensors'")
     index["weight_map"] = {"a": "../../secret.safetensors"}
     (folder / f"{UNET}.index.json").write_text(json.dumps(index))
     refused(*add, folder, says="names no shards")

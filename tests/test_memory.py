@@ -239,6 +239,7 @@ def test_what_measures_and_shows_plans_its_memory_too(
     hdb_home: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
+    monkeypatch.setattr("hdbcli.score.SEEDS", (1,))
     people = two_of_each(astronaut, tmp_path / "people")
     for name in ("alice", "bob"):
         assert hdb("new", astronaut, name, "--no-refine").exit_code == 0

@@ -170,6 +170,7 @@ def test_score_of_an_identity(
     hdb_home: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=10))
+    monkeypatch.setattr("hdbcli.score.SEEDS", (1, 2))
     registry = load_metrics()  # with two that a plug-in might bring
     for name, sign in (("bright", 1), ("dark", -1)):
         registry.register(MetricSpec(name, "s", "person", (), partial(Brightness, sign)), "here")
