@@ -134,21 +134,16 @@ def open_pair(
     return base, None if none else load_predictor(base)[0]
 
 
-def predictor_path(name: str, path: Path | None) -> Path:
-    """Return the file of a base's hypernetwork; HdbError if it has none, or it is gone."""
-    if path is None or not path.exists():
-        where = f" at {path}" if path else ""
-        raise HdbError(
-            f"base model {name} has no hypernetwork{where}; train one, then: "
-            f"hdb base set-hypernetwork {name} FILE"
-        )
-    return path
-
-
 def load_predictor(base: Base) -> tuple[HyperNetwork, str]:
     """Load the base's hypernetwork and its digest; HdbError if it has none or it is another
     base's."""
-    path = predictor_path(base.spec.name, base.spec.hypernetwork)
+    path = base.spec.hypernetwork
+    if path is None or not path.exists():
+        where = f" at {path}" if path else ""
+        raise HdbError(
+            f"base model {base.spec.name} has no hypernetwork{where}; train one, then: "
+            f"hdb base set-hypernetwork {base.spec.name} FILE"
+        )
     model, digest = load_hypernetwork(path)
     mine, theirs = base.injected.targets_digest(), model.config.targets_digest
     basis = base.injected.fingerprint().digest

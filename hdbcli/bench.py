@@ -72,14 +72,7 @@ def _people(*_: object) -> list[Row]:
     four = Theta(first.down, torch.randn(first.up.shape).to(first.up) * 0.02)
 
     def draw(worn: Theta) -> None:
-        generate(
-            base,
-            worn,
-            PORTRAIT,
-            range(4),
-            base.spec.sampling,
-            lambda *_: None,
-        )
+        generate(base, worn, PORTRAIT, range(4), base.spec.sampling, lambda *_: None)
 
     ratio = paired(lambda: draw(four), lambda: draw(four[:1]))
     return [Row("4 people in a batch / 4 pictures of one person", ratio, "x", below=1.3)]

@@ -286,21 +286,17 @@ def train_evaluate(
     """Measure a hypernetwork on people it never saw: loss with intervals, retrieval of
     portraits."""
     from hdbcli import evaluate
-    from hdbcli.base import load_predictor, predictor_path
-    from hdbcli.hyperfile import load_hypernetwork
+    from hdbcli.base import load_predictor
     from hdbcli.people import read_people
 
     spec = spec_of(base)
-    # Read twice, since to be told after the photos, which take hours, is too late.
-    load_hypernetwork(predictor_path(spec.name, hypernetwork or spec.hypernetwork))
-    with render.progress() as tell:
-        people = read_people(data, spec, pattern, aligned, tell)
-    render.show_skipped(people.skipped)
 
     def measure(plan: MemoryPlan) -> evaluate.Evaluation:
         loaded = open_on(base, device, hypernetwork, plan)
-        model, _ = load_predictor(loaded)
+        model, _ = load_predictor(loaded)  # before the photos are read, which takes hours
         with render.progress() as tell:
+            people = read_people(data, spec, pattern, aligned, tell)
+            render.show_skipped(people.skipped)
             return evaluate.evaluate(loaded, model, people, refined, tell)
 
     work = evaluate.work_of(spec, refined)
