@@ -1,5 +1,5 @@
 """Run hdb as `python -m hdbcli`."""
 
-from hdbcli.cli import main
+from hdbcli.cli.main import main
 
 main()

@@ -22,10 +22,10 @@ from typing import Any
 
 from hdbcli import __version__
 from registry import orphans, store
-from registry.checkpoint import read_checkpoint
+from registry.bases.settings import DEFAULT, customised, default_base, read_settings, settings_path
+from registry.checkpoints.contents import read_checkpoint
 from registry.errors import RegistryError
 from registry.plugins import Registry, load_metrics, load_registry
-from registry.settings import DEFAULT, customised, default_base, read_settings, settings_path
 from registry.spec import BaseSpec
 
 OK, WARNING, BROKEN = "ok", "warning", "broken"  # hdb works without what is "warning"

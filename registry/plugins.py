@@ -20,7 +20,7 @@ import re
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from registry.added import added_bases
+from registry.bases.added import added_bases
 from registry.errors import RegistryError
 from registry.metric import MetricSpec
 from registry.spec import BaseSpec

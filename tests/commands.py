@@ -7,7 +7,7 @@ from typing import Any
 
 from typer.testing import CliRunner, Result
 
-from hdbcli.cli import app
+from hdbcli.cli.main import app
 from registry import store
 
 QUICK = ["--steps", "2"]

@@ -15,7 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from cutdown import Narrow
 
-    from hdbcli.base import Base
+    from hdbcli.model.base import Base
 
 # Set before anything imports torch or a hub client, and inherited by the commands that tests start.
 _STORE = tempfile.TemporaryDirectory(prefix="hdb-tests-")
@@ -61,7 +61,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def tiny() -> Iterator[Base]:
     """Load the shipped base once; tests leave it wearing nobody."""
-    from hdbcli.base import load_base
+    from hdbcli.model.base import load_base
     from registry.plugins import load_registry
 
     yield load_base(load_registry().get("tiny"), "cpu")
@@ -77,7 +77,7 @@ def _narrow(tmp_path_factory: pytest.TempPathFactory) -> Narrow:
 @pytest.fixture
 def narrow(_narrow: Narrow, monkeypatch: pytest.MonkeyPatch) -> Narrow:
     """Give the test cut-down checkpoints, and let single files be read as narrow as they are."""
-    monkeypatch.setattr("registry.families.CONFIGS", _narrow.configs)
+    monkeypatch.setattr("registry.stable_diffusion.families.CONFIGS", _narrow.configs)
     return _narrow
 
 

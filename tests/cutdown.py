@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from registry.families import CONFIGS, FAMILIES
-from registry.vocabulary import clip_tokenizer
+from registry.stable_diffusion.families import CONFIGS, FAMILIES
+from registry.stable_diffusion.tokenizer import clip_tokenizer
 
 SIDE = 8  # of latents: 64 px
 UNET_WIDTH = 128  # a target must be wider than a = 100

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hdbcli.alone import Alone
-from hdbcli.compare import Record
+from hdbcli.compare.run import Record
+from hdbcli.compare.timing import Alone
 from hdbcli.config import PROMPTS
 
 ALONE = Alone(startup=5.0, prepare=1.0, first=(), step=0.5, memory=10**9)

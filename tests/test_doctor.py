@@ -15,9 +15,9 @@ from commands import hdb
 from hdbcli import doctor
 from hdbcli.doctor import BROKEN, OK, WARNING, Check
 from registry import store
-from registry.added import mark
+from registry.bases.added import mark
+from registry.bases.settings import Added, Settings, set_default, set_hypernetwork, write_settings
 from registry.plugins import load_metrics, load_registry
-from registry.settings import Added, Settings, set_default, set_hypernetwork, write_settings
 from registry.tiny import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]

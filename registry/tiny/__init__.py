@@ -11,7 +11,7 @@ from registry.metric import Metric, MetricSpec
 from registry.spec import BaseSpec
 
 if TYPE_CHECKING:
-    from registry.diffusion import StableDiffusion
+    from registry.stable_diffusion.backbone import StableDiffusion
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -25,7 +25,7 @@ def load(device: str, dtype: str) -> StableDiffusion:
     them."""
     import torch
 
-    from registry.loading import load_folder
+    from registry.stable_diffusion.loading import load_folder
 
     backbone = load_folder(WEIGHTS, device, dtype)
     # Half the time of a step that learns from what it draws goes by in the decoder otherwise.

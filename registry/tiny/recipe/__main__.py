@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from registry.errors import RegistryError
 
 if TYPE_CHECKING:
-    from registry.training import Step
+    from hdbcli.training.loop import Step
 
 
 def render(options: argparse.Namespace) -> Iterator[str]:
@@ -51,8 +51,8 @@ def autoencoder(options: argparse.Namespace) -> Iterator[str]:
 
 
 def decoder(options: argparse.Namespace) -> Iterator[str]:
+    from hdbcli.training.loop import Plan
     from registry.tiny.recipe.decoder import train_decoder
-    from registry.training import Plan
 
     embedding = _load(options.perceptual) if options.perceptual else None
     plan = Plan(options.steps, options.lr, warmup=100, average=0.999, seed=options.seed)
@@ -60,16 +60,16 @@ def decoder(options: argparse.Namespace) -> Iterator[str]:
 
 
 def base(options: argparse.Namespace) -> Iterator[str]:
+    from hdbcli.training.loop import Plan
     from registry.tiny.recipe.base import train_base
-    from registry.training import Plan
 
     plan = Plan(options.steps, options.lr, warmup=200, average=0.999, seed=options.seed)
     return _report(train_base(options.build, plan, options.batch, options.device, options.compile))
 
 
 def clip(options: argparse.Namespace) -> Iterator[str]:
+    from hdbcli.training.loop import Plan
     from registry.tiny.recipe.clip import train_clip
-    from registry.training import Plan
 
     plan = Plan(options.steps, options.lr, warmup=50, average=0.99, seed=options.seed)
     return _report(train_clip(options.build, plan, options.batch, options.device))

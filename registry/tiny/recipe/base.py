@@ -11,11 +11,12 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from hdbcli.model.device import short_attention
+from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
 from registry.tiny.recipe.autoencoder import CHANNELS, decode, encode
 from registry.tiny.recipe.pictures import STYLES, Pictures, half, read_pictures, sheet
 from registry.tiny.recipe.styles import CAPTIONS
 from registry.tiny.recipe.vocabulary import LENGTH, write_tokenizer
-from registry.training import Plan, Step, averages_of, fit, settle, short_attention
 
 IDENTIFIER = "sks"
 WIDTH = 128  # of the text encoder

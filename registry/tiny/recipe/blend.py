@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from registry.checkpoints.tensors import save_tensors
 from registry.errors import RegistryError
-from registry.tensors import save_tensors
 
 
 def blend(before: Path, after: Path, share: float, out: Path) -> None:

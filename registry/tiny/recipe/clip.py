@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from registry.tensors import save_tensors
+from hdbcli.training.loop import Plan, Step, averages_of, fit
+from registry.checkpoints.tensors import save_tensors
 from registry.tiny.clip import SIZE, InDomainClip
 from registry.tiny.recipe.pictures import read_pictures, to_unit
 from registry.tiny.recipe.styles import CAPTIONS
-from registry.training import Plan, Step, averages_of, fit
 
 TEXTS = [caption.replace("[V] ", "") for caption in CAPTIONS.values()]
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from torch import Tensor
 
+from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
 from registry.errors import RegistryError
 from registry.tiny import TEMPLATE
 from registry.tiny.recipe.autoencoder import SCALE, encode, show
@@ -24,7 +25,6 @@ from registry.tiny.recipe.base import IDENTIFIER
 from registry.tiny.recipe.pictures import STYLES, Pictures, half, read_pictures, to_unit
 from registry.tiny.recipe.principal import spare_blocks
 from registry.tiny.recipe.styles import CAPTIONS
-from registry.training import Plan, Step, averages_of, fit, settle
 
 PICTURES = 12_000  # drawn again
 DEEPEST = 0.3  # at most so much of the way to noise: beyond it another person comes back

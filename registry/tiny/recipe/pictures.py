@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from registry.contact_sheet import contact_sheet
+from hdbcli.model.contact_sheet import contact_sheet
 from registry.errors import RegistryError
 from registry.tiny.recipe.assets import read_image
 from registry.tiny.recipe.styles import CAPTIONS

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from registry.checkpoints.tensors import canonical, save_tensors
 from registry.errors import RegistryError
-from registry.tensors import canonical, save_tensors
 
 LIMIT = 40_000_000  # bytes of everything under weights/
 

@@ -1,0 +1,179 @@
+"""Commands about base models."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hdbcli.cli import render
+from hdbcli.cli.boundary import new_app
+from hdbcli.cli.options import Json, added_of, base_name, bases, open_on, spec_of
+from hdbcli.errors import HdbError
+from registry.errors import RegistryError
+from registry.store import check_name
+
+if TYPE_CHECKING:
+    from registry.plugins import Registry
+    from registry.spec import BaseSpec
+
+base_app = new_app("The base models that hdb knows.")
+
+Name = Annotated[str, typer.Argument(help="Name of a base model.")]
+
+
+@base_app.command("add")
+def base_add(
+    name: Annotated[str, typer.Argument(help="What to call it.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A diffusers folder, an original single .safetensors file, or a model of the "
+            "Hugging Face hub, such as org/model."
+        ),
+    ],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model of the hub.")
+    ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(help="epsilon or v, where a single file predicts what is not usual for it."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Add a base model of Stable Diffusion 1.x, 2.x or XL; its files stay where they are."""
+    from registry.bases.hub import locate
+
+    registry = bases()
+    if check_name(name).casefold() in {known.casefold() for known in registry.names()}:
+        source, free = registry.source(name), added_of(name) is not None
+        rest = f", or hdb base rm {name} first" if free else ""
+        raise HdbError(
+            f"there is a base model {name} already, of {source}; choose another name{rest}"
+        )
+    path, origin = locate(source, revision)
+    from hdbcli.model.add import adopt
+
+    with render.progress() as tell:
+        added = adopt(name, path, origin, prediction, tell)
+    if as_json:
+        render.document(render.base_facts(spec_of(name), bases().source(name), added))
+        return
+    render.say(f"{name}: {spec_of(name).summary}, {added.resolution} px")
+    render.note(
+        f"hint: it has no hypernetwork yet, so hdb new --base {name} takes longer; "
+        f"train one and: hdb base set-hypernetwork {name} FILE"
+    )
+
+
+@base_app.command("list")
+def base_list(as_json: Json = False) -> None:
+    """List the base models, and the plug-ins that could not be loaded."""
+    registry = bases()
+    for problem in registry.problems:
+        render.note(f"warning: {problem}")
+    specs, default = registry.specs(), base_name(None).casefold()
+    if as_json:
+        render.document(
+            [{**_facts(s, registry), "default": s.name.casefold() == default} for s in specs]
+        )
+        return
+    rows = []
+    for s in specs:
+        star = "*" if s.name.casefold() == default else ""
+        rows.append((s.name, star, s.family, s.resolution, s.licence, s.summary))
+    render.table(("name", "", "family", "px", "licence", "summary"), rows)
+
+
+@base_app.command("show")
+def base_show(name: Name, as_json: Json = False) -> None:
+    """Show what a base model offers."""
+    values = render.base_facts(spec_of(name), bases().source(name), added_of(name))
+    (render.document if as_json else render.facts)(values)
+
+
+@base_app.command("default")
+def base_default(
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a base model; without one, say which it is.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the base model that commands use without --base."""
+    from registry.bases.settings import set_default
+
+    if name:
+        set_default(bases().get(name).name)
+    chosen = base_name(None)
+    if as_json:
+        render.document({"default": chosen})
+    else:
+        render.say(chosen)
+
+
+@base_app.command("rm")
+def base_rm(name: Name, as_json: Json = False) -> None:
+    """Forget a base model that was added; its files stay where they are."""
+    from registry.bases.added import forget
+
+    _check_known(name)
+    added = forget(name)
+    if as_json:
+        render.document({"name": added.name, "path": added.path})
+    else:
+        render.say(f"forgot {added.name}; its files stay at {added.path}")
+
+
+@base_app.command("verify")
+def base_verify(name: Name, as_json: Json = False) -> None:
+    """Read all files of an added base model again, and refuse it if one has changed."""
+    from registry.bases.added import verify
+
+    _check_known(name)
+    added = verify(name)
+    size = sum(mark.bytes for mark in added.files.values())
+    if as_json:
+        facts = {"name": added.name, "path": added.path, "digest": added.digest}
+        render.document({**facts, "files": len(added.files), "bytes": size})
+    else:
+        render.say(f"{added.name}: {len(added.files)} files, {size:,} bytes, as they were added")
+
+
+@base_app.command("set-hypernetwork")
+def base_set_hypernetwork(
+    name: Name,
+    file: Annotated[
+        Path | None, typer.Argument(help="File made by hdb train hypernetwork.")
+    ] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Go back to the base's own.")] = False,
+) -> None:
+    """Let a base model predict with another hypernetwork, after checking that it fits."""
+    from registry.bases.settings import set_hypernetwork
+
+    if reset == (file is not None):
+        raise HdbError("give either the file of a hypernetwork or --reset")
+    spec = bases().get(name)
+    if file:
+        from hdbcli.model.base import load_predictor
+
+        load_predictor(open_on(name, "cpu", file))
+    set_hypernetwork(spec.name, file)
+    render.say(f"{spec.name} predicts with {file or 'its own hypernetwork'}")
+
+
+def _check_known(name: str) -> None:
+    """Raise RegistryError for a name that nobody gave, with the likely one."""
+    if added_of(name) is None:  # else known, even if this hdb cannot work with it
+        bases().get(name)
+
+
+def _facts(spec: BaseSpec, registry: Registry) -> dict[str, Any]:
+    """Return a base model's facts; settings that cannot be read are among the problems already."""
+    from registry.bases.settings import customised
+
+    source, added = registry.source(spec.name), None
+    with suppress(RegistryError):
+        spec, added = customised(spec), added_of(spec.name)
+    return render.base_facts(spec, source, added)

@@ -1,0 +1,310 @@
+"""What all command modules share: option types, the boundary of errors, and ways to a base and its
+identities."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from hdbcli.cli import render
+from hdbcli.config import OPTIMIZERS, PICTURES, RefineConfig
+from hdbcli.errors import HdbError
+from registry import store
+
+if TYPE_CHECKING:
+    from hdbcli.identity.file import Weights
+    from hdbcli.interop.lora_stack import Lora, Stacked
+    from hdbcli.method.lidb import Theta
+    from hdbcli.model.base import Base
+    from hdbcli.model.memory import MemoryPlan, Work
+    from registry.bases.settings import Added
+    from registry.plugins import Registry
+    from registry.spec import BaseSpec
+
+T = TypeVar("T")
+SEEDS = 2**63 - 1
+FORMATS = "fp16, fp32 or int8"
+
+
+def as_text(value: str) -> str:
+    """Refuse what no encoding of text could hold, such as bytes of a shell that are no UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter(f"{value!r} is no text in UTF-8") from error
+    return value
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse NaN and infinity, which no range of an option does."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number to work with")
+    return value
+
+
+def one_of(noun: str, choices: Sequence[str]) -> Callable[[str | None], str | None]:
+    """Make a check of an option, so that a wrong word is told before any work."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in choices:
+            raise HdbError(f"unknown {noun} {value!r}; choose {' or '.join(choices)}")
+        return value
+
+    return check
+
+
+known_optimizer = one_of("optimizer", OPTIMIZERS)
+Photo = Annotated[Path, typer.Argument(help="JPEG, PNG or WebP photo of the face.")]
+Identity = Annotated[str, typer.Argument(help="Name of an identity, or an identity file.")]
+BaseName = Annotated[
+    str | None, typer.Option("--base", help="Base model; default: see hdb base default.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or mps; default: the fastest there is.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what has this name already.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")]
+More = Annotated[
+    list[Path] | None, typer.Option("--photo", help="Another photo of the person; repeatable.")
+]
+FaceNumber = Annotated[
+    int | None,
+    typer.Option("--face", help="Which of several faces, from 1 at the left."),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(help="ddim, dpm++, euler, euler-a, lcm or unipc; default: the base's."),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[=STRENGTH]",
+        help="A LoRA of a style, or of few steps, to add to the base first; repeatable.",
+    ),
+]
+Likeness = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        callback=finite,
+        help="Weight of the likeness of portraits that it draws meanwhile; 0 is faster, default: "
+        "the base's.",
+    ),
+]
+FirstSeed = Annotated[
+    int | None, typer.Option(min=0, max=SEEDS, help="First seed; default: random.")
+]
+SamplingSteps = Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(min=0, callback=finite, help="CFG scale; default: the base's, as base show says."),
+]
+Strength = Annotated[
+    float, typer.Option(callback=finite, help="Weight of the identity; 0 is the base.")
+]
+Negative = Annotated[
+    str,
+    typer.Option(
+        callback=as_text, help="What to avoid. It wears the identity too, as in a merged model."
+    ),
+]
+Count = Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="How many pictures.")]
+Size = Annotated[int | None, typer.Option(min=8, max=16384, help="Pixels; default: the base's.")]
+Prompt = Annotated[
+    str, typer.Argument(callback=as_text, help="What to draw; [V] is the person's place in it.")
+]
+Grid = Annotated[
+    bool, typer.Option("--grid", help="Save a contact sheet too; with -o FILE.png, only that.")
+]
+NewName = Annotated[str, typer.Argument(help="The new name.")]
+Steps = Annotated[int, typer.Option(min=1, help="Iterations of refinement.")]
+Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of the noise.")]
+Memory = Annotated[
+    str, typer.Option(help="auto (what fits into the free memory), low (the least) or normal.")
+]
+Optimizer = Annotated[
+    str, typer.Option(callback=known_optimizer, help=f"{' or '.join(OPTIMIZERS)}.")
+]
+NewSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", min=0, max=SEEDS, help=f"Seed of the noise; default: {RefineConfig.seed}."
+    ),
+]
+NewOptimizer = Annotated[
+    str | None,
+    typer.Option(
+        "--optimizer",
+        callback=known_optimizer,
+        help=f"{' or '.join(OPTIMIZERS)}; default: {RefineConfig.optimizer}.",
+    ),
+]
+As = Annotated[str | None, typer.Option("--as", help="Name of the new one; default: replace.")]
+Data = Annotated[Path, typer.Argument(help="Folder of photos, or a folder of them per person.")]
+Pattern = Annotated[str, typer.Option(help="Which files to take, such as 'portrait-*'.")]
+Aligned = Annotated[bool, typer.Option("--aligned", help="Pictures are the base's crops already.")]
+
+
+def refuse_given(why: str, **options: object) -> None:
+    """Refuse options that were given and would do nothing; `why` ends before their names."""
+    for option, value in options.items():
+        if value is not None:
+            raise HdbError(f"{why} --{option.replace('_', '-')}")
+
+
+def chosen_name(name: str) -> str:
+    """Return the name that a new identity is to have; refuse one that was meant as a photo."""
+    if name.casefold().endswith(PICTURES) or os.path.isfile(name):
+        raise HdbError(f"{name} is a picture or a file, not a name; more photos: --photo {name}")
+    return store.check_name(name)
+
+
+def new_path(name: str, force: bool) -> Path:
+    """Return where a new identity goes; before any work, refuse a taken name or an unwritable
+    place."""
+    from hdbcli.model.sample import check_writable
+
+    path = store.path_of(name)
+    if path.exists() and not force:
+        raise HdbError(f"{path.stem} exists already; give another name, or --force to replace it")
+    check_writable(path)
+    return path
+
+
+def check_output(out: Path, *inputs: Path) -> None:
+    """Refuse an output that is an input, or lies among the identities: it would take their place.
+
+    Then refuse one that cannot be written, before any work.
+    """
+    from hdbcli.model.sample import check_writable
+
+    if any(out.exists() and out.samefile(path) for path in inputs):
+        raise HdbError(f"{out} is what is read; give another file with -o")
+    check_among(out)
+    check_writable(out)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder of results that is a file, or in which nothing can be written."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise HdbError(f"{place} is a file; give a folder")
+    check_among(out)
+    check_output(place / "results")
+
+
+def check_among(out: Path) -> None:
+    """Refuse an output among the identities of the store, where it would pass for one of them."""
+    if store.folder().resolve() in (out.resolve(), *out.resolve().parents):
+        raise HdbError(f"{out} lies among the identities of the store; give another place")
+
+
+def bases() -> Registry:
+    from registry.plugins import load_registry  # its importlib.metadata is slow, and `list` is not
+
+    return load_registry()
+
+
+def base_name(base: str | None) -> str:
+    """Return the base model asked for, or the user's default."""
+    from registry.bases.settings import default_base
+
+    return base or default_base()
+
+
+def spec_of(base: str | None) -> BaseSpec:
+    """Return the spec of a base model, with what the user set for it."""
+    from registry.bases.settings import customised
+
+    return customised(bases().get(base_name(base)))
+
+
+def weights_of(base: str) -> tuple[BaseSpec, Weights]:
+    """Return a base model's spec and its targets: read in its files, which takes no memory, or
+    loaded if it names none."""
+    from hdbcli.model.base import load_base
+    from hdbcli.model.files import open_checkpoint
+
+    spec = spec_of(base)
+    return spec, load_base(spec, "cpu").injected if spec.files is None else open_checkpoint(spec)
+
+
+def added_of(base: str) -> Added | None:
+    """Return where a base model's files lie, if the user added it."""
+    from registry.bases.settings import read_settings, settings_path
+
+    return read_settings(settings_path(base)).added
+
+
+def open_on(
+    base: str | None,
+    device: str | None,
+    hypernetwork: Path | None = None,
+    plan: MemoryPlan | None = None,
+) -> Base:
+    """Load a base model, or the default one, on a device; say what of a memory plan cannot be
+    done."""
+    from hdbcli.model.base import open_base
+    from hdbcli.model.memory import NORMAL
+
+    loaded = open_base(base_name(base), device, hypernetwork, plan or NORMAL)
+    for note in loaded.notes:
+        render.note(f"warning: {note}")
+    return loaded
+
+
+def stack(base: Base, loras: Sequence[Lora]) -> list[Stacked]:
+    """Add LoRA files to a loaded base, saying what of them found no place."""
+    from hdbcli.interop import lora_stack
+
+    stacked = lora_stack.stack(base, loras)
+    for each in stacked:
+        if each.unread:
+            render.note(f"warning: {each.problem}")
+    return stacked
+
+
+def within_memory(
+    spec: BaseSpec,
+    device: str | None,
+    memory: str,
+    work: Work,
+    attempt: Callable[[MemoryPlan], T],
+    **advice: str,
+) -> T:
+    """Choose a memory plan, say it, and run the attempt on it: out of memory, once more on the next
+    smaller one, or an error with the `advice`."""
+    from hdbcli.model.device import choose_device
+    from hdbcli.model.memory import choose, run_within
+
+    choice = choose(spec, choose_device(device), memory, work)
+    render.note(choice.line)
+    return run_within(choice, attempt, render.note, **advice)
+
+
+def wear(
+    paths: list[Path], base: str | None, device: str | None, plan: MemoryPlan | None = None
+) -> tuple[Base, Theta]:
+    """Load identities and the base to wear them on; say so where it is not the one they were made
+    on."""
+    from hdbcli.identity.file import load, theta_for
+    from hdbcli.method.relax import stack
+
+    identities = [load(path) for path in paths]
+    loaded = open_on(base or identities[0].base, device, plan=plan)
+    thetas = []
+    for path, identity in zip(paths, identities, strict=True):
+        theta, warning = theta_for(loaded, identity)
+        if warning:
+            render.note(f"warning: {path.stem}: {warning}")
+        thetas.append(theta)
+    return loaded, stack(thetas)

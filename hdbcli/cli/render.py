@@ -1,0 +1,299 @@
+"""Turn facts into what a person or a script reads: tables, one JSON document, progress with time
+left."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hdbcli.config import Tell
+
+if TYPE_CHECKING:
+    from hdbcli.bench.suite import Row
+    from hdbcli.compare.comparison import Contest
+    from hdbcli.identity.inspection import Inspection
+    from hdbcli.identity.verification import Verdict
+    from hdbcli.interop.lora_readers import Reading
+    from hdbcli.measure.statistics import Interval
+    from hdbcli.training.evaluate import Evaluation
+    from hdbcli.training.loop import Step
+    from hdbcli.training.personalise import Created
+    from registry.bases.settings import Added
+    from registry.spec import BaseSpec
+    from registry.store import Entry
+
+STAGES = {
+    "crop": "finding the face",
+    "load": "loading the base model",
+    "hash": "reading its files",
+    "predict": "predicting",
+    "refine": "refining",
+    "draw": "drawing",
+    "read": "reading photos",
+    "encode": "encoding photos",
+    "train": "training",
+    "loss": "measuring the loss",
+    "merge": "merging",
+}
+
+
+def say(text: str) -> None:
+    """Print a line on standard output as it is: brackets such as [V] are no markup here."""
+    sys.stdout.write(f"{text}\n")
+
+
+def note(text: str) -> None:
+    """Print a line beside the result, on standard error."""
+    sys.stderr.write(f"{text}\n")
+
+
+def document(value: object) -> None:
+    """Print one JSON document, alone on standard output; JSON is UTF-8, so in any other encoding
+    all but ASCII is escaped."""
+    plain = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=plain, allow_nan=False) + "\n")
+
+
+@contextmanager
+def progress() -> Iterator[Tell]:
+    """Draw one bar a stage with the time left; silent where standard error is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True, highlight=False)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks or bar.tasks[tasks[stage]].finished:
+                tasks[stage] = bar.add_task(STAGES.get(stage, stage), total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield tell
+
+
+def follow(steps: Iterator[Step], tell: Tell) -> None:
+    """Run a training to its end; say the loss now and then, for logs have no bars."""
+    mean = 0.0
+    for step in steps:
+        mean = step.loss if not mean else 0.98 * mean + 0.02 * step.loss
+        tell("train", step.number, step.steps)
+        if step.number % 50 == 0 or step.number == step.steps:
+            note(f"step {step.number}/{step.steps}, loss {mean:.4f}, {step.left / 60:.1f} min left")
+
+
+def show_skipped(skipped: Sequence[str]) -> None:
+    """Say how many photos were left out, and why the first one was."""
+    if skipped:
+        note(f"warning: {len(skipped)} photos were skipped, the first because: {skipped[0]}")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print plain columns, the same for a terminal and a pipe.
+
+    Not by rich: to load it takes longer than `hdb list` of a thousand identities may.
+    """
+    cells = [tuple(columns), *(tuple(map(str, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+    say("\n".join(lines))
+
+
+def facts(values: Mapping[str, object]) -> None:
+    """Print names and values in two columns."""
+    width = max(map(len, values))
+    for key, value in values.items():
+        say(f"{key.ljust(width)}  {'-' if value is None else value}")
+
+
+def created_facts(name: str, path: str, size: int, dtype: str, created: Created) -> dict[str, Any]:
+    """Return what `hdb new --json` prints."""
+    identity = created.identity
+    return {
+        "name": name,
+        "base": identity.base,
+        "numbers": identity.numbers,
+        "bytes": size,
+        "rank": identity.rank,
+        "dtype": dtype,
+        "seconds": {key: round(value, 3) for key, value in created.seconds.items()},
+        "loss": {"start": created.loss_start, "end": created.loss_end},
+        "likeness": identity.likeness,
+        "base_likeness": round(created.base_likeness, 4),
+        "path": path,
+    }
+
+
+def show_created(values: Mapping[str, Any]) -> None:
+    """Print the small table that ends `hdb new` and `hdb refine`."""
+    seconds, loss = values["seconds"], values["loss"]
+    facts(
+        {
+            "identity": f"{values['name']} (on {values['base']}, rank {values['rank']})",
+            "numbers": f"{values['numbers']:,}",
+            "bytes": f"{values['bytes']:,} ({values['dtype']})",
+            "seconds": ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()),
+            "loss": f"{loss['start']:.4f} before, {loss['end']:.4f} after",
+            "likeness": f"{values['likeness']:.2f} (the base's own: {values['base_likeness']:.2f})",
+            "file": values["path"],
+        }
+    )
+
+
+def show_pictures(saved: Mapping[str, Any]) -> None:
+    """Print where each picture is and its seed, and then the sheet of them."""
+    for picture in saved["pictures"]:
+        say(f"{picture['path'] or 'in the sheet'}  seed {picture['seed']}")
+    if saved["grid"]:
+        say(saved["grid"])
+
+
+def show_entries(entries: Sequence[Entry]) -> None:
+    """Print the identities, one a line; a damaged file says so in its line."""
+    rows: list[tuple[object, ...]] = []
+    for entry in entries:
+        known = entry.facts
+        if known is None:
+            rows.append((entry.name, "?", f"{entry.bytes:,}", "?", entry.problem))
+        else:
+            rows.append((entry.name, known.base, f"{entry.bytes:,}", known.rank, known.created))
+    table(("name", "base", "bytes", "rank", "created"), rows)
+
+
+def base_facts(spec: BaseSpec, source: str, added: Added | None) -> dict[str, Any]:
+    """Return what `hdb base show --json` prints."""
+    where = {k: getattr(added, k, None) for k in ("path", "origin", "prediction", "digest")}
+    return {
+        "name": spec.name,
+        "family": spec.family,
+        "summary": spec.summary,
+        "licence": spec.licence,
+        "resolution": spec.resolution,
+        "a": spec.a,
+        "b": spec.b,
+        "basis_seed": spec.basis_seed,
+        "identifier": spec.identifier,
+        "targets": {component: list(patterns) for component, patterns in spec.targets.items()},
+        "hypernetwork": bool(spec.hypernetwork and spec.hypernetwork.exists()),
+        "budget": spec.budget,
+        "guidance": spec.guidance,
+        "source": source,
+        **where,  # null where the base came with a package
+        "bytes": sum(mark.bytes for mark in added.files.values()) if added else None,
+    }
+
+
+def show_evaluation(result: Evaluation) -> None:
+    """Print the held-out losses with their intervals, and retrieval beside its ceilings and
+    chance."""
+
+    def interval(value: Interval) -> str:
+        return f"{value.mean:+.4f} (95 % {value.low:+.4f} to {value.high:+.4f})"
+
+    chance = 1 / result.people
+    say(f"{result.people} held-out people, prediction from one photo, tested on another")
+    table(
+        ("diffusion loss", "mean"),
+        (
+            ("with their own theta", f"{result.own:.4f}"),
+            ("with another's theta", f"{result.another:.4f}"),
+            ("base, nobody's theta", f"{result.base:.4f}"),
+            ("base - own, paired", interval(result.base_minus_own)),
+            ("another's - own, paired", interval(result.another_minus_own)),
+        ),
+    )
+    rows = [
+        ("portrait, predicted theta", result.portraits),
+        ("ceiling: another true photo", result.other_photo),
+        ("ceiling: that photo through the autoencoder", result.autoencoded),
+    ]
+    if result.refined:
+        among = f", the first {result.refined_people} people"
+        among = "" if result.refined_people == result.people else among
+        rows.insert(1, (f"portrait, refined theta{among}", result.refined))
+    cells = [(name, f"{r.top1:.0%}", f"{r.top5:.0%}", f"{r.auc:.3f}") for name, r in rows]
+    cells.append(("chance", f"{chance:.0%}", f"{min(1, 5 * chance):.0%}", "0.500"))
+    table(("retrieval among true photos", "first", "in five", "AUC"), cells)
+
+
+def show_contest(result: Contest) -> None:
+    """Print the tables of a comparison and what bounds its likeness."""
+    from hdbcli.compare.page import notes, tables
+
+    for each in tables(result):
+        say(f"{each.title}:")
+        table(each.heads, each.rows)
+        say("")
+    for line in notes(result):
+        say(line)
+
+
+def show_bench(rows: Sequence[Row], where: str) -> None:
+    """Print figures beside what they have to be."""
+    lines = []
+    for row in rows:
+        bound = f"< {_figure(row.below)}" if row.below is not None else ""
+        bound = f">= {_figure(row.above)}" if row.above is not None else bound
+        kept = "" if row.kept is None else "yes" if row.kept else "NO"
+        lines.append((row.name, f"{_figure(row.value)} {row.unit}", bound, kept))
+    table(("benchmark", "measured", "promised", "kept"), lines)
+    say(where)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def show_inspection(summary: Mapping[str, Any], result: Inspection) -> None:
+    """Print what the file says, where the energy lies, and the strongest targets."""
+    basis = "verifies" if result.verified else "not verified"
+    facts({**summary, "energy": f"{result.energy:.4g}", "this base": result.problem or basis})
+    for field in ("component", "kind"):
+        shares = sorted(result.share(field).items(), key=lambda item: -item[1])
+        table((field, "energy"), [(name, f"{share:.1%}") for name, share in shares])
+    whole = max(result.energy, 1e-30)
+    strongest = sorted(result.targets, key=lambda target: -target.energy)[:10]
+    rows = [
+        (t.name, f"{t.energy / whole:.1%}", ", ".join(f"{s:.3f}" for s in t.singular))
+        for t in strongest
+    ]
+    table(("strongest targets", "energy", "singular values"), rows)
+
+
+def show_readings(readings: Sequence[Reading]) -> None:
+    """Print a line a reader: how many targets map, or why it was not asked."""
+    for reading in readings:
+        counts = f"{reading.mapped} of {reading.total} targets map"
+        if reading.unread:
+            counts += f", {len(reading.unread)} keys unread"
+        said = reading.problem if not reading.asked else counts
+        say(f"{reading.reader.ljust(max(len(r.reader) for r in readings))}  {said}")
+
+
+def show_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """Print a line an identity: whether the file and its basis hold, and what is wrong."""
+    words = {True: "verifies", False: "differs", None: "?"}
+    rows = [
+        (v.name, "good" if v.ok else "BAD", words[v.basis], f"{v.bytes:,}", v.problem or "")
+        for v in verdicts
+    ]
+    table(("name", "file", "basis", "bytes", ""), rows)

@@ -1,0 +1,307 @@
+"""Commands that train and measure the hypernetwork of a base model."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hdbcli.cli import render
+from hdbcli.cli.boundary import new_app
+from hdbcli.cli.options import (
+    Aligned,
+    BaseName,
+    Data,
+    Device,
+    Json,
+    Memory,
+    Optimizer,
+    Pattern,
+    Seed,
+    check_folder,
+    check_output,
+    finite,
+    one_of,
+    open_on,
+    refuse_given,
+    spec_of,
+    within_memory,
+)
+from hdbcli.config import (
+    PRECISIONS,
+    BankConfig,
+    PretrainConfig,
+    Tell,
+)
+from hdbcli.errors import HdbError
+from registry.checkpoints.safetensors import read_header
+from registry.errors import RegistryError
+
+if TYPE_CHECKING:
+    from hdbcli.method.hypernet import HyperNetwork
+    from hdbcli.method.lidb import Theta
+    from hdbcli.model.base import Base
+    from hdbcli.model.memory import MemoryPlan, Work
+    from hdbcli.training.people import People
+    from registry.spec import BaseSpec
+
+LARGEST = 2**40  # bytes of a hypernetwork, of which the header alone is read
+
+LearningRate = Annotated[
+    float, typer.Option(min=0, callback=finite, help="Learning rate, at its highest.")
+]
+train_app = new_app("Train and measure the hypernetwork of a base model.")
+
+
+@train_app.command("bank")
+def train_bank(
+    data: Data,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the bank.")],
+    base: BaseName = None,
+    steps: Annotated[int, typer.Option(min=1, help="Iterations each.")] = BankConfig.steps,
+    lr: LearningRate = BankConfig.lr,
+    at_once: Annotated[int, typer.Option(min=1, help="People side by side.")] = BankConfig.at_once,
+    seed: Seed = BankConfig.seed,
+    optimizer: Optimizer = BankConfig.optimizer,
+    pattern: Pattern = "*",
+    aligned: Aligned = False,
+    device: Device = None,
+    memory: Memory = "auto",
+) -> None:
+    """Optimise the LiDB of everybody in a folder; interrupted, the same command goes on."""
+    from hdbcli.training import bank
+    from hdbcli.training.people import read_people
+
+    check_folder(out)
+    spec = spec_of(base)
+    config = BankConfig(steps, lr=lr, at_once=at_once, seed=seed, optimizer=optimizer)
+    with render.progress() as tell:
+        people = read_people(data, spec, pattern, aligned, tell)
+    render.show_skipped(people.skipped)
+
+    def build(plan: MemoryPlan) -> None:
+        loaded = open_on(base, device, plan=plan)
+        start, made = time.perf_counter(), 0
+        with render.progress() as tell:
+            for shard in bank.build_bank(loaded, people, out, config, tell):
+                made += shard.people
+                rate = made / (time.perf_counter() - start)
+                render.note(
+                    f"{shard.total}/{len(people.names)} people, loss {shard.loss_start:.4f} to "
+                    f"{shard.loss_end:.4f}, {rate:.2f} people a second, "
+                    f"{(len(people.names) - shard.total) / rate / 60:.1f} min left"
+                )
+
+    fewer = f"take fewer people side by side than --at-once {at_once}"
+    within_memory(spec, device, memory, bank.work_of(spec, at_once), build, advice=fewer)
+    render.say(str(out))
+
+
+Prior = Annotated[
+    float,
+    typer.Option(min=0, callback=finite, help="Weight of leaving alone what is drawn without [V]."),
+]
+Likeness = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        callback=finite,
+        help="Weight of the likeness of portraits drawn while training.",
+    ),
+]
+Share = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Draw portraits of one in so many people of a step, and leave strangers alone.",
+    ),
+]
+# Not "--start": torchrun takes that for one of its own, wherever it stands.
+Start = Annotated[
+    Path | None,
+    typer.Option("--from", help="A hypernetwork to train on, instead of from nothing."),
+]
+Precision = Annotated[
+    str,
+    typer.Option(callback=one_of("precision", PRECISIONS), help=f"{' or '.join(PRECISIONS)}."),
+]
+SaveSeconds = Annotated[
+    float, typer.Option(min=0, callback=finite, help="Seconds between checkpoints.")
+]
+Beta = Annotated[
+    float | None,
+    typer.Option(
+        min=0, callback=finite, help=f"Weight of the bank; default: {PretrainConfig.beta}."
+    ),
+]
+Look = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help=f"Steps between looks at people held out; default: {PretrainConfig.look}."
+    ),
+]
+HeldOut = Annotated[
+    int, typer.Option(min=0, help="People to hold out, at most a tenth of all; 0: no looks.")
+]
+
+
+@train_app.command("hypernetwork")
+def train_hypernetwork(
+    data: Data,
+    out: Annotated[Path, typer.Option("-o", "--out", help="File of the hypernetwork.")],
+    base: BaseName = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps.")] = PretrainConfig.steps,
+    batch: Annotated[int, typer.Option(min=1, help="People a step.")] = PretrainConfig.batch,
+    lr: LearningRate = PretrainConfig.lr,
+    bank: Annotated[Path | None, typer.Option(help="Bank made by hdb train bank.")] = None,
+    beta: Beta = None,
+    prior: Prior = PretrainConfig.prior,
+    likeness: Likeness = PretrainConfig.likeness,
+    share: Share = PretrainConfig.share,
+    seed: Seed = PretrainConfig.seed,
+    optimizer: Optimizer = PretrainConfig.optimizer,
+    precision: Precision = PretrainConfig.precision,
+    save_seconds: SaveSeconds = PretrainConfig.save_seconds,
+    look: Look = None,
+    held_out: HeldOut = PretrainConfig.held_out,
+    start: Start = None,
+    pattern: Pattern = "*",
+    aligned: Aligned = False,
+    device: Device = None,
+    memory: Memory = "auto",
+) -> None:
+    """Train the hypernetwork of a base model; interrupted, the same command goes on.
+
+    On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
+    processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
+    """
+    from hdbcli.model.base import load_predictor
+    from hdbcli.training.bank import read_bank
+    from hdbcli.training.hypernetwork import new_hypernetwork
+    from hdbcli.training.people import read_people
+
+    if not bank:
+        refuse_given("there is nothing to weigh; add --bank or drop", beta=beta)
+    if not held_out:
+        refuse_given("--held-out 0 leaves nobody to look at; drop it or", look=look)
+    _check_hypernetwork_out(out, start)
+    checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
+    beta, look = PretrainConfig.beta if beta is None else beta, look or PretrainConfig.look
+    goals = (steps, lr, batch, beta, prior, likeness, share)
+    config = PretrainConfig(
+        *goals, seed, optimizer, precision, save_seconds, look, held_out, checkpoint
+    )
+    spec = spec_of(base)
+
+    def learn(plan: MemoryPlan) -> None:
+        loaded = open_on(base, device, start, plan)
+        # Before the photos are read, which takes hours: these may be missing, or another base's.
+        known = read_bank(bank, loaded) if bank else None
+        model = load_predictor(loaded)[0] if start else new_hypernetwork(loaded, seed)
+        with render.progress() as tell:
+            people = read_people(data, loaded.spec, pattern, aligned, tell)
+            render.show_skipped(people.skipped)
+            _learn(loaded, model, people, config, known, out, tell)
+
+    within_memory(spec, device, memory, _work_of(spec, config), learn)
+
+
+def _work_of(spec: BaseSpec, config: PretrainConfig) -> Work:
+    """Say what a training asks of a base."""
+    from hdbcli.model.memory import Work
+    from hdbcli.training.likeness_loss import KEPT
+    from hdbcli.training.objective import DRAWS
+
+    drafts = DRAWS * KEPT * bool(config.likeness)  # of a person, all in one graph
+    samples = max(config.batch * DRAWS, -(-config.batch // config.share) * drafts)
+    least = max(DRAWS, drafts)
+    return Work(samples, spec.resolution, trains=True, exact=True, least=least)
+
+
+def _check_hypernetwork_out(out: Path, start: Path | None) -> None:
+    """Refuse to write over what a run starts from, or over anything but a hypernetwork: an older
+    one is replaced, since a run that is interrupted goes on with the same command."""
+    if out.is_dir():
+        raise HdbError(f"{out} is a folder; give a file in it, such as hyper.safetensors")
+    check_output(out, *([start] if start else []))
+    if not out.exists():
+        return
+    try:
+        kind = read_header(out, LARGEST).metadata.get("hdb.kind")
+    except RegistryError:
+        kind = None
+    if kind != "hypernetwork":
+        raise HdbError(f"{out} is there and is no hypernetwork of hdb; give another file with -o")
+
+
+def _learn(
+    loaded: Base,
+    model: HyperNetwork,
+    people: People,
+    config: PretrainConfig,
+    known: Mapping[str, Theta] | None,
+    out: Path,
+    tell: Tell,
+) -> None:
+    """Train, and write the hypernetwork: in the first process, if there are several."""
+    from hdbcli.model.device import join_workers
+    from hdbcli.model.hypernetwork_file import save_hypernetwork
+    from hdbcli.training import hypernetwork as pretrain
+    from hdbcli.training.monitor import Watch
+
+    workers = join_workers(loaded.device)
+    people, held = people.hold_out(config.held_out)
+    watch = Watch(loaded, held, out, tell) if held and not workers.rank else None
+    look_at = watch.look if watch else None
+    steps = pretrain.pretrain(loaded, model, people, config, tell, known, workers, look_at)
+    if workers.rank:
+        deque(steps, maxlen=0)
+        return
+    render.follow(steps, tell)
+    save_hypernetwork(model, out)
+    if watch:
+        render.note(f"curves and portraits of people held out: {watch.picture}")
+    render.say(str(out))
+
+
+@train_app.command("evaluate")
+def train_evaluate(
+    data: Data,
+    base: BaseName = None,
+    hypernetwork: Annotated[
+        Path | None, typer.Option(help="Another file than the base's own.")
+    ] = None,
+    refined: Annotated[int, typer.Option(min=0, help="People to refine and draw as well.")] = 0,
+    pattern: Pattern = "*",
+    aligned: Aligned = False,
+    device: Device = None,
+    memory: Memory = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure a hypernetwork on people it never saw: loss with intervals, retrieval of
+    portraits."""
+    from hdbcli.model.base import load_predictor
+    from hdbcli.training import evaluate
+    from hdbcli.training.people import read_people
+
+    spec = spec_of(base)
+
+    def measure(plan: MemoryPlan) -> evaluate.Evaluation:
+        loaded = open_on(base, device, hypernetwork, plan)
+        model, _ = load_predictor(loaded)  # before the photos are read, which takes hours
+        with render.progress() as tell:
+            people = read_people(data, spec, pattern, aligned, tell)
+            render.show_skipped(people.skipped)
+            return evaluate.evaluate(loaded, model, people, refined, tell)
+
+    work = evaluate.work_of(spec, refined)
+    result = within_memory(spec, device, memory, work, measure)
+    if as_json:
+        render.document(asdict(result))
+    else:
+        render.show_evaluation(result)

@@ -1,0 +1,254 @@
+"""Run a comparison from people to its table, curves, sheet and document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from hdbcli.compare.methods import Contender
+from hdbcli.compare.page import page
+from hdbcli.compare.results import Standing, stand
+from hdbcli.compare.run import Arena, Record, compete, new_arena
+from hdbcli.compare.timing import time_alone
+from hdbcli.config import PROMPTS, Tell
+from hdbcli.errors import HdbError
+from hdbcli.faces.embedding import embed
+from hdbcli.faces.photo import read_photo
+from hdbcli.measure.metrics import Judges
+from hdbcli.measure.plot import Axes, Curve, save_chart
+from hdbcli.measure.statistics import Interval, Retrieval, bootstrap, likeness_of, retrieval
+from hdbcli.method.hypernet import HyperNetwork
+from hdbcli.model.base import Base
+from hdbcli.model.contact_sheet import contact_sheet
+from hdbcli.model.device import machine
+from hdbcli.model.sample import save_picture
+from hdbcli.training.people import People
+from registry.checkpoints.contents import read_checkpoint
+from registry.errors import RegistryError
+from registry.files import write_beside
+
+RATES = (1 / 30, 1 / 10, 1 / 3, 1.0, 3.0)  # times a rate, to choose from: large models want less
+AXES = Axes(
+    "likeness by seconds of learning one person (start-up apart)",
+    "seconds",
+    "likeness of portraits",
+    log_x=True,
+)
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Whom pictures of everybody find, and the share of them with a face."""
+
+    portraits: Retrieval
+    found: float
+
+
+@dataclass(frozen=True)
+class TrueStyle:
+    """What true pictures of the people in a style reach, and what the autoencoder leaves of it."""
+
+    prompt: str
+    true: Ceiling
+    through: Ceiling
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The lines of all methods, and between what likeness must lie."""
+
+    people: int
+    machine: str
+    same_photo: bool  # there was but one of each, so methods were judged on what they saw
+    standings: tuple[Standing, ...]
+    checkpoint: int | None  # bytes of the base's files
+    floor: Interval  # portraits by the base, which knows nobody
+    autoencoder: Interval  # the photo that methods learned from, encoded and decoded
+    photo: Interval  # that photo itself: another true picture of the person
+    through: Retrieval | None  # how well that photo finds its person, through the autoencoder
+    other_photo: Retrieval | None  # and as it is
+    styles: tuple[TrueStyle, ...]  # where true pictures in the styles were given
+
+
+def run(
+    arena: Arena,
+    contenders: Sequence[Contender],
+    styles: Sequence[TrueStyle],
+    out: Path,
+    load: Callable[[], tuple[Base, HyperNetwork | None]],
+) -> tuple[Contest, dict[str, Record]]:
+    """Let everybody compete; the first contender is the one that others are held against."""
+    records: dict[str, Record] = {}
+    standings: list[Standing] = []
+    for contender in contenders:
+        alone = time_alone(contender, load, arena.given[0], arena.batch)
+        record = records[contender.name] = compete(arena, contender, out / "records")
+        first = next(iter(records.values())) if standings else None
+        standings.append(stand(contender, record, alone, arena.truth, first))
+    floor, autoencoder, photo, through, other_photo = _bounds(arena)
+    found = Contest(
+        people=len(arena.given),
+        machine=machine(arena.base.device),
+        same_photo=arena.same_photo,
+        standings=tuple(standings),
+        checkpoint=_size(arena.base),
+        floor=floor,
+        autoencoder=autoencoder,
+        photo=photo,
+        through=through,
+        other_photo=other_photo,
+        styles=tuple(styles),
+    )
+    return found, records
+
+
+def tuned(
+    base: Base,
+    model: HyperNetwork | None,
+    people: People,
+    contenders: Sequence[Contender],
+    out: Path,
+    batch: int | None,
+    tell: Tell,
+) -> list[Contender]:
+    """Choose each method's learning rate by likeness on people who are not in the test."""
+    arena = new_arena(base, model, people, Judges(), batch, tell)
+    chosen = []
+    for contender in contenders:
+        rates = [contender.lr * rate for rate in RATES] if contender.steps else [contender.lr]
+        tries = [replace(contender, lr=rate) for rate in rates]
+
+        def mean(attempt: Contender) -> float:
+            record = compete(arena, attempt, out / "tuning")
+            return float(likeness_of(record.portraits[-1], arena.truth).mean())
+
+        chosen.append(max(tries, key=mean))
+    return chosen
+
+
+def true_styles(folder: Path, people: People, arena: Arena) -> list[TrueStyle]:
+    """Judge true pictures as drawn ones are judged: `folder/PERSON/STYLE-*.png`, where STYLE is a
+    word of the prompt, spaces left out, such as rockstar.
+
+    Raise HdbError if somebody has none in a style that others have.
+    """
+    styles: list[TrueStyle] = []
+    for prompt in PROMPTS[1:] if len(people.names) > 1 else ():  # one alone is nobody's neighbour
+        words = prompt.lower().replace(" ", "")
+        rows = [
+            [f for f in sorted((folder / name).glob("*-*.png")) if f.stem.split("-")[0] in words]
+            for name in people.names
+        ]
+        if not any(rows):
+            continue
+        if not all(rows):
+            missing = people.names[[bool(row) for row in rows].index(False)]
+            raise HdbError(f"{folder / missing} has no true picture of {prompt!r}; others have")
+        pictures = [_as_drawn(read_photo(row[0]), arena.base) for row in rows]
+        through = arena.base.through_autoencoder(pictures)
+        styles.append(TrueStyle(prompt, _ceiling(pictures, arena), _ceiling(through, arena)))
+    if not styles and len(people.names) > 1:
+        raise HdbError(f"{folder} has no PERSON/STYLE-*.png of these people")
+    return styles
+
+
+def _ceiling(pictures: Sequence[np.ndarray], arena: Arena) -> Ceiling:
+    faces, found = embed(pictures)
+    return Ceiling(retrieval(faces, arena.truth), sum(found) / len(found))
+
+
+def _as_drawn(picture: np.ndarray, base: Base) -> np.ndarray:
+    """Scale the middle square of a picture to the size of what the base draws."""
+    side = min(picture.shape[:2])
+    top, left = ((length - side) // 2 for length in picture.shape[:2])
+    middle = picture[top : top + side, left : left + side]
+    size = base.spec.resolution
+    filtering = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+    return cv2.resize(middle, (size, size), interpolation=filtering)
+
+
+def _size(base: Base) -> int | None:
+    """Return the bytes of the weights that a base is loaded from."""
+    if base.spec.files is None:
+        return None
+    try:
+        files = read_checkpoint(base.spec.files).files
+    except RegistryError:  # a plug-in's own layout
+        return None
+    return sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
+
+
+def _bounds(
+    arena: Arena,
+) -> tuple[Interval, Interval, Interval, Retrieval | None, Retrieval | None]:
+    """Return the likeness of strangers, of the photo through the autoencoder and of the photo; and
+    whom the last two find among all, where there are others."""
+    side = arena.plain.shape[1:]
+    floor = embed(list(arena.plain.reshape(-1, 2, *side)[:, 0]))[0]
+    through = embed(arena.base.through_autoencoder(arena.given))[0]
+    given = embed(arena.given)[0]
+    rows = (likeness_of(row, arena.truth) for row in (floor, through, given))
+    low, middle, high = (bootstrap(row) for row in rows)
+    if len(given) < 2:
+        return low, middle, high, None, None
+    return low, middle, high, retrieval(through, arena.truth), retrieval(given, arena.truth)
+
+
+def document(contest: Contest, command: str) -> dict[str, Any]:
+    """Return what `hdb compare --json` prints."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": contest.machine,
+        "command": command,
+        **asdict(contest),
+    }
+
+
+def save(
+    contest: Contest,
+    records: dict[str, Record],
+    photo: np.ndarray,
+    facts: dict[str, Any],
+    out: Path,
+) -> list[Path]:
+    """Write document, curves, sheet and page to a folder; `photo` is the first person's, `facts`
+    the document."""
+    names = ("compare.json", "curves.png", "sheet.png", "compare.md")
+    paths = [out / name for name in names]
+    with write_beside(paths[0]) as beside:
+        beside.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    with write_beside(paths[3]) as beside:
+        text = page(contest, facts["command"], facts["date"])
+        beside.write_text(text, encoding="utf-8")
+    curves = [_curve(s) for s in contest.standings]
+    x = [second for curve in curves for second in curve.x]
+    for label, bound, look in (
+        ("photo (ceiling)", contest.photo, "--"),
+        ("base (floor)", contest.floor, ":"),
+    ):
+        curves.append(Curve(label, [min(x), max(x)], [bound.mean] * 2, bound=look))
+    with write_beside(paths[1]) as beside:
+        save_chart(AXES, curves, [], beside)
+    rows = {"the photo": [photo]}
+    rows |= {name: list(record.pictures[:, 0].numpy()) for name, record in records.items()}
+    sheet = contact_sheet(list(rows.values()), PROMPTS, list(rows))
+    save_picture(sheet, paths[2], f"rows: {', '.join(rows)}")
+    return paths
+
+
+def _curve(standing: Standing) -> Curve:
+    points = [(second, interval) for _, second, interval in standing.curve if second > 0]
+    return Curve(
+        f"{standing.name} ({standing.people})",
+        [s for s, _ in points],
+        [i.mean for _, i in points],
+        [i.low for _, i in points],
+        [i.high for _, i in points],
+    )

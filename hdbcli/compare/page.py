@@ -1,0 +1,197 @@
+"""Lay a comparison out as tables, and as a page of Markdown with curves, command and date."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hdbcli.config import CAPTIONS, PROMPTS
+
+if TYPE_CHECKING:
+    from hdbcli.compare.comparison import Ceiling, Contest
+    from hdbcli.compare.results import Standing
+    from hdbcli.measure.statistics import Interval, Retrieval
+
+READING = """\
+Seconds and memory are one person's, in a process of their own, start-up apart. Likeness is
+1 - distance of face embeddings to {photo}, with 95 % intervals over people.
+Bytes are two a trained number. Fidelity is how well a metric finds a picture to fit its prompt,
+drift the mean change of a pixel, of 255, in pictures whose prompt has no [V]."""
+PAPERS = (1200, 5000)  # steps of DreamBooth and of Textual Inversion
+OTHER_PHOTO, SAME_PHOTO = "a photo that no method saw", "the photo that methods learned from"
+
+LIMITS = """\
+What this does not show: how any of it fares on another base model, on another machine, or with the
+settings that each method's authors chose for theirs. The recogniser that judges likeness is the one
+whose embedding the hypernetwork reads and which training with `--likeness` follows; so does the
+refinement of each person where the base asks for likeness. DreamBooth, LoRA and Textual Inversion
+do not. The captions to which such a refinement holds a person's styles are those that are judged.
+Columns are of the people that each method learned, which may be fewer than another's."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text below their heads."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        lines = [self.heads, ("---",) * len(self.heads), *self.rows]
+        return f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def page(contest: Contest, command: str, date: str) -> str:
+    """Return the page; pictures are `curves.png` and `sheet.png` beside it."""
+    methods, *others = (table.markdown() for table in tables(contest))
+    parts = [
+        f"# {contest.people} people, {len(contest.standings)} methods",
+        f"Made by `{command}` on {contest.machine}, {date}.",
+        READING.format(photo=SAME_PHOTO if contest.same_photo else OTHER_PHOTO),
+        methods,
+        *notes(contest),
+        "![Likeness against seconds](curves.png)",
+        *others,
+        "![One person by every method](sheet.png)",
+        LIMITS,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def tables(contest: Contest) -> Iterator[Table]:
+    """Yield the methods, and with several people whom pictures find and what styles keep."""
+    first, *rest = contest.standings
+    heads: tuple[str, ...] = ("method", "people", "steps", "rate", "seconds", "start-up", "memory")
+    heads = (*heads, "bytes", *first.measured)
+    yield Table("Methods", heads, tuple(map(_line, contest.standings)))
+    names = tuple(f"{standing.name} ({standing.people})" for standing in contest.standings)
+    if rest:
+        title = f"Seconds to the likeness of {first.name}, and times its own"
+        yield Table(title, ("steps and likeness", *names), tuple(_speeds(contest)))
+    less = tuple(
+        (each.name, str(min(each.people, first.people)), *_intervals(each.less_than_first))
+        for each in rest
+    )
+    if less:
+        heads = ("method", "people of both", *first.measured)
+        yield Table(f"What {first.name} has minus what each other has, paired", heads, less)
+    if contest.people > 1:
+        found = tuple(_found(contest))
+        yield Table(
+            f"The right person among all {contest.people}",
+            ("picture", "people", "first", "in five", "AUC"),
+            found,
+        )
+    across = ("prompt", *names, "true pictures", "through the autoencoder")
+    if contest.people > 1:
+        yield Table("Faces in a style, its mean taken away: AUC", across, tuple(_styles(contest)))
+    yield Table("Style named by a classifier, face found", across, tuple(_named(contest)))
+
+
+def notes(contest: Contest) -> list[str]:
+    """Say between what bounds likeness lies, and how small an identity is beside its base."""
+    first = contest.standings[0]
+    bounds = (
+        f"Likeness of the base's own portraits, the floor, is {_interval(contest.floor)}; of the "
+        f"photo through the autoencoder {_interval(contest.autoencoder)}, and of the photo itself, "
+        f"the ceiling, {_interval(contest.photo)}."
+    )
+    if not contest.checkpoint or not first.numbers:
+        return [bounds]
+    size = (
+        f"The base's weights take {contest.checkpoint:,} bytes, "
+        f"{contest.checkpoint / (2 * first.numbers):,.0f} times what the {first.numbers:,} numbers "
+        f"of {first.name} take in half precision."
+    )
+    return [bounds, size]
+
+
+def _line(line: Standing) -> tuple[str, ...]:
+    return (
+        line.name,
+        str(line.people),
+        f"{line.steps:,}",
+        f"{line.lr:g}",
+        _seconds(line.seconds),
+        _seconds(line.alone.startup),
+        f"{line.alone.memory / 1e6:,.0f} MB",
+        f"{2 * line.numbers:,}",
+        *_intervals(line.measured),
+    )
+
+
+def _speeds(contest: Contest) -> Iterator[tuple[str, ...]]:
+    """Hold seconds against the first method's: to the likeness that it has at its marks, on the
+    people that both learned, and of as many steps as the papers took."""
+    first = contest.standings[0]
+    for i, (mark, seconds, likeness) in enumerate(first.curve):
+        until = (_against(each.seconds_to_first[i], seconds) for each in contest.standings)
+        yield f"{mark}: {likeness.mean:.3f}", *until
+    for steps in PAPERS if first.steps else ():
+        rest = contest.standings[1:]
+        taken = (each.alone.seconds(steps) if each.steps else None for each in rest)
+        yield f"{steps:,} steps", "-", *(_against(each, first.seconds, "-") for each in taken)
+
+
+def _against(seconds: float | None, first: float, absent: str = "never") -> str:
+    if seconds is None:
+        return absent
+    return _seconds(seconds) + (f" ({_digits(seconds / first)} x)" if first else "")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{_digits(seconds)} s"
+
+
+def _digits(value: float) -> str:
+    """Return a number to two digits or more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def _found(contest: Contest) -> Iterator[tuple[str, ...]]:
+    rows: list[tuple[str, int, Retrieval | None]] = [
+        (f"portrait, {s.name}", s.people, s.portraits) for s in contest.standings
+    ]
+    rows.append(("true photo through the autoencoder", contest.people, contest.through))
+    label = "the same photo" if contest.same_photo else "another true photo"
+    rows.append((label, contest.people, contest.other_photo))
+    for name, people, r in rows:
+        if r is not None:
+            yield name, str(people), f"{r.top1:.0%}", f"{r.top5:.0%}", f"{r.auc:.3f}"
+
+
+def _styles(contest: Contest) -> Iterator[tuple[str, ...]]:
+    true = _ceilings(contest, lambda ceiling: f"{ceiling.portraits.auc:.3f}")
+    for i, prompt in enumerate(CAPTIONS):
+        aucs = (f"{s.styled[i].auc:.3f}" if s.styled else "-" for s in contest.standings)
+        yield prompt, *aucs, *true.get(prompt, ("-", "-"))
+
+
+def _named(contest: Contest) -> Iterator[tuple[str, ...]]:
+    true = _ceilings(contest, lambda ceiling: f"{ceiling.found:.0%}")
+    for i, prompt in enumerate(PROMPTS):
+        for metric in contest.standings[0].named:
+            shares = (f"{s.named[metric][i]:.0%}" for s in contest.standings)
+            yield f"{prompt}: named ({metric})", *shares, "-", "-"
+        faces = (f"{s.found[i]:.0%}" for s in contest.standings)
+        yield f"{prompt}: face", *faces, *true.get(prompt, ("-", "-"))
+
+
+def _ceilings(contest: Contest, told: Callable[[Ceiling], str]) -> dict[str, tuple[str, str]]:
+    """Return what is told of both ceilings of each prompt that has true pictures."""
+    return {style.prompt: (told(style.true), told(style.through)) for style in contest.styles}
+
+
+def _intervals(measured: Mapping[str, Interval]) -> Iterator[str]:
+    for name, interval in measured.items():
+        yield _interval(interval, 1 if name == "drift" else 3)
+
+
+def _interval(interval: Interval, digits: int = 3) -> str:
+    """Return a mean with what it lies between; without, if it is of one person."""
+    mean, low, high = (
+        f"{value:.{digits}f}" for value in (interval.mean, interval.low, interval.high)
+    )
+    return mean if interval.low == interval.high else f"{mean} ({low} to {high})"

@@ -1,0 +1,109 @@
+"""Time one method for one person in a process of its own: start-up, preparation, a step, peak
+memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from hdbcli.compare.methods import Contender
+from hdbcli.config import RefineConfig
+from hdbcli.errors import HdbError
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How many steps are taken before the clock is looked at, and then."""
+
+    warm_up: int = 3
+    timed: int = 12
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What one person costs: seconds, and the peak of memory in bytes, resident or on a GPU."""
+
+    startup: float  # loading libraries, base and hypernetwork
+    prepare: float  # predicting, or drawing pictures of the class
+    first: tuple[float, ...]  # steps as they were timed, the first of which take longer
+    step: float  # the median of those that warmed up
+    memory: int
+
+    def seconds(self, steps: int) -> float:
+        """Return the seconds of so many steps with what precedes them, start-up apart."""
+        timed = self.first[:steps]
+        return self.prepare + sum(timed) + (steps - len(timed)) * self.step
+
+
+def time_alone(
+    contender: Contender,
+    load: Callable[[], tuple],
+    crop: np.ndarray,
+    batch: int,
+    rounds: Rounds = Rounds(),
+) -> Alone:
+    """Run a few steps in a fresh process; `load` is picklable and returns (base, hypernetwork)."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_time, contender, load, crop, batch, rounds, time.time()).result()
+        except BrokenProcessPool:
+            raise HdbError(
+                f"the process that timed {contender.name} was ended by the system, which it often "
+                "does to the one that takes the most memory; close other programs or leave "
+                f"{contender.name} out"
+            ) from None
+        except BaseException:  # an interrupted run need not wait for it
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
+
+
+def _time(
+    contender: Contender,
+    load: Callable[[], tuple],
+    crop: np.ndarray,
+    batch: int,
+    rounds: Rounds,
+    asked: float,
+) -> Alone:
+    from hdbcli.compare.methods import entered
+    from hdbcli.model.device import peak_memory, wait_for
+    from hdbcli.training.refine import train
+
+    base, model = load()
+    startup = time.time() - asked
+    count = rounds.warm_up + rounds.timed
+    config = RefineConfig(
+        count, lr=max(contender.lr, 1e-12), batch=batch, optimizer=contender.optimizer
+    )
+    latents = [base.backbone.encode_images(base.images([crop]))]
+    if contender.predicted and model:  # what is loaded at the first call belongs to the start-up
+        model.predict(base.faces([crop]), contender.iterations)
+    wait_for(base.device)
+    began = time.perf_counter()
+    faces = [base.faces([crop])]  # the recogniser's share of a prediction
+    with entered(contender, base, model, faces, lambda *_: None) as trial:
+        wait_for(base.device)
+        prepared = time.perf_counter()
+        steps = train(base, trial, latents, config) if contender.steps else ()
+        seconds = step_seconds(steps)
+    step = statistics.median(seconds[rounds.warm_up :]) if seconds else 0.0
+    return Alone(startup, prepared - began, tuple(seconds), step, peak_memory(base.device))
+
+
+def step_seconds(steps: Iterable[object], done: Callable[[], object] = bool) -> list[float]:
+    """Return how long each step took; `done` waits for a device that works on by itself."""
+    marks = [time.perf_counter()]
+    for _ in steps:
+        done()
+        marks.append(time.perf_counter())
+    return [after - before for before, after in pairwise(marks)]

@@ -1,0 +1,323 @@
+"""The identity file: one person in one small safetensors file that says all about itself.
+
+Two tensors hold the numbers, `down` and `up`, in the spec's target order; the metadata hold the
+rest. There is no path, no photo and no source-file name in it. A digest over tensors and metadata
+makes an edit by hand visible; it is no signature.
+
+Letters: L targets, r rank, a numbers of the down side, b of the up side.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdbcli.errors import HdbError
+from hdbcli.method.basis import PROBE_TOLERANCE, Fingerprint
+from hdbcli.method.lidb import Theta
+from hdbcli.model.base import Base
+from registry.checkpoints.safetensors import MAX_FILE, TensorInfo, read_header
+from registry.errors import RegistryError
+from registry.files import write_beside
+from registry.identity_facts import (
+    KIND,
+    LAYOUTS,
+    VERSION,
+    content_digest,
+    parse_facts,
+    read_content,
+    read_facts,
+)
+from registry.spec import BaseSpec
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """One person: the cores of every target, and what they were made on."""
+
+    down: Tensor  # (L, r, a) float32
+    up: Tensor  # (L, b, r) float32
+    base: str
+    family: str
+    base_digest: str
+    targets_digest: str
+    basis: Fingerprint
+    identifier: str
+    steps: int
+    optimizer: str
+    hypernetwork: str  # its digest, "" where none was used
+    created: str  # ISO 8601, UTC
+    lineage: tuple[str, ...] = ()
+    likeness: float | None = None
+
+    @property
+    def rank(self) -> int:
+        """Return r."""
+        return self.down.shape[1]
+
+    @property
+    def numbers(self) -> int:
+        """Count the trained numbers."""
+        return self.down.numel() + self.up.numel()
+
+
+def save(identity: Identity, path: Path, dtype: str = "fp16", new: bool = False) -> int:
+    """Write an identity and return its bytes; equal content gives equal bytes.
+
+    `dtype` is fp32 (exact), fp16 (11 bits of each number) or int8: each target and rank has an
+    fp16 step, its largest number / 127 rounded up, and every number is off by at most half a
+    step, 0.4 % of the largest in its row (plus 3e-8, the floor of fp16, for rows below 1e-3).
+
+    Raises HdbError, with nothing written, for numbers that are not finite or do not fit, for
+    anything that `load` would refuse, and if the file is to be `new` and there is one by then.
+    """
+    tensors = _pack(identity, dtype)
+    # Widest first, as the format asks, so that every tensor is aligned; then by name.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    infos: dict[str, TensorInfo] = {}
+    parts: list[bytes] = []
+    end = 0
+    for name in order:
+        part = tensors[name].numpy().tobytes()
+        shape = tuple(tensors[name].shape)
+        infos[name] = TensorInfo(_NAMES[tensors[name].dtype], shape, (end, end + len(part)))
+        parts.append(part)
+        end += len(part)
+    content = b"".join(parts)
+    metadata = _metadata(identity, dtype)
+    metadata["hdb.content"] = content_digest(metadata, infos, content)
+    try:
+        parse_facts(metadata, infos)
+        raw = _header(metadata, infos) + content
+        if len(raw) > MAX_FILE:
+            raise RegistryError(f"{len(raw)} bytes; at most {MAX_FILE} can be read back")
+    except RegistryError as error:
+        raise HdbError(f"the identity cannot be saved: {error}") from error
+    try:
+        with write_beside(path, new) as temporary:
+            temporary.write_bytes(raw)
+    except RegistryError as error:
+        raise HdbError(str(error)) from error
+    return len(raw)
+
+
+def load(path: Path) -> Identity:
+    """Read an identity; raise HdbError for a file that is damaged, edited, foreign or newer."""
+    try:
+        header = read_header(path)
+        facts = read_facts(path, header)
+        content = read_content(path, header)
+    except RegistryError as error:
+        raise HdbError(str(error)) from error
+    tensors = {}
+    for name, info in header.tensors.items():
+        raw = bytearray(content[slice(*info.offsets)])  # of its own: aligned, and writable
+        tensors[name] = torch.frombuffer(raw, dtype=_DTYPES[info.dtype]).view(info.shape).float()
+    down, up = tensors["down"], tensors["up"]  # (L, r, a), (L, b, r)
+    if facts.dtype == "int8":
+        down = down * tensors["down_scale"][:, :, None]
+        up = up * tensors["up_scale"][:, None, :]
+    if not (down.isfinite().all() and up.isfinite().all()):
+        raise HdbError(f"{path} holds numbers that are not finite; make it again with hdb new")
+    return Identity(
+        down=down,
+        up=up,
+        base=facts.base,
+        family=facts.family,
+        base_digest=facts.base_digest,
+        targets_digest=facts.targets_digest,
+        basis=Fingerprint(facts.scheme, facts.seed, facts.basis_digest, facts.probes),
+        identifier=facts.identifier,
+        steps=facts.steps,
+        optimizer=facts.optimizer,
+        hypernetwork=facts.hypernetwork,
+        created=facts.created,
+        lineage=facts.lineage,
+        likeness=facts.likeness,
+    )
+
+
+class Weights(Protocol):
+    """A base's targets, loaded or still in their files."""
+
+    def weights_digest(self) -> str: ...
+
+    def targets_digest(self) -> str: ...
+
+    def fingerprint(self) -> Fingerprint: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]: ...
+
+
+def home_of(spec: BaseSpec, weights: Weights) -> dict[str, Any]:
+    """Return what an identity remembers of its base; it hashes all targeted weights: ask once."""
+    return {
+        "base": spec.name,
+        "family": spec.family,
+        "base_digest": weights.weights_digest(),
+        "targets_digest": weights.targets_digest(),
+        "basis": weights.fingerprint(),
+    }
+
+
+def terms_of(spec: BaseSpec, weights: Weights) -> dict[str, Any]:
+    """Return all that `check_fits` asks of a base: what identities remember of it, and the shape
+    that their numbers must have."""
+    return {**home_of(spec, weights), "shape": (len(weights.shapes), spec.a, spec.b)}
+
+
+def fit(identity: Identity, spec: BaseSpec, weights: Weights) -> str | None:
+    """Ask `check_fits` of one identity and one base."""
+    return check_fits(identity, **terms_of(spec, weights))
+
+
+def check_fits(
+    identity: Identity,
+    *,
+    base: str,
+    family: str,
+    base_digest: str,
+    targets_digest: str,
+    basis: Fingerprint,
+    shape: tuple[int, int, int] | None = None,
+) -> str | None:
+    """Return None where an identity is at home on a base, a warning on a fine-tune of its base.
+
+    Raises HdbError for another family, other targets or another basis, where it means nothing.
+    """
+    made = f"the identity was made on {identity.base} (family {identity.family})"
+    if identity.family != family:
+        raise HdbError(f"{made}, {base} is of family {family}; pass --base {identity.base}")
+    if identity.targets_digest != targets_digest:
+        raise HdbError(
+            f"{made} with targets {identity.targets_digest[:12]}, {base} has "
+            f"{targets_digest[:12]}; pass --base {identity.base} or make it again with hdb new"
+        )
+    mine, theirs = identity.basis, basis
+    if (mine.scheme, mine.seed, mine.digest) != (theirs.scheme, theirs.seed, theirs.digest):
+        raise HdbError(
+            f"{made} in basis {mine.scheme}/{mine.seed}/{mine.digest[:12]}, {base} has "
+            f"{theirs.scheme}/{theirs.seed}/{theirs.digest[:12]}; make it again with hdb new"
+        )
+    own = len(identity.down), identity.down.shape[2], identity.up.shape[1]
+    if shape is not None and own != shape:
+        raise HdbError(
+            f"{made}, but its numbers are of {own[0]} targets, a = {own[1]}, b = {own[2]}, and "
+            f"{base} has {shape[0]}, {shape[1]}, {shape[2]}; make it again with hdb new"
+        )
+    pairs = list(zip(mine.probes, theirs.probes, strict=False))
+    worst = max((abs(m - t) for m, t in pairs), default=0.0)
+    if len(mine.probes) != len(theirs.probes) or not worst <= PROBE_TOLERANCE:
+        raise HdbError(
+            f"the basis of {base} came out differently here: {len(theirs.probes)} probes for "
+            f"{len(mine.probes)}, off by up to {worst:.2g} (at most {PROBE_TOLERANCE:g}); "
+            "reinstall numpy and torch, and report it if it stays"
+        )
+    if identity.base_digest != base_digest:
+        return f"{made}; the weights of {base} differ from it, so the likeness may suffer"
+    return None
+
+
+def _pack(identity: Identity, dtype: str) -> dict[str, Tensor]:
+    """Return the tensors of the file on the CPU; raise HdbError for what would not come back."""
+    if dtype not in LAYOUTS:
+        raise HdbError(f"unknown dtype {dtype!r}; choose from {', '.join(LAYOUTS)}")
+    down, up = (
+        side.detach().to("cpu", torch.float32).contiguous() for side in (identity.down, identity.up)
+    )
+    if down.dim() != 3 or up.dim() != 3:
+        raise HdbError(f"down {tuple(down.shape)} and up {tuple(up.shape)} need 3 dimensions each")
+    if not (down.isfinite().all() and up.isfinite().all()):
+        raise HdbError(
+            "the identity holds numbers that are not finite, so training has diverged; nothing "
+            "was written; try another --seed or a lower learning rate"
+        )
+    if dtype == "fp32":
+        packed = {"down": down, "up": up}
+    elif dtype == "fp16":
+        packed = {"down": down.half(), "up": up.half()}
+    else:
+        q_down, down_scale = _quantise(down, 2)
+        q_up, up_scale = _quantise(up, 1)
+        packed = {"down": q_down, "up": q_up, "down_scale": down_scale, "up_scale": up_scale}
+    if not all(tensor.isfinite().all() for tensor in packed.values()):
+        raise HdbError(
+            f"numbers up to {max(down.abs().max(), up.abs().max()):.3g} do not fit {dtype}; "
+            "save as fp32"
+        )
+    return packed
+
+
+def _quantise(side: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return int8 numbers and the fp16 step of each row along `dim`; rounded up, so none clips."""
+    step = side.abs().amax(dim, keepdim=True) / 127
+    half = step.half()
+    above = torch.from_numpy(np.nextafter(half.numpy(), np.float16(np.inf)))
+    half = torch.where(half.float() < step, above, half)
+    safe = torch.where(half > 0, half.float(), 1.0)  # a row of zeros stays zero
+    return (side / safe).round().to(torch.int8), half.squeeze(dim).contiguous()
+
+
+def _metadata(identity: Identity, dtype: str) -> dict[str, str]:
+    """Return the metadata but the digest; every value a string, as the format asks."""
+    count, rank, a = identity.down.shape
+    likeness = identity.likeness
+    if likeness is not None and not math.isfinite(likeness):
+        raise HdbError(f"the likeness {likeness} is not a number; nothing was written")
+    return {
+        "format": "pt",
+        "hdb.kind": KIND,
+        "hdb.version": str(VERSION),
+        "hdb.base": identity.base,
+        "hdb.family": identity.family,
+        "hdb.base_digest": identity.base_digest,
+        "hdb.targets_digest": identity.targets_digest,
+        "hdb.basis_scheme": identity.basis.scheme,
+        "hdb.basis_seed": str(identity.basis.seed),
+        "hdb.basis_digest": identity.basis.digest,
+        # Nine digits bring any float32 back exactly.
+        "hdb.basis_probes": json.dumps([float(f"{p:.9g}") for p in identity.basis.probes]),
+        "hdb.targets": str(count),
+        "hdb.a": str(a),
+        "hdb.b": str(identity.up.shape[1]),
+        "hdb.rank": str(rank),
+        "hdb.dtype": dtype,
+        "hdb.identifier": identity.identifier,
+        "hdb.steps": str(identity.steps),
+        "hdb.optimizer": identity.optimizer,
+        "hdb.hypernetwork": identity.hypernetwork,
+        "hdb.created": identity.created,
+        "hdb.lineage": json.dumps(list(identity.lineage)),
+        "hdb.likeness": json.dumps(None if likeness is None else round(float(likeness), 6)),
+    }
+
+
+def _header(metadata: dict[str, str], infos: dict[str, TensorInfo]) -> bytes:
+    """Return length and JSON; written here because the library's order of keys is random."""
+    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    for name, info in infos.items():
+        offsets = list(info.offsets)
+        table[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # aligns the tensors
+    return len(text).to_bytes(8, "little") + text
+
+
+def theta_for(base: Base, identity: Identity) -> tuple[Theta, str | None]:
+    """Return an identity's theta for this base, and a warning if it was made on another of the
+    family."""
+    warning = fit(identity, base.spec, base.injected)
+    theta = Theta(identity.down[None].to(base.device), identity.up[None].to(base.device))
+    return theta, warning

@@ -1,0 +1,89 @@
+"""Write a safetensors file tensor by tensor, so that memory holds one of them at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.checkpoints.safetensors import DTYPE_BYTES
+
+HASH = "modelspec.hash_sha256"
+CHUNK = 2**23  # bytes copied at a time
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor to come: its entry in the header, and the chunks of its bytes when their turn
+    comes."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[bytes | bytearray]]
+
+    @property
+    def width(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        return self.width * math.prod(self.shape)
+
+
+def write_tensors(
+    path: Path, items: Sequence[Item], metadata: Mapping[str, str], tell: Callable[[int], None]
+) -> str:
+    """Write the file and return the sha256 of its tensors, which also goes into the header.
+
+    The header comes first and the hash is known last: its place is kept, and filled in at the end.
+    `tell` hears how many bytes were written.
+    """
+    header = _header(items, {**metadata, HASH: f"0x{'0' * 64}"})
+    digest = hashlib.sha256()
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.write(header)
+        for item in items:
+            written = 0
+            for chunk in item.chunks():
+                file.write(chunk)
+                digest.update(chunk)
+                written += len(chunk)
+                tell(len(chunk))
+            assert written == item.bytes, f"{item.key}: {written} bytes, {item.bytes} announced"
+        file.seek(header.index(b"0x" + b"0" * 64) + 2)
+        file.write(digest.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def copy_bytes(file: Path, start: int, end: int) -> Iterable[bytes]:
+    """Yield part of a file, some megabytes at a time."""
+    with file.open("rb") as opened:
+        opened.seek(start)
+        while start < end:
+            chunk = opened.read(min(CHUNK, end - start))
+            if not chunk:
+                raise OSError(5, f"{file} ended early")
+            start += len(chunk)
+            yield chunk
+
+
+def _header(items: Sequence[Item], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for item in items:
+        entries[item.key] = {
+            "dtype": item.dtype,
+            "shape": list(item.shape),
+            "data_offsets": [end, end + item.bytes],
+        }
+        end += item.bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin aligned
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,171 @@
+"""Put LiDB layers into a base model and take them out again, leaving it bitwise as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hdbcli.errors import HdbError
+from hdbcli.method import basis
+from hdbcli.method.lidb import Factors, LiDBLinear, Theta
+from registry.checkpoints.tensors import canonical
+
+
+@dataclass(frozen=True)
+class Injected:
+    """A base model's LiDB layers by canonical target name, in the spec's order."""
+
+    layers: Mapping[str, LiDBLinear]
+    a: int
+    b: int
+    seed: int
+    digest: str | None = None  # of the weights as they are stored, where they were rounded since
+
+    def wear(self, worn: Theta | Factors | None) -> None:
+        """Put identities on every target at once: a batch of them, one for all, or None to take
+        them off."""
+        if worn is None:
+            for layer in self.layers.values():
+                layer.residual = None
+            return
+        factors = self.factors(worn) if isinstance(worn, Theta) else worn
+        for layer, down, up in zip(self.layers.values(), factors.down, factors.up, strict=True):
+            layer.residual = down, up
+
+    def factors(self, theta: Theta) -> Factors:
+        """Multiply theta by every target's basis."""
+        if theta.down.shape[1] != len(self.layers):
+            raise HdbError(
+                f"the identity has {theta.down.shape[1]} targets, the base {len(self.layers)}; "
+                "it was made for another base model"
+            )
+        pairs = [
+            layer.factors(theta.down[:, i], theta.up[:, i])
+            for i, layer in enumerate(self.layers.values())
+        ]
+        return Factors(tuple(down for down, _ in pairs), tuple(up for _, up in pairs))
+
+    @contextmanager
+    def wearing(self, worn: Theta | Factors | None) -> Iterator[None]:
+        """Wear what is given inside the block only."""
+        self.wear(worn)
+        try:
+            yield
+        finally:
+            self.wear(None)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Map each target to the (n, m) of its weight."""
+        return {
+            name: (layer.base.out_features, layer.base.in_features)
+            for name, layer in self.layers.items()
+        }
+
+    def fingerprint(self) -> basis.Fingerprint:
+        return basis.fingerprint(self.seed, self.shapes, self.a, self.b)
+
+    def targets_digest(self) -> str:
+        """Hash the ordered target names: their order is the order of theta and of hypernetwork
+        tokens."""
+        return digest_names(self.layers)
+
+    def weights_digest(self) -> str:
+        """Hash the targeted weights as float16, so that fp32 and fp16 copies of one base agree."""
+        return self.digest or digest_weights(
+            layer.base.weight.detach() for layer in self.layers.values()
+        )
+
+
+def digest_names(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def digest_weights(weights: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def inject(
+    components: Mapping[str, nn.Module],
+    targets: Mapping[str, tuple[str, ...]],
+    a: int,
+    b: int,
+    seed: int,
+) -> Injected:
+    """Replace every target of the components by a LiDB layer and freeze all their parameters."""
+    layers = {}
+    for component, path, linear in find_targets(components, targets):
+        name = f"{component}.{canonical(component, path)}"
+        n, m = linear.out_features, linear.in_features
+        down = basis.down_basis(seed, name, a, m).to(linear.weight.device)
+        up = basis.up_basis(seed, name, b, n).to(linear.weight.device)
+        layer = LiDBLinear(linear, down, up).train(linear.training)
+        _set(components[component], path, layer)
+        layers[name] = layer
+    for module in components.values():
+        module.requires_grad_(False)
+    return Injected(layers, a, b, seed)
+
+
+def eject(components: Mapping[str, nn.Module], fuse: bool = False) -> None:
+    """Put the plain linear layers back: the base's own, or with `fuse` new ones holding W + dW."""
+    for module in components.values():
+        for path, layer in list(module.named_modules()):
+            if isinstance(layer, LiDBLinear):
+                _set(module, path, layer.fused() if fuse else layer.base)
+
+
+def find_targets(
+    components: Mapping[str, nn.Module], targets: Mapping[str, tuple[str, ...]]
+) -> list[tuple[str, str, nn.Linear]]:
+    """List (component, module path, linear layer) of all targets, in the order of theta."""
+    found = {}
+    for component in targets:
+        if component not in components:
+            raise HdbError(
+                f"the base model has no component {component!r} (it has {', '.join(components)}); "
+                "its spec names targets there"
+            )
+        for path, module in components[component].named_modules():
+            name = f"{component}.{canonical(component, path)}"
+            if isinstance(module, nn.Linear) and matches(name, targets):
+                found[name] = component, path, module
+    if not found:
+        raise HdbError("no layer of the base model matches its spec's targets; check the patterns")
+    return [found[name] for name in in_order(found, targets)]
+
+
+def matches(name: str, targets: Mapping[str, tuple[str, ...]]) -> bool:
+    """Say whether a spec's patterns make the layer of this canonical name a target."""
+    component, _, path = name.partition(".")
+    return any(re.fullmatch(pattern, path) for pattern in targets.get(component, ()))
+
+
+def in_order(names: Iterable[str], targets: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Sort canonical names as theta has them: by component, then by name, numbers as numbers.
+
+    Not in the order of modules, which depends on the library that builds the model; and the names
+    in a file's header are enough.
+    """
+    components = list(targets)
+
+    def key(name: str) -> tuple[int, list[tuple[int, str]]]:
+        component, _, path = name.partition(".")
+        parts = [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
+        return components.index(component), parts
+
+    return sorted(names, key=key)
+
+
+def _set(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)

@@ -1,0 +1,172 @@
+"""A base model made ready: loaded, with LiDB layers on every target, and its hypernetwork at
+hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdbcli.config import PLACEHOLDER
+from hdbcli.errors import HdbError
+from hdbcli.faces.embedding import embed_aligned
+from hdbcli.method.hypernet import Faces, HyperNetwork
+from hdbcli.method.inject import Injected, inject
+from hdbcli.method.lidb import Factors, Theta, first_theta
+from hdbcli.model.device import choose_device, give_back_memory, short_attention
+from hdbcli.model.files import open_checkpoint
+from hdbcli.model.hypernetwork_file import load_hypernetwork
+from hdbcli.model.memory import NORMAL, MemoryPlan
+from hdbcli.model.quantise import quantise
+from hdbcli.model.tokens import Tokens
+from registry.bases.settings import customised
+from registry.plugins import load_registry
+from registry.spec import Backbone, BaseSpec, Frugal
+
+Worn: TypeAlias = Theta | Factors | Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base model on its device, wearing nobody."""
+
+    spec: BaseSpec
+    backbone: Backbone
+    injected: Injected
+    device: str
+    plan: MemoryPlan = NORMAL
+    notes: tuple[str, ...] = ()  # what of the plan could not be done
+
+    def prompt(self, text: str) -> str:
+        """Put the base's rare token where the user wrote [V]."""
+        return text.replace(PLACEHOLDER, self.spec.identifier)
+
+    def first_theta(self, rank: int = 1, people: int = 1) -> Theta:
+        """Return theta_0 of so many people, all alike."""
+        first = first_theta(len(self.injected.layers), self.spec.a, self.spec.b, rank)
+        repeated = (core.repeat(people, 1, 1, 1) for core in (first.down, first.up))
+        return Theta(*repeated).to(self.device)
+
+    @contextmanager
+    def wearing(self, worn: Worn | None) -> Iterator[None]:
+        """Draw and train inside the block with a batch of people on, one for all, or nobody."""
+        if isinstance(worn, Tokens):
+            with worn.on(self.backbone):
+                yield
+        else:
+            with self.injected.wearing(worn):
+                yield
+
+    def free_autoencoder(self) -> None:
+        """Let go of the autoencoder until it is needed again, if the plan is to save memory."""
+        if self.plan.frugal and isinstance(self.backbone, Frugal):
+            self.backbone.free_autoencoder()
+
+    def short_attention(self, latents: Tensor) -> AbstractContextManager[None]:
+        """Train on latents (B, c, h, w) with the attention that is the fastest for as few tokens as
+        they have where the base first attends."""
+        tokens = latents[0, 0].numel() >> 2 * getattr(self.backbone, "halvings", 0)
+        return short_attention(self.device, tokens)
+
+    def images(self, crops: list[np.ndarray]) -> Tensor:
+        """Stack uint8 crops (S, S, 3) as (B, 3, S, S) in -1..1 on the device."""
+        stacked = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+        return (stacked.float() / 127.5 - 1).contiguous().to(self.device)
+
+    def faces(self, crops: list[np.ndarray]) -> Faces:
+        """Return aligned crops as a hypernetwork reads them."""
+        images = self.images(crops)
+        with torch.no_grad():
+            return Faces(images, self.embed(images))
+
+    @torch.no_grad()
+    def through_autoencoder(self, crops: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Encode and decode uint8 crops (S, S, 3), one at a time: what latents keep of them."""
+        latents = (self.backbone.encode_images(self.images([crop])) for crop in crops)
+        return [self.backbone.decode_latents(each)[0] for each in latents]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return what the face recogniser says (B, 128) of aligned images, with gradients."""
+        return embed_aligned(images, np.array(self.spec.template))
+
+
+def load_base(spec: BaseSpec, device: str, plan: MemoryPlan = NORMAL) -> Base:
+    """Load a base model as a plan holds it and put LiDB layers on its targets."""
+    if plan.quantised:
+        give_back_memory()
+    backbone = spec.load(device, plan.dtype)
+    if plan.frugal and isinstance(backbone, Frugal):
+        backbone.save_memory(plan.recompute)
+    note = quantise(backbone.components.values(), plan.quantised) if plan.quantised else None
+    injected = inject(backbone.components, spec.targets, spec.a, spec.b, spec.basis_seed)
+    if plan.dtype != NORMAL.dtype or plan.quantised:  # identities know it before any rounding
+        injected = replace(injected, digest=open_checkpoint(spec).weights_digest())
+    return Base(spec, backbone, injected, device, plan, (note,) if note else ())
+
+
+def open_base(
+    name: str,
+    device: str | None = None,
+    hypernetwork: Path | None = None,
+    plan: MemoryPlan = NORMAL,
+) -> Base:
+    """Find a base model by name, with what the user set for it, and load it on a device."""
+    spec = customised(load_registry().get(name))
+    if hypernetwork:
+        spec = replace(spec, hypernetwork=hypernetwork)
+    return load_base(spec, choose_device(device), plan)
+
+
+def open_pair(
+    name: str, device: str | None = None, needed: bool = True
+) -> tuple[Base, HyperNetwork | None]:
+    """Load a base model and its hypernetwork, or None where it has none and none is `needed`."""
+    base = open_base(name, device)
+    none = base.spec.hypernetwork is None and not needed
+    return base, None if none else load_predictor(base)[0]
+
+
+def load_predictor(base: Base) -> tuple[HyperNetwork, str]:
+    """Load the base's hypernetwork and its digest; HdbError if it has none or it is another
+    base's."""
+    path = base.spec.hypernetwork
+    if path is None or not path.exists():
+        where = f" at {path}" if path else ""
+        raise HdbError(
+            f"base model {base.spec.name} has no hypernetwork{where}; train one, then: "
+            f"hdb base set-hypernetwork {base.spec.name} FILE"
+        )
+    model, digest = load_hypernetwork(path)
+    mine, theirs = base.injected.targets_digest(), model.config.targets_digest
+    basis = base.injected.fingerprint().digest
+    if mine != theirs or basis != model.config.basis_digest:
+        raise HdbError(
+            f"{path.name} was trained for {model.config.base} (targets {theirs[:12]}, basis "
+            f"{model.config.basis_digest[:12]}), {base.spec.name} has {mine[:12]}, {basis[:12]}; "
+            "train a hypernetwork for this base"
+        )
+    if model.config.resolution != base.spec.resolution:
+        raise HdbError(
+            f"{path.name} reads faces of {model.config.resolution} px, {base.spec.name} draws "
+            f"{base.spec.resolution}; train a hypernetwork for this base"
+        )
+    model.to(base.device)
+    if base.plan.quantised:
+        _quantise_encoder(model, base.plan.quantised)
+    return model, digest
+
+
+def _quantise_encoder(model: HyperNetwork, kind: str) -> None:
+    """Hold the wide layers of the face encoder in few bits.
+
+    Without dropout training mode changes no number; in evaluation mode torch would hand the weights
+    to a fused kernel that takes them for floats. A note is not needed: the base gave it.
+    """
+    quantise([layer for layer in model.encoder.layers], kind)
+    model.encoder.train()

@@ -1,0 +1,157 @@
+"""A base model as files: where each target's weight lies, read without loading the model.
+
+A diffusers folder or one original ("LDM") checkpoint. Only headers are read; a tensor is read when
+it is asked for, so that memory stays small whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hdbcli.errors import HdbError
+from hdbcli.method.basis import Fingerprint, fingerprint
+from hdbcli.method.inject import digest_names, digest_weights, in_order, matches
+from registry.checkpoints.contents import WEIGHTS, weight_files
+from registry.checkpoints.ldm import layout_of, linear_layers
+from registry.checkpoints.safetensors import Header, TensorInfo, read_header
+from registry.checkpoints.tensors import canonical
+from registry.errors import RegistryError
+from registry.spec import BaseSpec
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LARGEST = 2**40  # bytes of a file
+STEMS = tuple(dict.fromkeys(WEIGHTS.values()))
+
+
+@dataclass(frozen=True)
+class Place:
+    """The rows `first` to `first + n` of tensor `key` in `file` are a target's weight (n, m)."""
+
+    file: Path
+    key: str
+    first: int
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A base model's files, by component (one file of all has the component ""), and its
+    targets."""
+
+    spec: BaseSpec
+    root: Path
+    files: Mapping[str, tuple[Path, ...]]
+    headers: Mapping[Path, Header]
+    places: Mapping[str, Place]  # by canonical name, in the order of theta
+
+    @property
+    def single(self) -> bool:
+        return self.root.is_file()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {name: place.shape for name, place in self.places.items()}
+
+    def targets_digest(self) -> str:
+        return digest_names(self.places)
+
+    def weights_digest(self) -> str:
+        """Hash the targeted weights, each read in turn."""
+        return digest_weights(self._weights())
+
+    def fingerprint(self) -> Fingerprint:
+        return fingerprint(self.spec.basis_seed, self.shapes, self.spec.a, self.spec.b)
+
+    def read(self, file: Path, key: str) -> bytearray:
+        """Read the bytes of one tensor."""
+        header = self.headers[file]
+        start, end = header.tensors[key].offsets
+        with file.open("rb") as opened:
+            opened.seek(header.start + start)
+            data = bytearray(opened.read(end - start))
+        if len(data) != end - start:
+            raise HdbError(f"{file} became shorter while it was read; merge again")
+        return data
+
+    def info(self, place: Place) -> TensorInfo:
+        return self.headers[place.file].tensors[place.key]
+
+    def _weights(self) -> Iterator[Tensor]:
+        for place in self.places.values():
+            whole = tensor_of(self.read(place.file, place.key), self.info(place))
+            yield whole[place.first : place.first + place.shape[0]]
+
+
+def tensor_of(data: bytearray, info: TensorInfo) -> Tensor:
+    """View bytes as the tensor they are."""
+    return torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(info.shape)
+
+
+def open_checkpoint(spec: BaseSpec) -> Checkpoint:
+    """Read the headers of a base's files and find its targets; HdbError if some are missing."""
+    spec.check()
+    root = spec.files
+    if root is None:
+        raise HdbError(f"base model {spec.name} names no files to copy; ask who made its plug-in")
+    try:
+        files: dict[str, tuple[Path, ...]]
+        if root.is_file():
+            files = {"": (root,)}
+        elif root.is_dir():
+            files = {part.name: _component_files(part) for part in sorted(root.iterdir())}
+        else:
+            raise HdbError(f"{root} of base model {spec.name} is gone; hdb base verify {spec.name}")
+        every = [file for group in files.values() for file in group]
+        headers = {file: read_header(file, LARGEST) for file in every}
+        found = dict(_places(spec, root, files, headers))
+    except RegistryError as error:
+        raise HdbError(str(error)) from error
+    for component in spec.targets:
+        if not any(name.startswith(f"{component}.") for name in found):
+            raise HdbError(
+                f"{root} holds no safetensors weights of the {component} of base model "
+                f"{spec.name}; is it half a download, or another model?"
+            )
+    places = {name: found[name] for name in in_order(found, spec.targets)}
+    for name, place in places.items():
+        dtype = headers[place.file].tensors[place.key].dtype
+        if dtype not in DTYPES:
+            raise HdbError(f"{name} is stored as {dtype}; only {', '.join(DTYPES)} can be merged")
+    return Checkpoint(spec, root, files, headers, places)
+
+
+def _component_files(folder: Path) -> tuple[Path, ...]:
+    """Return the weights that diffusers would load: one file, or the shards of an index."""
+    stem = next((stem for stem in STEMS if any(folder.glob(f"{stem}*.safetensors*"))), None)
+    return tuple(weight_files(folder, stem)) if stem else ()
+
+
+def _places(
+    spec: BaseSpec,
+    root: Path,
+    files: Mapping[str, tuple[Path, ...]],
+    headers: Mapping[Path, Header],
+) -> Iterator[tuple[str, Place]]:
+    """Yield every target with its place, in the order of the files."""
+    if root.is_file():
+        layout = layout_of(spec.family)
+        for key, info in headers[root].tensors.items():
+            for layer in linear_layers(key, layout):
+                name = f"{layer.component}.{canonical(layer.component, layer.path)}"
+                if len(info.shape) == 2 and matches(name, spec.targets):
+                    rows = info.shape[0] // layer.parts
+                    shape = (rows, info.shape[1])
+                    yield name, Place(root, key, layer.part * rows, shape)
+        return
+    for component, group in files.items():
+        for file in group:
+            for key, info in headers[file].tensors.items():
+                name = f"{component}.{canonical(component, key.removesuffix('.weight'))}"
+                weight = key.endswith(".weight") and len(info.shape) == 2
+                if weight and matches(name, spec.targets):
+                    yield name, Place(file, key, 0, (info.shape[0], info.shape[1]))

@@ -1,0 +1,39 @@
+"""The hypernetwork's file: fp16 weights in safetensors, the configuration in the header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from hdbcli.errors import HdbError
+from hdbcli.method.hypernet import HyperConfig, HyperNetwork
+from registry.checkpoints.tensors import save_tensors
+from registry.files import write_beside
+
+
+def save_hypernetwork(model: HyperNetwork, path: Path) -> None:
+    """Write the weights as fp16 safetensors with the configuration in the header."""
+    tensors = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
+    metadata = {"format": "pt", "hdb.kind": "hypernetwork"}
+    metadata["hdb.config"] = json.dumps(asdict(model.config))
+    with write_beside(path) as beside:
+        save_tensors(tensors, beside, metadata)
+
+
+def load_hypernetwork(path: Path) -> tuple[HyperNetwork, str]:
+    """Read a hypernetwork in fp32 and the sha256 of its file; HdbError if the file is not one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+        model = HyperNetwork(HyperConfig(**json.loads(metadata["hdb.config"])))
+        model.load_state_dict(tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise HdbError(
+            f"{path} is not a hypernetwork this hdb can read ({error}); train or fetch it again"
+        ) from error
+    return model.eval(), hashlib.sha256(path.read_bytes()).hexdigest()

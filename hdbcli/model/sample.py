@@ -1,0 +1,152 @@
+"""Generate pictures of an identity, and save one with how it was made inside."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from hdbcli import __version__
+from hdbcli.config import Tell
+from hdbcli.errors import HdbError, HdbWarning
+from hdbcli.model.base import Base, Worn
+from hdbcli.model.memory import Work
+from registry.errors import RegistryError
+from registry.files import write_beside
+from registry.spec import Limited, SampleSettings
+
+AT_ONCE = 4  # pictures of 512 px in one pass, more of smaller ones: memory stays bounded
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One generated picture (H, W, 3) uint8 and the seed that makes it again."""
+
+    image: np.ndarray
+    seed: int
+
+
+def generate(
+    base: Base,
+    worn: Worn | None,
+    prompt: str | Sequence[str],
+    seeds: Sequence[int],
+    settings: SampleSettings,
+    tell: Tell,
+    keep: Callable[[Sequence[Picture]], None] | None = None,
+) -> list[Picture]:
+    """Draw one picture a seed. Prompt and negative prompt both wear the identity, as a merged
+    model would.
+
+    One identity, and one prompt, serves all seeds; a batch of as many as there are seeds, one each.
+    `keep` is handed all pictures so far, after each pass.
+    """
+    pictures: list[Picture] = []
+    prompts = [prompt] * len(seeds) if isinstance(prompt, str) else prompt
+    texts = [base.prompt(each) for each in prompts]
+    for text in dict.fromkeys([*texts, settings.negative]):
+        _warn_of_cut(base, text)
+    side = settings.size or base.spec.resolution
+    half = base.plan.at_once and max(1, base.plan.at_once // 2)  # guidance runs everything twice
+    at_once = half or _at_once(side)
+    passes = -(-len(seeds) // at_once)
+    for done in range(passes):
+        part = slice(done * at_once, (done + 1) * at_once)
+        batch = seeds[part]
+        theirs = worn if worn is None or len(worn) == 1 else worn[part]
+
+        def progress(step: int, steps: int, done: int = done) -> None:
+            tell("draw", done * steps + step, passes * steps)
+
+        with base.wearing(theirs):
+            try:
+                images = base.backbone.sample(texts[part], settings, batch, progress)
+            except RegistryError as error:
+                raise HdbError(str(error)) from error
+        pictures += [Picture(image, seed) for image, seed in zip(images, batch, strict=True)]
+        if keep is not None:
+            keep(pictures)
+    return pictures
+
+
+def _warn_of_cut(base: Base, text: str) -> None:
+    """Say what the text encoder will not read, and whether that is the person."""
+    end = base.backbone.unread(text) if isinstance(base.backbone, Limited) else ""
+    if end:
+        lost = ", and the person with it" if base.spec.identifier in end.split() else ""
+        warnings.warn(f"the prompt is too long; {end!r} is cut off{lost}", HdbWarning, stacklevel=3)
+
+
+def work_of(pictures: int, side: int, exact: bool = False) -> Work:
+    """Say what drawing asks of a base: guidance runs every picture twice. `exact` where LoRA files
+    are added, which quantised weights cannot take."""
+    return Work(2 * min(pictures, _at_once(side)), side, trains=False, exact=exact, least=2)
+
+
+def _at_once(side: int) -> int:
+    return max(1, min(32, AT_ONCE * 512**2 // side**2))
+
+
+def save_picture(image: np.ndarray, path: Path, text: str, new: bool = False) -> None:
+    """Write a PNG with the `parameters` chunk that A1111, Forge and ComfyUI tools read."""
+    info = PngInfo()
+    info.add_text("parameters", text)
+    try:
+        with write_beside(path, new) as beside:
+            Image.fromarray(image).save(beside, format="PNG", pnginfo=info)
+    except RegistryError as error:
+        raise HdbError(str(error)) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise HdbError now, not after the work, if `path` could not be written."""
+    try:
+        with suppress(_NotNeeded), write_beside(path):
+            raise _NotNeeded
+    except RegistryError as error:
+        raise HdbError(str(error)) from error
+
+
+class _NotNeeded(Exception):
+    """Leaves `write_beside` without writing."""
+
+
+def parameters_text(
+    prompt: str,
+    settings: SampleSettings,
+    picture: Picture,
+    base: str,
+    identity: str,
+    more: Mapping[str, str] | None = None,
+) -> str:
+    """Describe a picture in A1111's form: prompt, negative prompt, one line of `key: value`
+    pairs."""
+    height, width = picture.image.shape[:2]
+    pairs = {
+        "Steps": settings.steps,
+        "Sampler": settings.scheduler or "default",
+        "CFG scale": settings.guidance,
+        "Seed": picture.seed,
+        "Size": f"{width}x{height}",
+        "Model": base,
+        "Identity": identity,
+        **(more or {}),
+        "Version": f"hdb {__version__}",
+    }
+    lines = [prompt]
+    if settings.negative:
+        lines.append(f"Negative prompt: {settings.negative}")
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text

@@ -1,0 +1,62 @@
+"""Draw the batch of a training step: people, the photo that is read of each, what is drawn of them,
+noise and times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hdbcli.training.objective import DRAWS
+from hdbcli.training.people import People
+from hdbcli.training.refine import draw_times
+
+
+class Batch(NamedTuple):
+    """What a step draws for each of P people: which photo is read, and the K pictures drawn."""
+
+    person: Tensor  # (P,)
+    read: Tensor  # (P,) the photo that the hypernetwork reads
+    mirror: Tensor  # (P,) in 0..1: half of the people are read and drawn mirrored
+    drawn: Tensor  # (P, K) others of the person; the last half in styles, where there are such
+    anybody: Tensor  # (P, K) photos of whomever
+    empty: Tensor  # (P, K) which of those have an empty prompt
+    noise: Tensor  # (P, K, c, h, w)
+    t: Tensor  # (P, K)
+
+
+def draw_batch(
+    people: People, count: int, shape: Sequence[int], generator: torch.Generator
+) -> Batch:
+    """Draw `count` people and DRAWS pictures of each; `shape` is that of a latent."""
+    person = torch.randint(len(people.names), (count,), generator=generator)
+    read, drawn = [], []
+    for index in person.tolist():
+        photos = people.members[index]
+        first, turn = torch.randint(1 << 30, (2,), generator=generator).tolist()
+        others = max(1, len(photos) - 1)
+        steps = [1 + (turn + k) % others for k in range(DRAWS)]
+        pictures = [photos[(first + step) % len(photos)] for step in steps]
+        styled = people.styled[index] if people.styled else ()
+        if styled:
+            plain = DRAWS - DRAWS // 2
+            pictures[plain:] = [styled[(turn + k) % len(styled)] for k in range(DRAWS // 2)]
+        read.append(photos[first % len(photos)])
+        drawn.append(pictures)
+    everything = torch.tensor([p for group in (*people.members, *people.styled) for p in group])
+    many = count, DRAWS
+    # Parts of 0..1 come in order: unshuffled, plain portraits would get all the little noise.
+    times = draw_times(count * DRAWS, generator)
+    times = times[torch.randperm(len(times), generator=generator)]
+    return Batch(
+        person,
+        torch.tensor(read),
+        torch.rand(count, generator=generator),
+        torch.tensor(drawn),
+        everything[torch.randint(len(everything), many, generator=generator)],
+        torch.rand(many, generator=generator) < 0.5,
+        torch.randn((*many, *shape), generator=generator),
+        times.view(many),
+    )

@@ -1,0 +1,329 @@
+"""Train the hypernetwork of a base model: the diffusion loss of each person wearing the predicted
+theta.
+
+HyperDreamBooth §3.3, eq. 4: the diffusion loss, and with a bank of optimised LiDBs beta times the
+distance from them, taken between residuals, since factors are only defined up to a scale. The face
+that is read and the face that is drawn are different photos of a person where there are two, so
+that pose and light are not taken for identity. Pictures with captions of their own, the person in
+a style, teach theta to serve every prompt. To prompts without "[V]", empty ones too, the
+base shall answer as it does by itself: so what the identity changes is tied to "[V]", and guidance
+enlarges it (prior preservation, DreamBooth §3.3). With a weight for it, portraits are drawn from
+noise as well, and their distance from the person is a loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdbcli.config import PretrainConfig, Tell, unnamed
+from hdbcli.errors import HdbError
+from hdbcli.method.hypernet import TRAITS, Faces, HyperConfig, HyperNetwork
+from hdbcli.method.lidb import Theta
+from hdbcli.model.base import Base
+from hdbcli.model.device import ALONE, Workers, autocast, make_optimizer
+from hdbcli.training.batch import Batch, draw_batch
+from hdbcli.training.likeness_loss import check_drafts
+from hdbcli.training.loop import Plan, Step, averages_of, closing, fit, settle
+from hdbcli.training.objective import (
+    DRAWS,
+    Portraits,
+    Samples,
+    diffusion_jobs,
+    likeness_jobs,
+    prior_jobs,
+    spread,
+    weight_loss,
+)
+from hdbcli.training.people import People
+
+AVERAGE = 0.998
+
+# Whoever wants to look at the model now and then is told (step, training loss since, model).
+Watch = Callable[[int, float, HyperNetwork], object]
+
+
+def new_hypernetwork(base: Base, seed: int, rank: int = 1) -> HyperNetwork:
+    """Build the untrained hypernetwork that fits a base."""
+    injected = base.injected
+    config = HyperConfig(
+        targets=len(injected.layers),
+        a=base.spec.a,
+        b=base.spec.b,
+        targets_digest=injected.targets_digest(),
+        base=base.spec.name,
+        basis_digest=injected.fingerprint().digest,
+        rank=rank,
+        resolution=base.spec.resolution,
+        patch=base.spec.resolution // 8,
+    )
+    with torch.random.fork_rng(devices=[]):  # built on the CPU; GPUs are not to be woken for it
+        torch.default_generator.manual_seed(seed)
+        return HyperNetwork(config)
+
+
+def pretrain(
+    base: Base,
+    model: HyperNetwork,
+    people: People,
+    config: PretrainConfig,
+    tell: Tell,
+    bank: Mapping[str, Theta] | None = None,
+    workers: Workers = ALONE,
+    watch: Watch | None = None,
+) -> Iterator[Step]:
+    """Train `model` in place; at the end it holds the moving average of its weights, and whenever
+    `watch` looks."""
+    if config.likeness:
+        check_drafts(base)
+    known = None if bank is None else _known(bank, people, base.device)
+    model.to(base.device).train()
+    latents = encode_crops(base, people.crops, tell)
+    if not config.likeness:
+        base.free_autoencoder()
+    images = torch.from_numpy(people.crops).permute(0, 3, 1, 2)
+    traits = recognise(base, people, tell, all_crops=bool(config.likeness))
+    material = _Material(people, images, traits, latents, known)
+    parameters = dict(model.named_parameters())
+    averages = averages_of(parameters)
+    optimizer, used = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
+    described = _described(base, model, material, config, used, workers.count)
+    plan = _plan(config, described)
+    on = ExitStack()
+
+    def loss(generator: torch.Generator) -> Tensor:
+        on.enter_context(base.short_attention(latents[0]))
+        return _loss(base, model, material, config, workers, generator)
+
+    def look(*seen: Any) -> None:
+        assert watch is not None
+        watch(*seen)
+        if not config.likeness:
+            base.free_autoencoder()  # which drew the portraits, and serves nothing else
+
+    steps = fit(
+        parameters,
+        loss,
+        optimizer,
+        plan,
+        averages,
+        config.checkpoint,
+        workers.share,
+        writes=workers.rank == 0,
+    )
+    with base.injected.wearing(None):
+        yield from _watched(
+            closing(steps, on),
+            lambda: _averaged(parameters, averages),
+            model,
+            config.look,
+            look if watch else None,
+        )
+    settle(parameters, averages)
+    model.eval()
+
+
+def _plan(config: PretrainConfig, of: str) -> Plan:
+    return Plan(
+        config.steps,
+        config.lr,
+        warmup=100,
+        average=AVERAGE,
+        seed=config.seed,
+        checkpoint_seconds=config.save_seconds,
+        of=of,
+    )
+
+
+def _described(
+    base: Base,
+    model: HyperNetwork,
+    material: _Material,
+    config: PretrainConfig,
+    optimizer: str,
+    processes: int,
+) -> str:
+    """Name all that decides the numbers of a run, but how many steps it takes, and the memory plan,
+    which rounds only: a run that runs out of memory goes on with the next."""
+    people, bank = material.people, material.known
+    whose = people.names, people.members, people.styled, sorted(people.captions.items())
+    facts = {
+        "base": f"{base.spec.name} {base.injected.weights_digest()[:8]}",
+        "start": _digest(*model.state_dict().values()),
+        "people": f"{len(people.names)} {_digest(material.images, text=repr(whose))}",
+        "bank": "none" if bank is None else _digest(bank.down, bank.up),
+        "optimizer": optimizer,
+        "processes": processes,
+        **{
+            k: getattr(config, k)
+            for k in ("seed", "lr", "batch", "beta", "prior", "likeness", "share", "precision")
+        },
+    }
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def _digest(*tensors: Tensor, text: str = "") -> str:
+    whole = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        whole.update(tensor.detach().cpu().numpy().tobytes())
+    return whole.hexdigest()[:8]
+
+
+class _Material(NamedTuple):
+    """What training reads of N crops: the images (N, 3, S, S) uint8, a recogniser's numbers, and
+    latents, mirrored too."""
+
+    people: People
+    images: Tensor
+    traits: Tensor  # (N, 128)
+    latents: Tensor  # (2, N, c, h, w)
+    known: Theta | None  # the bank, person by person
+
+
+def _loss(
+    base: Base,
+    model: HyperNetwork,
+    material: _Material,
+    config: PretrainConfig,
+    workers: Workers,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the loss of one batch, drawn from the generator."""
+    people, images, traits, latents, known = material
+    device = base.device
+    # Every process draws the batch of all and takes its part: N processes are one with N times the
+    # batch.
+    whole = draw_batch(people, config.batch * workers.count, latents.shape[2:], generator)
+    batch = Batch(*(each[workers.rank :: workers.count] for each in whole))
+    mirrored = batch.mirror < 0.5
+    faces = images[batch.read].float().to(device) / 127.5 - 1
+    faces = torch.where(mirrored.view(-1, 1, 1, 1).to(device), faces.flip(-1), faces)
+    # Samples lie people fastest: the order in which the layer deals out identities.
+    with autocast(device, config.precision):
+        theta = model(Faces(faces, traits[batch.read].to(device)))
+
+    def samples(drawn: Tensor, captions: Sequence[str]) -> Samples:
+        count = len(drawn)
+        noise, t = batch.noise[:count].transpose(0, 1).flatten(0, 1), batch.t[:count].T.flatten()
+        clean = latents[mirrored[:count].long().repeat(DRAWS), drawn.T.flatten()]
+        prompts = [base.prompt(caption) for caption in captions]
+        return Samples(clean.float().to(device), prompts, noise.to(device), t.to(device))
+
+    jobs = diffusion_jobs(
+        base, samples(batch.drawn, people.caption(batch.drawn)), len(theta), config.precision
+    )
+    some, part = share_out(config.batch, workers, config.share)
+    if some and config.prior:
+        anybody, empty = batch.anybody[:some], batch.empty[:some].T.flatten()
+        captions = [
+            "" if each else unnamed(caption)
+            for each, caption in zip(empty, people.caption(anybody), strict=True)
+        ]
+        nobody = samples(anybody, captions)
+        jobs += prior_jobs(base, nobody, some, part * config.prior, config.precision)
+    if some and config.likeness:
+        own = batch.drawn[:some].T.flatten()
+        captions = [base.prompt(caption) for caption in people.caption(batch.drawn[:some])]
+        true = images[own].float().to(device) / 127.5 - 1
+        turned = mirrored[:some].repeat(DRAWS).view(-1, 1, 1, 1).to(device)
+        portraits = Portraits(
+            captions,
+            batch.noise[:some].transpose(0, 1).flatten(0, 1).to(device),
+            torch.where(turned, true.flip(-1), true),
+            traits[own].to(device),
+        )
+        jobs += likeness_jobs(base, portraits, some, part * config.likeness, config.precision)
+    value = spread(theta, jobs)
+    if known is not None:
+        value = value + config.beta * weight_loss(theta, known[batch.person.to(device)]).mean()
+    return value
+
+
+def share_out(batch: int, workers: Workers, share: int) -> tuple[int, float]:
+    """Return how many of this process's people have portraits drawn and others left alone, one in
+    `share` of everybody's, and what a mean over them counts beside the other processes'."""
+    total = -(-batch * workers.count // share)
+    mine = len(range(workers.rank, total, workers.count))
+    return mine, mine * workers.count / total
+
+
+def _watched(
+    steps: Iterator[Step],
+    averaged: Callable[[], AbstractContextManager[None]],
+    model: HyperNetwork,
+    every: int,
+    watch: Watch | None,
+) -> Iterator[Step]:
+    """Let `watch` look at the average of the weights now and then, and at the end."""
+    losses = []
+    for step in steps:
+        losses.append(step.loss)
+        if watch and (step.number % every == 0 or step.number == step.steps):
+            with averaged():
+                watch(step.number, sum(losses) / len(losses), model.eval())
+            model.train()
+            losses.clear()
+        yield step
+
+
+@contextmanager
+def _averaged(parameters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put the averages in the place of the parameters inside the block."""
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = averages[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
+
+
+def _known(bank: Mapping[str, Theta], people: People, device: str) -> Theta:
+    """Put the bank in the order of the people; HdbError if somebody is not in it."""
+    missing = [name for name in people.names if name not in bank]
+    if missing:
+        raise HdbError(
+            f"{len(missing)} of {len(people.names)} people are not in the bank, {missing[0]} for "
+            "one; run hdb train bank on the same folder"
+        )
+    chosen = [bank[name] for name in people.names]
+    return Theta(
+        torch.cat([theta.down for theta in chosen]).to(device),
+        torch.cat([theta.up for theta in chosen]).to(device),
+    )
+
+
+def recognise(base: Base, people: People, tell: Tell, all_crops: bool = False) -> Tensor:
+    """Return what the face recogniser says of all photos (N, 128), on the CPU; 0 of other crops,
+    unless they are wanted too."""
+    groups = people.members + (people.styled if all_crops else ())
+    photos = [photo for group in groups for photo in group]
+    found = torch.zeros(len(people.crops), TRAITS)
+    for start in range(0, len(photos), 100):
+        part = photos[start : start + 100]
+        found[part] = base.faces(list(people.crops[part])).traits.cpu()
+        tell("recognise", start, len(photos))
+    return found
+
+
+@torch.no_grad()
+def encode_crops(base: Base, crops: np.ndarray, tell: Tell) -> Tensor:
+    """Encode crops and their mirror images once: (2, N, c, h, w) float16 on the CPU."""
+    both = []
+    for side in range(2):
+        parts = []
+        for start in range(0, len(crops), 100):
+            batch = base.images(list(crops[start : start + 100]))
+            batch = batch.flip(-1) if side else batch
+            with autocast(base.device):
+                parts.append(base.backbone.encode_images(batch).half().cpu())
+            tell("encode", side * len(crops) + start, 2 * len(crops))
+        both.append(torch.cat(parts))
+    return torch.stack(both)

@@ -1,0 +1,122 @@
+"""The likeness loss: draw the person in a few steps, and ask a face recogniser how far they are
+from the true picture.
+
+The recogniser hardly sees colours: alone it gave everybody one complexion and blue eyes. So the
+middle of the picture, coarse as a mosaic, is compared too. And faces in a haze please it: with half
+the contrast of true ones, eyes and glasses gone. So contrast is compared in the same cells.
+
+Not in HyperDreamBooth. The diffusion loss never sees a picture drawn from noise, where small errors
+of every step add up to somebody else; this one goes through the drawing itself, as PuLID does with
+a distilled model (Guo et al. 2024, §3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hdbcli.config import PORTRAIT
+from hdbcli.errors import HdbError
+from hdbcli.method.hypernet import Faces
+from hdbcli.method.lidb import Factors, Theta
+from hdbcli.model.base import Base
+from hdbcli.model.device import autocast
+from registry.spec import Drafting
+
+STEPS = 4
+SHARE = 4  # one in so many samples of a step is drawn from noise too: that costs eight passes
+KEPT = 2  # of these keep what the gradient needs: the last step's, twice for guidance
+CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
+
+
+def likeness_loss(
+    base: Base,
+    prompts: Sequence[str],
+    noise: Tensor,
+    true: Tensor,
+    traits: Tensor,
+    precision: str = "auto",
+) -> Tensor:
+    """Return the squared distances (B,) of drawn faces from the true ones, of embeddings, colours
+    and contrast.
+
+    `noise` (B, c, h, w) is what they are drawn from, `true` (B, 3, S, S) the aligned pictures in
+    -1..1 and `traits` (B, 128) the embeddings of their faces; B is a multiple of the people whom
+    the base wears, who lie fastest.
+    """
+    backbone = check_drafts(base)
+    with autocast(base.device, precision, noise):
+        drawn = backbone.draft(prompts, noise, STEPS, base.spec.guidance)  # as `hdb gen` will
+    with autocast(base.device, precision):
+        images = backbone.decode(drawn)
+        far = (base.embed(images) - traits).square().sum(1)
+        far = far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
+        return far + CONTRAST * (contrast(images) - contrast(true)).square().mean((1, 2, 3))
+
+
+def portrait_likeness(
+    base: Base, faces: Sequence[Faces], shape: torch.Size, weight: float
+) -> Callable[[Theta | Factors, torch.Generator, int, int], Tensor]:
+    """Return what adds to the loss of a step for P people with latents of a shape (c, h, w), person
+    p wearing row p: the weighted distance of their portraits from the faces on their photos, in
+    turn.
+
+    It is handed what they wear, and the step's generator, batch and number; everybody's portraits
+    start from the same noise.
+    """
+    check_drafts(base)
+
+    def loss(worn: Theta | Factors, generator: torch.Generator, batch: int, turn: int) -> Tensor:
+        count = max(1, batch // SHARE)
+        own = [(each, (turn + k) % len(each.crops)) for k in range(count) for each in faces]
+        noise = torch.randn((count, *shape), generator=generator).repeat_interleave(len(faces), 0)
+        with base.wearing(worn), base.short_attention(noise):
+            far = likeness_loss(
+                base,
+                [base.prompt(PORTRAIT)] * len(own),
+                noise.to(base.device),
+                torch.stack([each.crops[k] for each, k in own]),
+                torch.stack([each.traits[k] for each, k in own]),
+            )
+        return weight * far.sum() / count
+
+    return loss
+
+
+def latent_shape(base: Base, faces: Sequence[Faces]) -> torch.Size:
+    """Return the shape (c, h, w) of the latents that a picture like these has."""
+    return base.backbone.encode_images(faces[0].crops[:1]).shape[1:]
+
+
+def drafts(batch: int) -> int:
+    """Return how many passes of one sample such a step keeps for its gradient, with that of the
+    style prior."""
+    return max(1, batch // SHARE) * KEPT + 1
+
+
+def check_drafts(base: Base) -> Drafting:
+    """Return the backbone that draws with gradients; HdbError if this base's does not."""
+    if not isinstance(base.backbone, Drafting):
+        raise HdbError(
+            f"base model {base.spec.name} cannot draw with gradients; leave --likeness out"
+        )
+    return base.backbone
+
+
+def mosaic(images: Tensor) -> Tensor:
+    """Return the means of the middle half of pictures (B, c, S, S) in 8 x 8 cells: of colours, or
+    of whatever a pixel has."""
+    return F.adaptive_avg_pool2d(images.float(), 16)[:, :, 4:12, 4:12]
+
+
+def contrast(images: Tensor) -> Tensor:
+    """Return how strong fine detail is in the same cells (B, 1, 8, 8): the logarithm, so that dark
+    faces count as bright ones do, of the root mean square of what a blur over S / 32 pixels takes
+    off the brightness of pictures (B, 3, S, S)."""
+    bright = images.float().mean(1, keepdim=True)
+    reach = images.shape[-1] // 64
+    blurred = F.avg_pool2d(F.pad(bright, (reach,) * 4, mode="replicate"), 2 * reach + 1, 1)
+    return 0.5 * (mosaic((bright - blurred).square()) + 1e-4).log()  # -4.6 where there is none

@@ -1,0 +1,97 @@
+"""Watch a hypernetwork learn: losses and portraits of people it does not train on, as a log and a
+picture.
+
+Three curves say whether it knows anybody: with their own theta, with another's, with nobody's. Own
+below another's is the person; own below nobody's alone could be the mere look of the photos.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from hdbcli.config import PORTRAIT, Tell
+from hdbcli.measure.plot import Axes, Curve, save_chart
+from hdbcli.method.hypernet import HyperNetwork
+from hdbcli.model.base import Base
+from hdbcli.model.sample import generate
+from hdbcli.training.evaluate import person_losses
+from hdbcli.training.hypernetwork import encode_crops
+from hdbcli.training.people import People
+from registry.files import write_beside
+
+PAIRS = 8  # (timestep, noise) pairs
+SHOWN = 6  # people in the picture
+AXES = Axes('diffusion loss of "a [V] face", held-out people', "steps", "loss")
+
+
+@dataclass(frozen=True)
+class Look:
+    """The losses at one step: of the training since the look before, and of the held-out people."""
+
+    step: int
+    training: float
+    own: float
+    another: float
+    base: float
+
+
+class Watch:
+    """Looks at a hypernetwork now and then; `OUT-run.jsonl` and `OUT-run.png` are whole at any
+    time."""
+
+    def __init__(self, base: Base, people: People, out: Path, tell: Tell) -> None:
+        self.base, self.tell = base, tell
+        self.log = out.with_name(f"{out.stem}-run.jsonl")
+        self.picture = out.with_name(f"{out.stem}-run.png")
+        # The photo that is read and the one that is tested on; with one photo they are the same.
+        self.read = people.crops[[photos[0] for photos in people.members]]
+        tested = people.crops[[photos[-1] for photos in people.members]]
+        self.latents = encode_crops(base, tested, tell)[0].float().to(base.device)
+        self.nobody = float(person_losses(base, None, self.latents, tell, PAIRS).mean())
+
+    def look(self, step: int, training: float, model: HyperNetwork) -> Look:
+        """Measure, draw, and write both files anew; looks at later steps, of a run cut off, go."""
+        with torch.no_grad():
+            theta = model(self.base.faces(list(self.read)))
+        turned = theta[torch.arange(len(theta)).roll(1)]
+        own, another = (
+            float(person_losses(self.base, worn, self.latents, self.tell, PAIRS).mean())
+            for worn in (theta, turned)
+        )
+        now = Look(step, training, own, another, self.nobody)
+        looks = [*(past for past in read_looks(self.log) if past.step < step), now]
+        lines = "".join(json.dumps(asdict(each)) + "\n" for each in looks)
+        with write_beside(self.log) as beside:
+            beside.write_text(lines)
+        settings = self.base.spec.sampling
+        shown = theta[:SHOWN]
+        drawn = generate(self.base, shown, PORTRAIT, list(range(len(shown))), settings, self.tell)
+        with write_beside(self.picture) as beside:
+            rows = [list(self.read[:SHOWN]), [each.image for each in drawn]]
+            save_chart(AXES, _curves(looks), rows, beside)
+        return now
+
+
+def read_looks(log: Path) -> list[Look]:
+    """Read the log of a run, leaving out what is no look; none if there is no log."""
+    looks = []
+    for line in log.read_text().splitlines() if log.exists() else ():
+        try:
+            looks.append(Look(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return looks
+
+
+def _curves(looks: Sequence[Look]) -> list[Curve]:
+    steps = [look.step for look in looks]
+    return [
+        Curve("another's theta", steps, [look.another for look in looks]),
+        Curve("base, nobody's theta", steps, [look.base for look in looks]),
+        Curve("their own theta", steps, [look.own for look in looks]),
+    ]

@@ -1,0 +1,197 @@
+"""One photo in, an identity out: crop, predict, relax, refine, measure, in this order.
+
+HyperDreamBooth, figure 2: the hypernetwork's prediction, then rank-relaxed fast fine-tuning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hdbcli.config import (
+    DIFFUSION_LR,
+    PORTRAIT,
+    UNPREDICTED_LR,
+    UNPREDICTED_STEPS,
+    RefineConfig,
+    Tell,
+)
+from hdbcli.errors import HdbError
+from hdbcli.faces.embedding import embed
+from hdbcli.faces.photo import Crop, crop_face
+from hdbcli.identity.budget import rank_within
+from hdbcli.identity.file import Identity, home_of, theta_for
+from hdbcli.method.lidb import Theta
+from hdbcli.method.relax import relax
+from hdbcli.model import sample
+from hdbcli.model.base import Base, load_predictor
+from hdbcli.model.device import wait_for
+from hdbcli.model.memory import Work
+from hdbcli.training.likeness_loss import drafts
+from hdbcli.training.refine import portrait_loss, refine, weight_of
+from registry.spec import BaseSpec
+
+LIKENESS_SEEDS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class Created:
+    """A new identity and what making it took; seconds by stage, losses on the same pairs."""
+
+    identity: Identity
+    seconds: dict[str, float]
+    loss_start: float
+    loss_end: float
+    base_likeness: float
+    warnings: tuple[str, ...]
+
+
+def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: Tell) -> list[Crop]:
+    """Crop the face of every photo as the base's template wants it."""
+    crops: list[Crop] = []
+    for photo in photos:
+        tell("crop", len(crops), len(photos))
+        several, template = len(photos) > 1, np.array(spec.template)
+        crops.append(crop_face(photo, template, spec.resolution, face, several))
+    return crops
+
+
+def work_of(spec: BaseSpec, refines: bool, likeness: float | None) -> Work:
+    """Say what making an identity asks of a base; no plan can part what is drawn for likeness,
+    which is kept until the rest of the step has been taken."""
+    portraits = sample.work_of(min(len(LIKENESS_SEEDS), spec.batch), spec.resolution)
+    drawn = drafts(spec.batch) if refines and weight_of(spec, likeness) else 0
+    samples = spec.batch + drawn
+    return Work(samples, spec.resolution, trains=refines, least=1 + drawn, then=portraits)
+
+
+def settle(
+    base: Base,
+    steps: int | None,
+    rank: int | None,
+    seed: int,
+    optimizer: str,
+    likeness: float | None = None,
+    goes_on: bool = False,
+) -> RefineConfig:
+    """Fill in what the user left open: what suits a start from a prediction, from somebody whose
+    refinement `goes_on`, or from nobody; and the base's budget of bytes."""
+    spec = base.spec
+    predicted = goes_on or spec.hypernetwork is not None
+    rate = RefineConfig.lr if weight_of(spec, likeness) else DIFFUSION_LR
+    return RefineConfig(
+        steps=steps or (RefineConfig.steps if predicted else UNPREDICTED_STEPS),
+        rank=rank or rank_within(spec.budget, len(base.injected.layers), spec.a, spec.b),
+        lr=rate if predicted else UNPREDICTED_LR,
+        seed=seed,
+        optimizer=optimizer,
+        likeness=likeness,
+        somebody=predicted,
+    )
+
+
+def create(crops: Sequence[Crop], base: Base, config: RefineConfig | None, tell: Tell) -> Created:
+    """Make an identity from the crops of one person; `config` None keeps the prediction as it
+    is.
+
+    On a base without a hypernetwork it starts from theta_0, which everybody shares; HdbError if
+    that should be kept.
+    """
+    if base.spec.hypernetwork is None and config is None:
+        raise HdbError(
+            f"{base.spec.name} has no hypernetwork, so there is no prediction; drop --no-refine"
+        )
+    seconds = {}
+    start = time.perf_counter()
+    tell("predict", 0, 1)
+    if base.spec.hypernetwork is None:
+        theta, digest = base.first_theta(), ""
+    else:
+        predictor, digest = load_predictor(base)
+        theta = predictor.predict(base.faces([crop.image for crop in crops]))
+    wait_for(base.device)
+    seconds["predict"] = time.perf_counter() - start
+    identity = describe(base, theta, hypernetwork=digest)
+    return _refined(identity, theta, crops, base, config, tell, seconds)
+
+
+def continue_refining(
+    identity: Identity, crops: Sequence[Crop], base: Base, config: RefineConfig, tell: Tell
+) -> Created:
+    """Give an existing identity more iterations, from where it is; its rank may be raised first."""
+    theta, warning = theta_for(base, identity)
+    identity = replace(identity, **home_of(base.spec, base.injected))  # it may be another base
+    created = _refined(identity, theta, crops, base, config, tell, {"predict": 0.0})
+    return replace(created, warnings=(*created.warnings, warning)) if warning else created
+
+
+def _refined(
+    identity: Identity,
+    theta: Theta,
+    crops: Sequence[Crop],
+    base: Base,
+    config: RefineConfig | None,
+    tell: Tell,
+    seconds: dict[str, float],
+) -> Created:
+    faces = base.faces([crop.image for crop in crops])
+    latents = [base.backbone.encode_images(faces.crops)]
+    base.free_autoencoder()
+    warnings = tuple(w for crop in crops for w in crop.warnings)
+    start = time.perf_counter()
+    if config is None:
+        loss_start = loss_end = portrait_loss(base, theta, latents)
+    else:
+        if config.rank != theta.rank:
+            relaxed = f"relaxed from rank {theta.rank} to {config.rank}"
+            identity = replace(identity, lineage=(*identity.lineage, relaxed))
+        result = refine(base, relax(theta, config.rank), latents, config, tell, [faces])
+        theta, loss_start, loss_end = result.theta, result.loss_start, result.loss_end
+        identity = replace(
+            identity, steps=identity.steps + config.steps, optimizer=result.optimizer
+        )
+    seconds["refine"] = time.perf_counter() - start
+    mine, floor = likeness_of(base, theta, crops, tell)
+    identity = replace(
+        identity, down=theta.down[0].cpu(), up=theta.up[0].cpu(), likeness=round(mine, 4)
+    )
+    return Created(identity, seconds, float(loss_start), float(loss_end), floor, warnings)
+
+
+def likeness_of(base: Base, theta: Theta, crops: Sequence[Crop], tell: Tell) -> tuple[float, float]:
+    """Return the likeness of generated portraits to the crops, and of the base's own beside it.
+
+    The mean over as many seeds as a step of the base has samples, two for `tiny` and one where a
+    picture takes long, the same for both: 1 - distance of the face embeddings, 0 to 1.
+    """
+    seeds = LIKENESS_SEEDS[: base.spec.batch]
+    reference, _ = embed([crop.image for crop in crops])
+    scores = []
+    for worn in (theta, None):
+        drawn = sample.generate(base, worn, PORTRAIT, seeds, base.spec.sampling, tell)
+        faces, _ = embed([picture.image for picture in drawn])
+        far = torch.cdist(faces, reference).mean()
+        scores.append(max(0.0, 1 - float(far)))
+    return scores[0], scores[1]
+
+
+def describe(base: Base, theta: Theta, hypernetwork: str) -> Identity:
+    """Wrap a fresh theta as an identity of this base."""
+    return Identity(
+        down=theta.down[0].cpu(),
+        up=theta.up[0].cpu(),
+        **home_of(base.spec, base.injected),
+        identifier=base.spec.identifier,
+        steps=0,
+        optimizer="",
+        hypernetwork=hypernetwork,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        lineage=(),
+        likeness=None,
+    )

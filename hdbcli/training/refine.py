@@ -1,0 +1,236 @@
+"""Fast fine-tuning: a few dozen iterations of diffusion loss on the crops, from a predicted and
+relaxed theta.
+
+HyperDreamBooth §3.4; the paper takes 40 iterations on "a [V] face". P people are refined side by
+side through the per-sample layer, each as if alone but for rounding: same noise, nothing shared.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from hdbcli.config import PORTRAIT, RefineConfig, Tell
+from hdbcli.errors import HdbError
+from hdbcli.method.hypernet import Faces
+from hdbcli.method.lidb import Factors, Theta, pack, unpack
+from hdbcli.model.base import Base, Worn
+from hdbcli.model.device import autocast, make_optimizer
+from hdbcli.training.likeness_loss import latent_shape, portrait_likeness
+from hdbcli.training.loop import Plan, Step, closing, fit
+from hdbcli.training.objective import Samples
+from hdbcli.training.style_prior import style_prior
+from registry.spec import BaseSpec
+
+# (worn, generator, batch, step) -> a loss of what P people wear
+Beside: TypeAlias = Callable[[Worn | None, torch.Generator, int, int], Tensor]
+
+PAIRS = 8  # times a step's batch: (timestep, noise) pairs that the loss is reported on
+PAIRS_SEED = 0
+BEFORE_ONE = 1 - 2**-20  # float32 rounds what lies closer up to 1, where no timestep is
+POSITIONS = 16_384  # of latents, measured at once: 256 samples of 8 x 8, 4 of 64 x 64
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a method trains for P people, `numbers` each, and how they wear it at this moment.
+
+    LiDB here, the methods beside it in `methods`: the loop is one.
+    """
+
+    people: int
+    parameters: Mapping[str, Tensor]
+    worn: Callable[[], Worn | None]
+    numbers: int
+    beside: Beside | None = None  # another loss of a step
+    prior: Callable[[torch.Generator, int], Samples] | None = None  # as many more, one person's
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What refinement made, and each person's loss (P,) before and after on the same pairs."""
+
+    theta: Theta
+    loss_start: Tensor
+    loss_end: Tensor
+    optimizer: str
+
+
+def refine(
+    base: Base,
+    theta: Theta,
+    latents: Sequence[Tensor],
+    config: RefineConfig,
+    tell: Tell,
+    faces: Sequence[Faces] | None = None,
+) -> Refined:
+    """Train theta of P identities, person p on the latents (N_p, c, h, w) of their crops; with the
+    faces on them, for likeness too, as the config weighs it."""
+    trial = lidb_trial(base, theta)
+    if faces is not None:
+        trial = with_likeness(base, trial, faces, config.likeness, config.somebody)
+    _check(trial, latents)
+    optimizer, label = optimizer_of(trial, config)
+    start = portrait_loss(base, theta, latents)
+    for step in train(base, trial, latents, config, optimizer):
+        tell("refine", step.number, step.steps)
+    with torch.no_grad():
+        refined = trial.worn()
+    assert isinstance(refined, Theta)
+    return Refined(refined, start, portrait_loss(base, refined, latents), label)
+
+
+def optimizer_of(trial: Trial, config: RefineConfig) -> tuple[torch.optim.Optimizer, str]:
+    """Return what trains a method, and the name of what it really is."""
+    return make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
+
+
+def lidb_trial(base: Base, theta: Theta) -> Trial:
+    """Train the cores, as one flat parameter."""
+    flat = pack(theta).detach().clone().requires_grad_(True)
+    targets, spec = len(base.injected.layers), base.spec
+
+    def worn() -> Theta:
+        return unpack(flat, targets, spec.a, spec.b)
+
+    return Trial(len(flat), {"theta": flat}, worn, flat.shape[1])
+
+
+def weight_of(spec: BaseSpec, likeness: float | None) -> float:
+    """Return what likeness weighs in refinement: what was asked for, or else the base's own."""
+    return spec.likeness if likeness is None else likeness
+
+
+def with_likeness(
+    base: Base, trial: Trial, faces: Sequence[Faces], weight: float | None, somebody: bool = True
+) -> Trial:
+    """Let a trial of thetas or plain factors learn from what it draws too, and keep styles as they
+    are, if it starts from `somebody`: nobody's would keep the person out of them.
+
+    None weighs likeness as the base's spec says, which may be 0: then the trial stays what it was.
+    """
+    weight = weight_of(base.spec, weight)
+    if not weight:
+        return trial
+
+    def factors(worn: Worn | None) -> Factors:
+        assert isinstance(worn, Theta | Factors)
+        return base.injected.factors(worn) if isinstance(worn, Theta) else worn
+
+    shape = latent_shape(base, faces)
+    likeness = portrait_likeness(base, faces, shape, weight)
+    prior = style_prior(base, factors(trial.worn()), len(faces), shape) if somebody else None
+
+    def both(worn: Worn | None, generator: torch.Generator, batch: int, turn: int) -> Tensor:
+        now = factors(worn)  # once for both
+        far = likeness(now, generator, batch, turn)
+        return far if prior is None else far + prior(now, generator, turn)
+
+    return replace(trial, beside=both)
+
+
+def train(
+    base: Base,
+    trial: Trial,
+    latents: Sequence[Tensor],
+    config: RefineConfig,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Iterator[Step]:
+    """Run the iterations on "a [V] face", yielding after each; the optimizer is the config's."""
+    _check(trial, latents)
+    optimizer = optimizer or optimizer_of(trial, config)[0]
+    batch = config.batch or base.spec.batch
+    on, turns = ExitStack(), itertools.count()
+    size = _at_once(base, trial.people + (trial.prior is not None), batch)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        noise = torch.randn((batch, *latents[0].shape[1:]), generator=generator)
+        t = draw_times(batch, generator)
+        turn = next(turns)
+        beside = trial.beside and trial.beside(trial.worn(), generator, batch, turn)
+        prior = None if trial.prior is None else trial.prior(generator, batch)
+        past = torch.zeros(())
+        for first in range(0, batch, size):
+            on.close()
+            on.enter_context(base.wearing(trial.worn()))
+            on.enter_context(base.short_attention(noise))
+            part = slice(first, first + size)
+            samples = _samples(base, latents, noise[part], t[part], turn + first)
+            if prior is not None:
+                samples = samples.joined(prior.part(part))
+            with autocast(base.device, latents=samples.clean):
+                value = base.backbone.loss(*samples).sum() / batch
+            if first + size < batch:  # the gradients of the last part are left to the loop
+                value.backward()
+                past = past + value.detach().cpu()
+        value = value + past.to(value.device)
+        return value if beside is None else value + beside
+
+    plan = Plan(config.steps, config.lr, warmup=3, decay=0.5, clip=None, seed=config.seed)
+    yield from closing(fit(trial.parameters, loss, optimizer, plan), on)
+
+
+def draw_times(count: int, generator: torch.Generator) -> Tensor:
+    """Draw a time (count,) in each of `count` equal parts of 0..1, bent towards the noise.
+
+    Who somebody is matters where noise hides it: on `tiny` 97 % of what an identity takes off the
+    loss lies at t > 0.6, nothing at t < 0.4. The density is 3 t^2; equal parts make the gradient
+    less noisy.
+    """
+    part = torch.arange(count) + torch.rand(count, generator=generator)
+    return ((part / count) ** (1 / 3)).clamp(max=BEFORE_ONE)
+
+
+@torch.no_grad()
+def portrait_loss(
+    base: Base, worn: Worn | None, latents: Sequence[Tensor], pairs: int | None = None
+) -> Tensor:
+    """Return each person's diffusion loss (P,) of "a [V] face", the mean over fixed pairs."""
+    pairs = pairs or PAIRS * base.spec.batch
+    generator = torch.Generator().manual_seed(PAIRS_SEED)
+    noise = torch.randn((pairs, *latents[0].shape[1:]), generator=generator)
+    t = ((torch.arange(pairs) + 0.5) / pairs)[torch.randperm(pairs, generator=generator)]
+    size = max(1, POSITIONS // (len(latents) * noise[0, 0].numel()))
+    size = _at_once(base, len(latents), size)
+    with base.wearing(worn), autocast(base.device):
+        parts = [
+            base.backbone.loss(*_samples(base, latents, noise[i : i + size], t[i : i + size], i))
+            for i in range(0, pairs, size)
+        ]
+    return torch.cat(parts).view(pairs, len(latents)).mean(0).cpu()
+
+
+def _check(trial: Trial, latents: Sequence[Tensor]) -> None:
+    if len(latents) != trial.people:
+        raise HdbError(f"a trial of {trial.people} people, photos of {len(latents)}")
+
+
+def _at_once(base: Base, people: int, pairs: int) -> int:
+    """Return how many pairs go in one pass, everybody's: all of them, or what the plan allows."""
+    return min(pairs, max(1, (base.plan.at_once or pairs * people) // people))
+
+
+def _samples(
+    base: Base, latents: Sequence[Tensor], noise: Tensor, t: Tensor, first: int
+) -> Samples:
+    """Put pair k before person p, K P samples, k counted from `first`: noise (K, c, h, w) and
+    t (K,) serve everybody.
+
+    Person p is drawn from their photos in turn; the caller moves on from step to step, by one, so
+    that every photo gets every part of the times. Samples lie pair by pair, people fastest: the
+    order in which the layer deals out P identities.
+    """
+    people = len(latents)
+    clean = torch.stack(
+        [each[k % len(each)] for k in range(first, first + len(t)) for each in latents]
+    )
+    noise = noise.to(clean).repeat_interleave(people, 0)
+    times = t.to(clean.device).repeat_interleave(people)
+    prompts = [base.prompt(PORTRAIT)] * len(clean)
+    return Samples(clean, prompts, noise, times)

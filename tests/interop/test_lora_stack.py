@@ -1,0 +1,268 @@
+"""LoRA files stack with identities: what is added is what diffusers adds, and what is no plain LoRA
+of the base is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import hdb, ok
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hdbcli.errors import HdbError
+from hdbcli.identity.file import save
+from hdbcli.interop import lora_stack
+from hdbcli.method.lidb import Theta
+from hdbcli.model.base import Base, load_base
+from hdbcli.training.personalise import describe
+from registry import store
+from registry.checkpoints.ldm import original_layer
+from registry.plugins import load_registry
+from registry.spec import SampleSettings
+from registry.stable_diffusion.backbone import _scheduler
+from registry.stable_diffusion.families import CONFIGS
+from registry.tiny import WEIGHTS
+
+SDXL = CONFIGS / "sdxl" / "unet"
+PROMPT = ("a [V] face", "-n", 1, "--seed", 3, "--steps", 4)
+
+
+def draw(out: Path, *words: object) -> np.ndarray:
+    ok("gen", *words, "-o", out)
+    return np.asarray(Image.open(out)).astype(float)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return 10 * math.log10(255**2 / max(1e-9, float(((a - b) ** 2).mean())))
+
+
+@pytest.fixture
+def people(tiny: Base, hdb_home: Path) -> None:
+    """Put alice and bob, random people of rank 2, into the store."""
+    for seed, name in enumerate(("alice", "bob")):
+        first = tiny.first_theta(2)
+        generator = torch.Generator().manual_seed(seed)
+        down = first.down + 0.1 * torch.randn(first.down.shape, generator=generator)
+        theta = Theta(down, 0.4 * torch.randn(first.up.shape, generator=generator))
+        save(describe(tiny, theta, ""), store.path_of(name), "fp32")
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+def test_a_stacked_identity_is_the_sum(people: None, tmp_path: Path, form: str) -> None:
+    file = tmp_path / "style.safetensors"
+    ok("export", "alice", "--format", form, "--dtype", "fp32", "-o", file)
+    ok("compose", "alice=1", "bob=1", "--as", "both", "--dtype", "fp32")
+    both = draw(tmp_path / "both.png", "both", *PROMPT)
+    bob = draw(tmp_path / "bob.png", "bob", *PROMPT)
+    stacked = draw(tmp_path / "stacked.png", "bob", *PROMPT, "--lora", file)
+    assert psnr(stacked, both) > 40 > 30 > psnr(stacked, bob)
+    none = draw(tmp_path / "none.png", "bob", *PROMPT, "--lora", f"{file}=0")
+    assert (none == bob).all()
+    twice = ["--lora", f"{file}=0.25", "--lora", f"{file}=0.75"]
+    assert psnr(draw(tmp_path / "twice.png", "bob", *PROMPT, *twice), stacked) > 40
+
+
+def test_few_steps_and_what_is_recorded(people: None, tmp_path: Path) -> None:
+    file, out = tmp_path / "few.safetensors", tmp_path / "out.png"
+    ok("export", "alice", "-o", file)
+    odd = load_file(file) | {"bundle_emb.x.string_to_param.*": torch.zeros(1)}
+    save_file(odd, file)
+    words = ("--scheduler", "lcm", "--guidance", 1, "--json", "-o", out)
+    result = ok("gen", "bob", *PROMPT, *words, "--lora", f"{file}=0.8")
+    (said,) = json.loads(result.stdout)["loras"]
+    assert said["strength"] == 0.8 and said["layers"] == 71 and said["unread"] == 1
+    assert "1 of 214 keys name no layer" in result.stderr and "bundle_emb" in result.stderr
+    text = Image.open(out).text["parameters"]
+    assert f'Lora hashes: "few: {said["hash"]}", Loras: few 0.8' in text
+    assert "Sampler: lcm" in text and len(said["hash"]) == 12
+    draw(out, "bob", *PROMPT)
+    assert "Lora" not in Image.open(out).text["parameters"]
+
+
+def test_lcm_takes_more_steps_than_it_was_distilled_on(tiny: Base) -> None:
+    config = tiny.backbone.pipeline.scheduler.config
+    for steps in (4, 60):
+        schedule = _scheduler(SampleSettings(steps, scheduler="lcm"), config)
+        schedule.set_timesteps(steps)
+        assert len(schedule.timesteps) == steps
+
+
+def random(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 8
+
+
+def kohya_file(path: Path) -> Path:
+    """Write a file that changes linear and convolutional layers, with an alpha that is not r."""
+    pipeline = pipeline_of_tiny()
+    tensors = {}
+    for short, module in (("unet", pipeline.unet), ("te", pipeline.text_encoder)):
+        layers = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        for seed, (name, layer) in enumerate(layers):
+            whole = name if short == "unet" or "text_model" in name else f"text_model.{name}"
+            stem = f"lora_{short}_{whole.replace('.', '_')}"
+            n, m, *kernel = layer.weight.shape
+            tensors[f"{stem}.lora_down.weight"] = random((4, m, *kernel), seed)
+            tensors[f"{stem}.lora_up.weight"] = random((n, 4, *([1] * len(kernel))), seed + 1)
+            tensors[f"{stem}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, path)
+    return path
+
+
+def diffusers_file(path: Path) -> Path:
+    """Let diffusers and PEFT write a file whose alpha, 12 at rank 4, is beside the tensors."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    unet = pipeline_of_tiny().unet
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["to_q", "to_out.0", "conv1"])
+    unet.add_adapter(config)
+    tensors = get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(
+        path.parent,
+        unet_lora_layers={k: random(tuple(v.shape), 0) for k, v in tensors.items()},
+        unet_lora_adapter_metadata=config.to_dict(),
+        weight_name=path.name,
+    )
+    return path
+
+
+def pipeline_of_tiny() -> Any:
+    return StableDiffusionPipeline.from_pretrained(WEIGHTS, safety_checker=None)
+
+
+@pytest.mark.parametrize("write", [kohya_file, diffusers_file], ids=["kohya", "diffusers"])
+def test_diffusers_adds_the_same(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    file = write(tmp_path / "style.safetensors")
+    pipeline = pipeline_of_tiny()
+    before = {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
+    pipeline.load_lora_weights(str(tmp_path), weight_name=file.name)
+    pipeline.fuse_lora(lora_scale=0.7)
+    pipeline.unload_lora_weights()
+    base = load_base(load_registry().get("tiny"), "cpu")
+    digest = base.injected.weights_digest()
+    (stacked,) = lora_stack.stack(base, [lora_stack.read(f"{file}=0.7")])
+    assert not stacked.unread and base.injected.weights_digest() != digest
+    changed = 0
+    for component, module in base.backbone.components.items():
+        mine = {name.replace(".base.", "."): value for name, value in module.state_dict().items()}
+        theirs = getattr(pipeline, component).state_dict()
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-5)
+            changed += component == "unet" and not torch.equal(value, before[name])
+    assert changed >= 10
+
+
+def test_names_of_the_original_network() -> None:
+    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    flat = "input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    assert f"lora_unet_{flat}" in set(lora_stack._names("sdxl", "unet", path))
+    assert "lora_unet_time_embed_0" in set(
+        lora_stack._names("sdxl", "unet", "time_embedding.linear_1")
+    )
+    assert f"lora_unet_{flat}" not in set(lora_stack._names("tiny", "unet", path))
+    old = "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out"
+    path = old.replace(".processor", "") + ".0"
+    assert {old, f"unet.{old}", f"unet.{path}"} < set(lora_stack._names("tiny", "unet", path))
+
+
+def test_diffusers_reads_the_same_names_of_the_original_network() -> None:
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SDXL))
+    paths = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    paths = [path for path in paths if ".attentions." in path]  # what it maps in every version
+    kohya = {}
+    for path in paths:
+        original = original_layer("sdxl", path)
+        assert original
+        key = f"lora_unet_{original.replace('.', '_')}.alpha"
+        kohya[key] = f"lora_unet_{path.replace('.', '_')}.alpha"
+    assert len(kohya) == len(paths) > 700
+    read = _maybe_map_sgm_blocks_to_diffusers(dict(kohya), unet.config)
+    assert len(read) == len(kohya)
+    for key, path in read.items():  # its next step renames the three rows of blocks
+        for old, new in (("input_b", "down_b"), ("middle_b", "mid_b"), ("output_b", "up_b")):
+            key = key.replace(old, new)
+        assert key == path
+
+
+def test_strength_is_after_the_last_equals_sign() -> None:
+    assert lora_stack.parse("a=b.safetensors") == (Path("a=b.safetensors"), 1.0)
+    assert lora_stack.parse("a=b.safetensors=-0.5") == (Path("a=b.safetensors"), -0.5)
+
+
+STEM = "lora_unet_conv_in"
+UNET_ONLY = {f"{STEM}.lora_up.weight": (1, 4), f"{STEM}.lora_down.weight": (4, 1)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        (UNET_ONLY, "was made for another base model: 'lora_unet_conv_in' changes 1 x 1"),
+        ({"lora_unet_nowhere.lora_up.weight": (1, 4)}, "has no layer of base model tiny"),
+        ({f"{STEM}.lora_down.weight": (4, 1)}, "has no up matrix"),
+        ({f"{STEM}.alpha": (1,)}, "has no down matrix"),
+        ({**UNET_ONLY, f"{STEM}.dora_scale": (1,)}, "no plain LoRA: 1 of its tensors"),
+        ({f"{STEM}.hada_w1_a": (4, 4)}, "no plain LoRA"),
+        ({"model.weight": (4, 4)}, "no LoRA with kohya or diffusers keys"),
+        ({"\x1b[2Jmodel.weight": (4, 4)}, r"first tensor: '\\x1b\[2Jmodel"),
+        ({"unet.\x1b[2J.lora_A.weight": (1, 4)}, r"first key is 'unet.\\x1b\[2J"),
+        ({**UNET_ONLY, "\x1b[2J.dora_scale": (1,)}, r"such as '\\x1b\[2J"),
+    ],
+    ids=["shape", "nothing", "no up", "no down", "dora", "loha", "no lora"] + ["control"] * 3,
+)
+def test_what_cannot_be_added_is_refused(
+    tiny: Base, tmp_path: Path, shapes: dict[str, tuple[int, ...]], says: str
+) -> None:
+    file = tmp_path / "bad.safetensors"
+    save_file({key: torch.ones(shape) for key, shape in shapes.items()}, file)
+    with pytest.raises(HdbError, match=says) as caught:
+        lora_stack.stack(tiny, [lora_stack.read(str(file))])
+    assert str(caught.value).isprintable() and str(file) in str(caught.value)
+
+
+def test_what_is_no_file_of_numbers_is_refused(people: None, tmp_path: Path) -> None:
+    file, out = tmp_path / "style.safetensors", tmp_path / "out.png"
+    refused(out, tmp_path / "none.safetensors", "no such file")
+    refused(out, store.path_of("alice"), "hdb compose")
+    refused(out, f"{file}=nan", "no finite number")
+    file.write_bytes(pickle.dumps({"lora_unet_conv_in.alpha": 1}))
+    refused(out, file, "pickle")
+    ok("export", "alice", "--dtype", "fp32", "-o", file, "--force")
+    good = load_file(file)
+    bad = next(key for key in good if key.endswith("lora_up.weight"))
+    save_file({**good, bad: torch.full_like(good[bad], math.inf)}, file)
+    refused(out, file, "not finite")
+    save_file(good, file)
+    ok("gen", "bob", *PROMPT, "-o", out, "--lora", file)  # the control
+
+
+def refused(out: Path, lora: object, says: str) -> None:
+    """Assert exit 1, one line that says what, and no picture."""
+    result = hdb("gen", "bob", *PROMPT, "-o", out, "--lora", lora)
+    assert result.exit_code == 1 and not result.stdout, result.output
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("memory: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert says in result.stderr and not out.exists()
+
+
+def test_lora_files_keep_the_plan_from_quantising(people: None, tmp_path: Path) -> None:
+    ok("export", "alice", "-o", tmp_path / "l.safetensors")
+    words = ["gen", "bob", *PROMPT, "--lora", tmp_path / "l.safetensors", "-o", tmp_path / "p.png"]
+    low = hdb(*words, "--memory", "low")
+    assert low.exit_code == 0 and "memory: recompute" in low.stderr, low.stderr
+    without = hdb("gen", "bob", *PROMPT, "-o", tmp_path / "q.png", "--memory", "low")
+    assert without.exit_code == 0 and "memory: nf4" in without.stderr  # the control

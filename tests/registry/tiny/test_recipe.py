@@ -1,0 +1,178 @@
+"""The renderer: the same seed is the same person, styles differ, held-out people stay out."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from registry.errors import RegistryError
+from registry.tiny.clip import load_clip
+from registry.tiny.recipe.__main__ import main
+from registry.tiny.recipe.assets import MATERIALS, MESHES, Assets, fetch_assets, read_image
+from registry.tiny.recipe.emphasis import emphasise
+from registry.tiny.recipe.people import HELD_OUT_SEED, render_people
+from registry.tiny.recipe.person import sample_person
+from registry.tiny.recipe.pictures import read_pictures
+from registry.tiny.recipe.styles import CAPTIONS
+
+SLIDERS = {"nose/nose-scale-horiz-incr": True, "head/head-oval": False, "head/head-round": False}
+
+
+def test_a_seed_is_a_person() -> None:
+    assert sample_person(5, SLIDERS) == sample_person(5, SLIDERS)
+    people = [sample_person(seed, SLIDERS) for seed in range(200)]
+    assert len({p.hair for p in people}) > 4 and len({p.eyes for p in people}) > 4
+    assert 60 < sum(p.male > 0.5 for p in people) < 140
+    assert (
+        20 < sum(p.glasses for p in people) < 60 and 8 < sum(p.hat is not None for p in people) < 35
+    )
+    assert all(abs(sum(p.races.values()) - 1) < 1e-6 for p in people)
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
+    """Use the assets of an earlier run of the recipe, or fetch them once (HDB_FETCH_ASSETS=1)."""
+    cache = Path(__file__).parents[3] / "build/tiny/assets"
+    here = all((cache / f"{p.name}-{p.version}").is_dir() for p in (MESHES, MATERIALS))
+    if not here and not os.environ.get("HDB_FETCH_ASSETS"):
+        pytest.skip("the recipe's assets (137 MB) are not here; HDB_FETCH_ASSETS=1 fetches them")
+    return fetch_assets(cache)
+
+
+@pytest.mark.egl
+def test_renders_repeatable_people(assets: Assets, tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        list(render_people(assets, folder, range(HELD_OUT_SEED, HELD_OUT_SEED + 2), 64))
+    first, again = (read_pictures(folder) for folder in folders)
+    assert len(first.pixels) == 2 * 2 * len(CAPTIONS)
+    assert (first.pixels == again.pixels).all()
+    one = first.pixels[first.people == HELD_OUT_SEED].float()
+    two = first.pixels[first.people == HELD_OUT_SEED + 1].float()
+    assert (one - two).abs().mean() > 5
+    portraits = first.styles == list(CAPTIONS).index("portrait")
+    marble = first.pixels[first.styles == list(CAPTIONS).index("marble")].float()
+    spread = marble.amax(1) - marble.amin(1)
+    assert (
+        spread.mean()
+        < 40
+        < (first.pixels[portraits].float().amax(1) - first.pixels[portraits].float().amin(1)).mean()
+    )
+
+
+@pytest.mark.egl
+def test_rendered_faces_are_found_and_told_apart(assets: Assets, tmp_path: Path) -> None:
+    from hdbcli.faces.embedding import embed
+    from hdbcli.measure.statistics import retrieval
+
+    list(render_people(assets, tmp_path / "p", range(HELD_OUT_SEED, HELD_OUT_SEED + 6), 64))
+    pictures = read_pictures(tmp_path / "p")
+    portraits = pictures.pixels[pictures.styles == 0].permute(0, 2, 3, 1).numpy()
+    faces, found = embed([np.ascontiguousarray(p) for p in portraits])
+    assert all(found)
+    assert retrieval(faces[0::2], faces[1::2]).top1 == 1.0
+    assert retrieval(faces[0::2], faces[1::2].roll(1, 0)).top1 == 0.0
+
+
+def step(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.egl
+def test_every_step_from_renders_to_weights(
+    assets: Assets,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    monkeypatch.setattr("registry.tiny.recipe.base.SHOWN", 1)
+    build, weights = tmp_path / "build", tmp_path / "weights"
+    assert step("--build", build, "base", "--steps", "1") == 1
+    assert "no rendered pictures" in capsys.readouterr().err
+    list(render_people(assets, build / "people", range(4), 64))
+    list(render_people(assets, build / "heldout", range(HELD_OUT_SEED, HELD_OUT_SEED + 2), 64))
+    assert step("--build", build, "autoencoder") == 0
+    assert step("--build", build, "decoder", "--steps", "1") == 1
+    assert "run the base step first" in capsys.readouterr().err
+    assert step("--build", build, "base", "--steps", "2") == 0
+    assert step("--build", build, "base", "--steps", "3") == 0  # goes on after the second step
+    steps = re.findall(r"step (\d)/(\d)", capsys.readouterr().out)
+    assert steps == [("2", "2"), ("3", "3")]
+    assert step("--build", build, "autoencoder") == 1
+    assert "delete it to begin again" in capsys.readouterr().err
+    before = load_file(build / "vae/diffusion_pytorch_model.safetensors")
+    judge = ("--perceptual", "hdbcli.faces.embedding:embed_aligned")
+    assert step("--build", build, "decoder", "--steps", "2", *judge) == 0
+    after = load_file(build / "vae/diffusion_pytorch_model.safetensors")
+    changed = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert changed == {"decoder"}  # what diffuses stays what it was
+    assert step("--build", build, "clip", "--steps", "2") == 0
+    assert step("--build", build, "publish", "--weights", weights) == 0
+    assert "pixar" in load_clip(weights / "clip.safetensors").words
+    configs = [(folder / "vae/config.json").read_text() for folder in (build, weights)]
+    assert ["_name_or_path" in config for config in configs] == [True, False]
+    pipeline = StableDiffusionPipeline.from_pretrained(weights)
+    assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
+    assert {p.name for p in (build / "sheets").iterdir()} == {"autoencoder.png", "base.png"}
+    drawn, photo = tmp_path / "drawn", tmp_path / "data/alice.png"
+    for path in (drawn / "0/alice-7.png", drawn / "1/alice-7.png", photo):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes((build / "people/000000/portrait-0.png").read_bytes())
+    out = tmp_path / "sheet.png"
+    assert step("contact", photo, "--drawn", drawn, "--out", out) == 0
+    plain = read_image(out, cv2.IMREAD_COLOR)
+    assert plain.shape == (128, 3 * 128, 3)
+    assert step("contact", photo, "--drawn", drawn, "--titles", "photo", "bark", "--out", out) == 0
+    titled = read_image(out, cv2.IMREAD_COLOR)
+    head = titled[: len(titled) - 128]
+    assert (titled[-128:] == plain).all() and len(head) and (head[:, 256:] == 255).all()
+    assert (head[:, :128] < 128).any() and (head[:, 128:256] < 128).any()
+
+
+def test_emphasis_fills_its_groups_in_turn(tmp_path: Path) -> None:
+    shown = {"0": "marble", "1": "pixar bark", "2": "bark pixar", "3": "professional marble"}
+    for name, styles in shown.items():
+        (tmp_path / "people" / name).mkdir(parents=True)
+        for style in ("portrait", *styles.split()):
+            picture = tmp_path / f"people/{name}/{style}-0.png"
+            picture.write_bytes(style.encode())
+            if style != "portrait":
+                picture.with_suffix(".txt").write_text(f"{style} of a [V] face")
+    out, groups = tmp_path / "out", ((("professional",), 9), (("pixar",), 1), (("bark",), 9))
+    assert emphasise(tmp_path / "people", out, groups) == 3  # all but the one of marble alone
+    found = {person.name: {f.stem for f in person.glob("*.png")} for person in out.iterdir()}
+    both = {"1": "pixar", "2": "bark", "3": "professional"}  # room for one in Pixar's style
+    assert found == {name: {"portrait-0", f"{style}-0"} for name, style in both.items()}
+    assert (out / "1/pixar-0.png").read_bytes() == b"pixar"
+    assert (out / "1/pixar-0.txt").read_text() == "pixar of a [V] face"
+    with pytest.raises(RegistryError, match="there already"):
+        emphasise(tmp_path / "people", out)
+    with pytest.raises(RegistryError, match="no pictures in these styles"):
+        emphasise(tmp_path / "people", tmp_path / "none", ((("popart",), 1),))
+    assert not (tmp_path / "none").exists()
+
+
+def test_blend_lies_between_and_refuses_strangers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after, other = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "c"))
+    save_file({"w": torch.zeros(4).half()}, before, metadata={"which": "first"})
+    save_file({"w": torch.ones(4).half()}, after, metadata={"which": "second"})
+    save_file({"w": torch.ones(5).half()}, other, metadata={"which": "third"})
+    assert step("blend", before, after, "--share", 0.25, "--out", tmp_path / "out.safetensors") == 0
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        assert file.metadata() == {"which": "second"}
+        assert torch.equal(file.get_tensor("w"), torch.full((4,), 0.25).half())
+    assert step("blend", before, other, "--out", tmp_path / "no.safetensors") == 1
+    assert "not two states of one network" in capsys.readouterr().err
+    assert not (tmp_path / "no.safetensors").exists()

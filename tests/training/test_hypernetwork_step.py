@@ -1,0 +1,111 @@
+"""What a step of hypernetwork training is made of: whose face is read, what is drawn of them, by
+which prompt, and what is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hdbcli.config import PORTRAIT, PretrainConfig
+from hdbcli.method.hypernet import Faces
+from hdbcli.method.lidb import Theta, first_theta
+from hdbcli.model.base import Base
+from hdbcli.model.device import ALONE
+from hdbcli.training.hypernetwork import _known, _loss, _Material, recognise
+from hdbcli.training.objective import DRAWS, weight_loss
+from hdbcli.training.people import People
+
+STYLES = {2: "a [V] face with bark skin", 5: "A Pixar character of a [V] face"}
+
+
+@pytest.fixture
+def material() -> _Material:
+    """Six crops of two people, each told by its left column, its traits and its latents."""
+    members, styled = ((0, 1), (3, 4)), ((2,), (5,))
+    people = People(np.zeros((6, 8, 8, 3), np.uint8), ("a", "b"), members, (), styled, STYLES)
+    images = torch.zeros((6, 3, 8, 8), dtype=torch.uint8)
+    images[..., 0] = 10 * torch.arange(1, 7)[:, None, None]
+    latents = torch.arange(1.0, 7).view(1, 6, 1, 1, 1) * torch.tensor([1.0, -1]).view(2, 1, 1, 1, 1)
+    return _Material(people, images, torch.arange(6.0)[:, None].expand(6, 128), latents, None)
+
+
+def shown(pictures: Tensor) -> Tensor:
+    """Return 1 + which crop each picture is, negative if mirrored."""
+    left, right = ((pictures[:, 0, 0, k] + 1) * 12.75 for k in (0, -1))
+    return (left - right).round()
+
+
+def test_a_step_learns_each_face_from_pictures_of_that_person(
+    tiny: Base, material: _Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def jobs(kind: str) -> Callable:
+        return lambda _base, given, *_: seen.update({kind: given}) or []
+
+    for kind in ("diffusion", "prior", "likeness"):
+        monkeypatch.setattr(f"hdbcli.training.hypernetwork.{kind}_jobs", jobs(kind))
+    monkeypatch.setattr("hdbcli.training.hypernetwork.spread", lambda *_: torch.zeros(()))
+
+    def model(faces: Faces) -> Theta:
+        seen["read"] = faces
+        return first_theta(1, 8, 4)[[0] * len(faces.crops)]
+
+    config = PretrainConfig(batch=16, likeness=1.0, share=1)
+    _loss(tiny, model, material, config, ALONE, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    read, drawn = shown(seen["read"].crops), seen["diffusion"].clean[:, 0, 0, 0]
+    other = read.repeat(DRAWS)
+    assert torch.equal(seen["read"].traits[:, 0], read.abs() - 1)
+    assert torch.equal((drawn.abs() - 1) // 3, (other.abs() - 1) // 3)  # one person
+    assert torch.equal(drawn.sign(), other.sign()) and len(set(drawn.sign().tolist())) == 2
+    assert (drawn.abs() != other.abs()).all()  # never the picture that was read
+    told = [tiny.prompt(STYLES.get(abs(int(k)) - 1, PORTRAIT)) for k in drawn]
+    assert seen["diffusion"].prompts == seen["likeness"].prompts == told and len(set(told)) == 3
+    assert torch.equal(shown(seen["likeness"].true), drawn)
+    assert torch.equal(seen["likeness"].traits[:, 0], drawn.abs() - 1)
+    nobody = seen["prior"].prompts
+    assert "" in nobody and "a face" in nobody and not any("sks" in text for text in nobody)
+
+
+def test_the_recogniser_looks_at_styles_where_they_are_drawn(
+    tiny: Base, material: _Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ones = Faces(torch.zeros(0), torch.ones(1, 128))
+    monkeypatch.setattr(
+        Base, "faces", lambda _, crops: ones._replace(traits=torch.ones(len(crops), 128))
+    )
+    photos, everything = (
+        recognise(tiny, material.people, lambda *_: None, wanted)[:, 0].tolist()
+        for wanted in (False, True)
+    )
+    assert photos == [1, 1, 0, 1, 1, 0] and everything == [1] * 6
+
+
+def test_the_bank_pulls_everybody_to_their_own(
+    tiny: Base, material: _Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hdbcli.training.hypernetwork.diffusion_jobs", lambda *_: [])
+    monkeypatch.setattr("hdbcli.training.hypernetwork.spread", lambda *_: torch.zeros(()))
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        Theta(*(torch.randn(shape, generator=generator) for shape in ((1, 3, 1, 8), (1, 3, 4, 1))))
+        for _ in "ab"
+    )
+    known = _known({"b": b, "a": a}, material.people, "cpu")
+    assert torch.equal(known.up, torch.cat([a.up, b.up]))
+    config = PretrainConfig(batch=16, prior=0.0, beta=0.5)
+
+    def loss(turn: bool) -> float:  # traits say which photo, 0 to 2 of a and 3 to 5 of b
+        def model(faces: Faces) -> Theta:
+            return known[((faces.traits[:, 0] >= 3) ^ turn).long()]
+
+        draw = torch.Generator().manual_seed(0)
+        return float(_loss(tiny, model, material._replace(known=known), config, ALONE, draw))  # type: ignore[arg-type]
+
+    far = 0.5 * weight_loss(known[[1, 0]], known)
+    assert abs(loss(False)) < 1e-5 and float(far.min()) <= loss(True) <= float(far.max())

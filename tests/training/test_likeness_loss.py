@@ -1,0 +1,319 @@
+"""The likeness loss: pictures drawn with gradients, and faces embedded with gradients."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import ok
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hdbcli.config import PORTRAIT, RefineConfig
+from hdbcli.errors import HdbError
+from hdbcli.faces.embedding import aligned_chips, chip, embed_aligned, load_embedding
+from hdbcli.faces.photo import crop_face
+from hdbcli.method.hypernet import Faces
+from hdbcli.method.lidb import Theta
+from hdbcli.model.base import Base, load_predictor
+from hdbcli.model.sample import generate
+from hdbcli.training.likeness_loss import contrast, likeness_loss, mosaic, portrait_likeness
+from hdbcli.training.refine import refine
+from registry.spec import SampleSettings
+from registry.stable_diffusion.backbone import StableDiffusion
+
+HELD_OUT = Path(__file__).parents[1] / "data/heldout"
+SHAPE = torch.Size((16, 16, 16))  # of tiny's latents
+PROMPTS = ["a sks face"] * 2
+
+
+@pytest.fixture(scope="module")
+def crops(tiny: Base) -> list[np.ndarray]:
+    photos = [folder / "photo-0.jpg" for folder in sorted(HELD_OUT.iterdir())[:6]]
+    template = np.array(tiny.spec.template)
+    return [crop_face(photo, template, tiny.spec.resolution).image for photo in photos]
+
+
+@pytest.fixture(scope="module")
+def predicted(tiny: Base, crops: list[np.ndarray]) -> Theta:
+    with torch.no_grad():
+        return load_predictor(tiny)[0](tiny.faces(crops))
+
+
+def noise(count: int) -> Tensor:
+    return torch.randn((count, 16, 16, 16), generator=torch.Generator().manual_seed(0))
+
+
+def test_chips_are_those_that_opencv_cuts(tiny: Base, crops: list[np.ndarray]) -> None:
+    template = np.array(tiny.spec.template)
+    ours = aligned_chips(tiny.images(crops), template)
+    theirs = np.stack([chip(crop, template * len(crop)) for crop in crops])
+    theirs = torch.from_numpy(theirs).permute(0, 3, 1, 2).float()
+    assert (ours - theirs).abs().mean() < 1  # of 255
+    assert (aligned_chips(tiny.images(crops), template + 0.02) - theirs).abs().mean() > 3
+    with torch.no_grad():
+        far = (embed_aligned(tiny.images(crops), template) - load_embedding()(theirs)).norm(dim=1)
+    assert far.max() < 0.02  # two people are 0.65 apart
+
+
+def test_chips_of_large_crops_lose_nothing_between_samples(tiny: Base) -> None:
+    """Stripes two pixels wide are grey from afar; read without averaging they are stripes."""
+    stripes = (torch.arange(600) // 2 % 2).float().mul(2).sub(1).expand(1, 3, 600, 600)
+    chips = aligned_chips(stripes, np.array(tiny.spec.template))
+    assert (chips - 127.5).abs().max() < 20
+
+
+def test_a_draft_of_many_steps_is_what_ddim_draws(tiny: Base, predicted: Theta) -> None:
+    settings = SampleSettings(steps=50, scheduler="ddim", guidance=2.0)
+    drawn = generate(tiny, predicted[:1], PORTRAIT, [3], settings, lambda *_: None)[0].image
+    start = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(3))
+    backbone, prompts = tiny.backbone, [tiny.prompt(PORTRAIT)]
+    with torch.no_grad(), tiny.wearing(predicted[:1]):
+        many, few, other = (
+            _pixels(backbone.decode(backbone.draft(prompts, each, steps, 2.0)))
+            for each, steps in ((start, 50), (start, 4), (start.flip(-1), 50))
+        )
+    far = [np.abs(each - drawn.astype(float)).mean() for each in (many, few, other)]
+    assert far[0] < 8 and far[0] < far[1] / 2 and far[0] < far[2] / 2, far
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_perfect_network_drafts_the_picture_and_has_no_loss(
+    kind: str, tiny: Base, crops: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny.backbone
+    assert isinstance(backbone, StableDiffusion)
+    schedule = backbone.pipeline.scheduler
+    own = schedule.from_config(schedule.config, prediction_type=kind)
+    monkeypatch.setattr(backbone.pipeline, "scheduler", own)
+    clean, rest = backbone.encode_images(tiny.images(crops[:2])), noise(2)
+
+    def perfect(self: StableDiffusion, noisy: Tensor, steps: Tensor, _: object) -> Tensor:
+        a, s = self._mix(steps, noisy)
+        many = len(noisy) // len(clean)
+        x, n = clean.repeat(many, 1, 1, 1), rest.repeat(many, 1, 1, 1)
+        return n if kind == "epsilon" else a * n - s * x
+
+    monkeypatch.setattr(StableDiffusion, "_predict", perfect)
+    assert backbone.loss(clean, PROMPTS, rest, torch.tensor([0.2, 0.9])).max() < 1e-10
+    assert backbone.loss(clean, PROMPTS, -rest, torch.tensor([0.2, 0.9])).min() > 0.01
+    a, s = backbone._mix(torch.tensor(len(own.alphas_cumprod) - 1), clean)
+    drawn = backbone.draft(PROMPTS, a * clean + s * rest, 3, 5.0)
+    assert (drawn - clean).abs().max() < 1e-3 < (drawn.flip(0) - clean).abs().max()
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    return ((images[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+
+
+def test_loss_knows_who_is_drawn(tiny: Base, crops: list[np.ndarray], predicted: Theta) -> None:
+    true, traits = tiny.faces(crops)
+    prompts, start = [tiny.prompt(PORTRAIT)] * len(crops), noise(len(crops))
+    with torch.no_grad(), tiny.injected.wearing(predicted):
+        own, face, colours = (
+            likeness_loss(tiny, prompts, start, *each)
+            for each in ((true, traits), (true, traits.roll(1, 0)), (true.roll(1, 0), traits))
+        )
+    assert own.shape == (len(crops),) and own.mean() < face.mean() - 0.02
+    assert own.mean() < colours.mean() - 0.02
+
+
+def test_mosaics_see_complexion_and_not_wrinkles() -> None:
+    plain = torch.full((1, 3, 64, 64), 0.2)
+    lines = plain + 0.3 * (torch.arange(64) % 2 * 2 - 1)
+    dark, edge = plain - 0.3, plain.clone()
+    edge[..., :16] = -1
+    assert mosaic(plain).shape == (1, 3, 8, 8)
+    assert (mosaic(lines) - mosaic(plain)).abs().max() < 1e-6
+    assert (mosaic(edge) - mosaic(plain)).abs().max() == 0  # the background is nobody's
+    assert (mosaic(dark) - mosaic(plain)).mean() == pytest.approx(-0.3)
+
+
+def test_contrast_sees_wrinkles_and_not_complexion() -> None:
+    """Lines of +-0.3, a pixel each, are 0.4 off the mean of three; where there are none 0.01 stays,
+    so that the logarithm has a slope. A face in half the light has as much less everywhere."""
+    plain = torch.full((1, 3, 64, 64), 0.2, requires_grad=True)
+    lines = 0.3 * (torch.arange(64) % 2 * 2 - 1)
+    assert contrast(plain).shape == (1, 1, 8, 8)
+    assert (contrast(plain - 0.3).exp() - 0.01).abs().max() < 1e-6
+    assert (contrast(plain + lines).exp() - 0.4).abs().max() < 1e-3
+    assert (contrast(plain + lines / 2).exp() - 0.2).abs().max() < 1e-3
+    deep, shallow = contrast(lines.expand(1, 3, 64, 64)), contrast(0.1 * lines.expand(1, 3, 64, 64))
+    assert (deep - contrast(lines.expand(1, 3, 64, 64) / 2)).sub(np.log(2)).abs().max() < 1e-2
+    assert shallow.min() > contrast(plain).max() + 1  # what dark faces have is still seen
+    contrast(plain).sum().backward()
+    assert plain.grad is not None and plain.grad.isfinite().all()
+
+
+def test_a_person_in_a_haze_is_not_them(
+    tiny: Base, crops: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blurred over 5 pixels a picture keeps its colours, so it is its contrast that is missed."""
+    backbone = tiny.backbone
+    clean = backbone.encode_images(tiny.images(crops[:2]))
+    monkeypatch.setattr(StableDiffusion, "draft", lambda *_: clean)
+    assert isinstance(backbone, StableDiffusion)
+    with torch.no_grad(), tiny.injected.wearing(None):
+        drawn = backbone.decode(clean)
+        traits = tiny.embed(drawn)
+        hazy = torch.nn.functional.avg_pool2d(drawn, 5, 1, 2, count_include_pad=False)
+        own, other = (
+            likeness_loss(tiny, PROMPTS, noise(2), true, traits, "fp32") for true in (drawn, hazy)
+        )
+    colours = (mosaic(drawn) - mosaic(hazy)).square().mean((2, 3)).sum(1)
+    assert own.max() < 1e-6 and other.min() > 0.005 and (other > 10 * colours).all()
+
+
+def test_gradients_reach_theta_and_nothing_else(tiny: Base, crops: list[np.ndarray]) -> None:
+    first = tiny.first_theta(people=2)
+    theta = Theta(first.down, (0.01 * torch.randn(first.up.shape)).requires_grad_(True))
+    with tiny.injected.wearing(theta):
+        far = likeness_loss(tiny, PROMPTS, noise(2), *tiny.faces(crops[:2]))
+        far[0].backward()
+    assert theta.up.grad is not None
+    assert theta.up.grad[0].abs().sum(dim=(1, 2)).min() > 0  # every target of the first person
+    assert not theta.up.grad[1].any()
+    assert isinstance(tiny.backbone, StableDiffusion)
+    modules = [*tiny.backbone.components.values(), tiny.backbone.autoencoder]
+    frozen = [p for module in modules for p in module.parameters()]
+    assert all(p.grad is None for p in frozen)
+
+
+def test_only_the_last_step_of_a_draft_keeps_its_gradient(
+    tiny: Base, predicted: Theta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The picture is the same either way."""
+    plain, learns = StableDiffusion._predict, []
+
+    def seen(self: StableDiffusion, *asked: Any) -> Tensor:
+        learns.append(torch.is_grad_enabled())
+        return plain(self, *asked)
+
+    monkeypatch.setattr(StableDiffusion, "_predict", seen)
+    theta = Theta(predicted.down[:2], predicted.up[:2].clone().requires_grad_(True))
+    with tiny.wearing(theta):
+        drawn = tiny.backbone.draft(PROMPTS, noise(2), 3, 2.0)
+        assert learns == [False, False, True]
+        with torch.no_grad():
+            again = tiny.backbone.draft(PROMPTS, noise(2), 3, 2.0)
+        assert learns[3:] == [False] * 3
+    assert drawn.grad_fn is not None
+    assert (drawn - again).abs().max() < 1e-4 < (drawn - again.flip(0)).abs().max()
+
+
+def test_a_step_along_the_gradient_brings_the_person_nearer(
+    tiny: Base, crops: list[np.ndarray], predicted: Theta
+) -> None:
+    theta = Theta(
+        *(core[:2].clone().requires_grad_(True) for core in (predicted.down, predicted.up))
+    )
+    true = tiny.faces(crops[:2])
+
+    def far(worn: Theta) -> Tensor:
+        with tiny.injected.wearing(worn):
+            return likeness_loss(tiny, PROMPTS, noise(2), *true).sum()
+
+    before = far(theta)
+    before.backward()
+    moved = []
+    with torch.no_grad():
+        for sign in (-1, 1):
+            size = 3e-3 * sign  # of 1e-3 bfloat16 would leave only its own rounding
+            new = (c + size * c.grad / c.grad.norm() * c.norm() for c in (theta.down, theta.up))
+            moved.append(far(Theta(*new)))
+    assert moved[0] < before < moved[1]
+
+
+def test_refinement_learns_from_what_it_draws(
+    tiny: Base, crops: list[np.ndarray], predicted: Theta
+) -> None:
+    faces = [tiny.faces([crop]) for crop in crops]
+    latents = [tiny.backbone.encode_images(each.crops) for each in faces]
+    true = Faces(*(torch.cat(each) for each in zip(*faces, strict=True)))
+
+    def far(theta: Theta) -> Tensor:  # from the photo, in portraits of other noise
+        with torch.no_grad(), tiny.injected.wearing(theta):
+            return likeness_loss(tiny, PROMPTS[:1] * len(crops), noise(len(crops)), *true)
+
+    config = RefineConfig(steps=12, rank=1, lr=1e-3, batch=4, likeness=1.0)
+    with_it, without = (
+        far(refine(tiny, predicted, latents, each, lambda *_: None, faces).theta).mean()
+        for each in (config, replace(config, likeness=0.0))
+    )
+    assert with_it < far(predicted).mean() and with_it < without - 0.005
+
+
+def test_people_that_learn_likeness_side_by_side_are_each_as_if_alone(
+    tiny: Base, crops: list[np.ndarray], predicted: Theta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32: in bfloat16 Adam turns the last bit of a gradient near 0 into a whole step."""
+    monkeypatch.setattr("hdbcli.training.refine.autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("hdbcli.training.likeness_loss.autocast", lambda *_, **__: nullcontext())
+    faces = [tiny.faces(crops[:1]), tiny.faces(crops[1:3])]  # the second has two photos
+    latents = [tiny.backbone.encode_images(each.crops) for each in faces]
+    config = RefineConfig(steps=2, rank=1, batch=8, optimizer="adamw", likeness=1.0)
+
+    def refined(*people: int, likeness: float = 1.0) -> Tensor:
+        own = predicted[list(people)], [latents[p] for p in people]
+        settings = replace(config, likeness=likeness)
+        theirs = [faces[p] for p in people]
+        return refine(tiny, *own, settings, lambda *_: None, theirs).theta.up - own[0].up
+
+    together, without = refined(0, 1), refined(0, 1, likeness=0.0)
+    for p in range(2):
+        alone = refined(p)[0]
+        assert (together[p] - alone).abs().mean() < 0.02 * alone.abs().mean()
+        assert (without[p] - alone).abs().mean() > 0.1 * alone.abs().mean()
+
+
+def test_the_likeness_of_every_photo_counts(
+    tiny: Base, crops: list[np.ndarray], predicted: Theta
+) -> None:
+    two, mixed = tiny.faces(crops[:2]), tiny.faces([crops[0], crops[3]])
+    losses = [
+        [loss(predicted[:1], torch.Generator().manual_seed(0), 2, turn).item() for turn in (0, 1)]
+        for loss in (portrait_likeness(tiny, [faces], SHAPE, 1.0) for faces in (two, mixed))
+    ]
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]  # a photo a step
+    thrice = portrait_likeness(tiny, [two], SHAPE, 3.0)
+    again = thrice(predicted[:1], torch.Generator().manual_seed(0), 2, 0).item()
+    assert again == pytest.approx(3 * losses[0][0])
+
+
+def test_a_base_that_cannot_draft_says_so(tiny: Base) -> None:
+    class Plain:
+        pass
+
+    other = replace(tiny, backbone=Plain())  # type: ignore[arg-type]
+    with pytest.raises(HdbError, match="leave --likeness out"):
+        likeness_loss(other, PROMPTS, noise(2), torch.zeros(2, 3, 128, 128), torch.zeros(2, 128))
+
+
+def test_train_with_likeness_and_from_a_file(tiny: Base, hdb_home: Path, tmp_path: Path) -> None:
+    for folder in sorted(HELD_OUT.iterdir())[:4]:
+        shutil.copytree(folder, tmp_path / "people" / folder.name)
+    assert tiny.spec.hypernetwork
+
+    def trained(name: str, *more: object) -> dict[str, Tensor]:
+        out = tmp_path / f"{name}.safetensors"
+        words = ["--steps", 1, "--batch", 4, "--lr", 1e-4, "--held-out", 0, *more]
+        ok("train", "hypernetwork", tmp_path / "people", "--out", out, *words)
+        return load_file(out)
+
+    def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+        return max(float((one[key].float() - other[key].float()).abs().max()) for key in one)
+
+    start = load_file(tiny.spec.hypernetwork)
+    fresh, plain, with_it = (
+        trained("fresh"),
+        trained("plain", "--from", tiny.spec.hypernetwork),
+        trained("with", "--from", tiny.spec.hypernetwork, "--likeness", 100, "--share", 1),
+    )
+    assert apart(fresh, start) > 0.1 > 2e-3 > apart(plain, start)
+    assert 0 < apart(plain, with_it) < 2e-3

@@ -1,0 +1,149 @@
+"""Training in several processes, and training that was killed: the same numbers as in one go."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import typer.main
+from safetensors.torch import load_file
+
+from hdbcli.cli.train import train_app
+from hdbcli.config import PretrainConfig
+from hdbcli.method.lidb import Theta
+from hdbcli.model.base import Base
+from hdbcli.model.device import ALONE, Workers
+from hdbcli.training.hypernetwork import _described, _Material, new_hypernetwork, share_out
+from hdbcli.training.people import read_people
+
+HELD_OUT = Path(__file__).parents[1] / "data/heldout"
+LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m")
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy a photo each of twenty people."""
+    folder = tmp_path_factory.mktemp("people")
+    for person in sorted(HELD_OUT.iterdir())[:20]:
+        shutil.copy(person / "photo-0.jpg", folder / f"{person.name}.jpg")
+    return folder
+
+
+def command(people: Path, *launcher: str, out: Path, **options: object) -> list[str]:
+    chosen = {
+        "steps": 4,
+        "lr": 1e-3,
+        "optimizer": "adamw",
+        "precision": "fp32",
+        "likeness": 1,
+        "device": "cpu",  # GPUs may be fewer than processes
+        **options,
+    }
+    words = ["hdbcli", "train", "hypernetwork", str(people)]
+    words += ["--out", str(out)]
+    for key, value in chosen.items():
+        words += [f"--{key.replace('_', '-')}", str(value)]
+    return [sys.executable, *(launcher or ("-m",)), *words]
+
+
+def run(words: list[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(people: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train in one process and one go, with a batch of four."""
+    out = tmp_path_factory.mktemp("whole") / "h.safetensors"
+    run(command(people, out=out, batch=4))
+    return out
+
+
+def difference(a: Path, b: Path) -> float:
+    """Return the mean difference of the checkpoints' weights, which are not rounded to fp16."""
+    first, second = (load_file(p.with_name("h-checkpoint.safetensors")) for p in (a, b))
+    names = [name for name in first if name.startswith("parameter.")]
+    assert first.keys() == second.keys() and names
+    return sum(float((first[n] - second[n]).abs().mean()) for n in names) / len(names)
+
+
+def test_two_processes_are_one_with_twice_the_batch(
+    people: Path, whole: Path, tmp_path: Path
+) -> None:
+    both, half = tmp_path / "both/h.safetensors", tmp_path / "half/h.safetensors"
+    said = run(command(people, *LAUNCH, out=both, batch=2))
+    assert said.count("step 4/4") == 1  # one of the two speaks
+    run(command(people, out=half, batch=2))  # the control: half of the batch is something else
+    assert difference(both, whole) < 0.02 * difference(half, whole)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count", "share"), [(2, 2, 4), (6, 2, 4), (8, 3, 4), (32, 4, 4), (6, 2, 1)]
+)
+def test_processes_share_out_who_is_drawn(batch: int, count: int, share: int) -> None:
+    """As many as one process with the whole batch draws, each counting as much."""
+    total, whole = share_out(batch * count, ALONE, share)
+    parts = [share_out(batch, Workers(rank, count, None), share) for rank in range(count)]
+    assert whole == 1 and total == -(-batch * count // share) == sum(mine for mine, _ in parts)
+    for mine, part in parts:
+        assert not mine or part / mine / count == pytest.approx(1 / total)
+
+
+def test_torchrun_takes_no_option_for_its_own() -> None:
+    """It reads abbreviations of its options behind the command too."""
+    from torch.distributed.run import parse_args
+
+    parameters = typer.main.get_command(train_app).commands["hypernetwork"].params  # type: ignore[attr-defined]
+    options = [o for p in parameters for o in p.opts if o.startswith("--")]
+    assert "--from" in options and "--likeness" in options
+    for option in options:
+        rest = ["train", "hypernetwork", option, "1"]
+        assert parse_args(["-m", "hdbcli", *rest]).training_script_args == rest
+    with pytest.raises(SystemExit):  # the control: an option that it does take
+        parse_args(["-m", "hdbcli", "train", "hypernetwork", "--start", "1"])
+
+
+def test_killed_and_resumed_is_the_same(people: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "h.safetensors"
+    words = command(people, out=out, batch=4, save_seconds=0)
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "h-checkpoint.safetensors"
+    try:
+        while not checkpoint.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert checkpoint.exists() and not out.exists(), "it ended before it could be killed"
+    run(words)
+    for name, tensor in load_file(out).items():
+        assert torch.equal(tensor, load_file(whole)[name]), name
+
+
+def test_a_run_is_described_with_all_that_decides_its_numbers(tiny: Base, people: Path) -> None:
+    model, config, bank = new_hypernetwork(tiny, 0), PretrainConfig(), tiny.first_theta(people=2)
+    read = read_people(people, tiny.spec, "*", False, lambda *_: None)
+    images, none = torch.from_numpy(read.crops), torch.zeros(0)
+    one = _Material(read, images, none, none, None)
+
+    def told(material: _Material = one, config: PretrainConfig = config, count: int = 1) -> str:
+        return _described(tiny, model, material, config, "adamw", count)
+
+    others = (
+        told(one._replace(known=bank)),
+        told(one._replace(known=Theta(bank.down * 2, bank.up))),
+        told(one._replace(images=images // 2)),
+        told(one._replace(people=read.first(len(read.names) - 1))),
+        told(config=replace(config, seed=1)),
+        told(count=2),
+    )
+    assert len({told(), *others}) == 1 + len(others) and told() == told()
