@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from hdbcli import __version__
+from hdbcli.errors import HdbError
 from registry import orphans, store
 from registry.bases.settings import DEFAULT, customised, default_base, read_settings, settings_path
 from registry.checkpoints.contents import read_checkpoint
-from registry.errors import RegistryError
 from registry.plugins import Registry, load_metrics, load_registry
 from registry.spec import BaseSpec
 
@@ -207,11 +207,11 @@ def bases(registry: Registry[BaseSpec]) -> Iterator[Check]:
             found = _files(spec)
             own = customised(spec).hypernetwork
             if own and not own.is_file():
-                raise RegistryError(
+                raise HdbError(
                     f"its hypernetwork {own} is gone; hdb base set-hypernetwork {spec.name} "
                     "with a FILE, or --reset"
                 )
-        except RegistryError as error:
+        except HdbError as error:
             state = BROKEN if spec.name.casefold() in needed else WARNING
             yield Check("bases", spec.name, str(error), state, facts)
             continue
@@ -247,7 +247,7 @@ def the_store() -> Check:
         return Check("store", "identities", found, BROKEN, facts)
     try:
         entries, left = store.entries(), orphans.temporaries()
-    except RegistryError as error:
+    except HdbError as error:
         return Check("store", "identities", str(error), BROKEN, facts)
     problems = [entry.problem for entry in entries if entry.problem]
     size = sum(entry.bytes for entry in entries)
@@ -276,7 +276,7 @@ def hub_cache() -> Check:
 
 
 def _files(spec: BaseSpec) -> str:
-    """Say what a base model's files are; RegistryError if some are missing, damaged or changed."""
+    """Say what a base model's files are; HdbError if some are missing, damaged or changed."""
     spec.check()
     if spec.files is None:
         return "files known to its plug-in alone"

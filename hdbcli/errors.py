@@ -1,12 +1,5 @@
-"""The one error of hdb, something the user can put right, and the one warning."""
+"""The one error of hdb and the one warning; they live below, so that plug-ins raise them too."""
 
-from __future__ import annotations
+from registry.errors import HdbError, HdbWarning
 
-
-class HdbError(Exception):
-    """What was wrong, with the values, and what to do next; the command line prints it and exits
-    1."""
-
-
-class HdbWarning(UserWarning):
-    """What works otherwise than was asked, said once; the command line prints it on stderr."""
+__all__ = ["HdbError", "HdbWarning"]

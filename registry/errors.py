@@ -1,8 +1,15 @@
-"""The registry's one error: a name, a file or a plug-in that the user can put right."""
+"""The one error of hdb, something the user can put right, and the one warning."""
 
 from __future__ import annotations
 
 
-class RegistryError(Exception):
+class HdbError(Exception):
     """What was wrong, with the values, and what to do next; the command line prints it and exits
     1."""
+
+
+class HdbWarning(UserWarning):
+    """What works otherwise than was asked, said once; the command line prints it on stderr."""
+
+
+RegistryError = HdbError

@@ -29,7 +29,6 @@ from hdbcli.cli.options import (
 )
 from hdbcli.errors import HdbError
 from registry import store
-from registry.errors import RegistryError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +59,7 @@ def inspect(
         spec, weights = weights_of(loaded.base)
         problem = fit(loaded, spec, weights)
         names, verified = list(weights.shapes), True
-    except (HdbError, RegistryError) as error:
+    except HdbError as error:
         problem, verified = str(error), False
     result = inspection.inspect(loaded, names, verified, problem)
     if out:
@@ -258,7 +257,7 @@ def _dtype_of(identity: Identified) -> str:
 
     try:
         return dtype_for(identity, spec_of(identity.base).budget)
-    except RegistryError:
+    except HdbError:
         return BY_DEFAULT[0]
 
 

@@ -12,7 +12,6 @@ from hdbcli.cli import render
 from hdbcli.cli.boundary import new_app
 from hdbcli.cli.options import Json, added_of, base_name, bases, open_on, spec_of
 from hdbcli.errors import HdbError
-from registry.errors import RegistryError
 from registry.store import check_name
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ def base_set_hypernetwork(
 
 
 def _check_known(name: str) -> None:
-    """Raise RegistryError for a name that nobody gave, with the likely one."""
+    """Raise HdbError for a name that nobody gave, with the likely one."""
     if added_of(name) is None:  # else known, even if this hdb cannot work with it
         bases().get(name)
 
@@ -174,6 +173,6 @@ def _facts(spec: BaseSpec, registry: Registry) -> dict[str, Any]:
     from registry.bases.settings import customised
 
     source, added = registry.source(spec.name), None
-    with suppress(RegistryError):
+    with suppress(HdbError):
         spec, added = customised(spec), added_of(spec.name)
     return render.base_facts(spec, source, added)

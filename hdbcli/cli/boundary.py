@@ -18,7 +18,6 @@ import typer
 
 from hdbcli.cli import render
 from hdbcli.errors import HdbError, HdbWarning
-from registry.errors import RegistryError
 
 
 def new_app(about: str, **more: Any) -> typer.Typer:
@@ -74,7 +73,7 @@ class Boundary(Grouped):
             try:
                 with _told():
                     return super().invoke(ctx)
-            except (HdbError, RegistryError) as error:
+            except HdbError as error:
                 render.note(f"error: {error}")
                 raise typer.Exit(1) from None
             except (Exception, KeyboardInterrupt) as error:

@@ -40,7 +40,6 @@ from hdbcli.config import (
 )
 from hdbcli.errors import HdbError
 from registry.checkpoints.safetensors import read_header
-from registry.errors import RegistryError
 
 if TYPE_CHECKING:
     from hdbcli.method.hypernet import HyperNetwork
@@ -233,7 +232,7 @@ def _check_hypernetwork_out(out: Path, start: Path | None) -> None:
         return
     try:
         kind = read_header(out, LARGEST).metadata.get("hdb.kind")
-    except RegistryError:
+    except HdbError:
         kind = None
     if kind != "hypernetwork":
         raise HdbError(f"{out} is there and is no hypernetwork of hdb; give another file with -o")

@@ -31,7 +31,6 @@ from hdbcli.model.device import machine
 from hdbcli.model.sample import save_picture
 from hdbcli.training.people import People
 from registry.checkpoints.contents import read_checkpoint
-from registry.errors import RegistryError
 from registry.files import write_beside
 
 RATES = (1 / 30, 1 / 10, 1 / 3, 1.0, 3.0)  # times a rate, to choose from: large models want less
@@ -180,7 +179,7 @@ def _size(base: Base) -> int | None:
         return None
     try:
         files = read_checkpoint(base.spec.files).files
-    except RegistryError:  # a plug-in's own layout
+    except HdbError:  # a plug-in's own layout
         return None
     return sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
 

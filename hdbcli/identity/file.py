@@ -25,7 +25,6 @@ from hdbcli.method.basis import PROBE_TOLERANCE, Fingerprint
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from registry.checkpoints.safetensors import MAX_FILE, TensorInfo, read_header
-from registry.errors import RegistryError
 from registry.files import write_beside
 from registry.identity_facts import (
     KIND,
@@ -101,25 +100,19 @@ def save(identity: Identity, path: Path, dtype: str = "fp16", new: bool = False)
         parse_facts(metadata, infos)
         raw = _header(metadata, infos) + content
         if len(raw) > MAX_FILE:
-            raise RegistryError(f"{len(raw)} bytes; at most {MAX_FILE} can be read back")
-    except RegistryError as error:
+            raise HdbError(f"{len(raw)} bytes; at most {MAX_FILE} can be read back")
+    except HdbError as error:
         raise HdbError(f"the identity cannot be saved: {error}") from error
-    try:
-        with write_beside(path, new) as temporary:
-            temporary.write_bytes(raw)
-    except RegistryError as error:
-        raise HdbError(str(error)) from error
+    with write_beside(path, new) as temporary:
+        temporary.write_bytes(raw)
     return len(raw)
 
 
 def load(path: Path) -> Identity:
     """Read an identity; raise HdbError for a file that is damaged, edited, foreign or newer."""
-    try:
-        header = read_header(path)
-        facts = read_facts(path, header)
-        content = read_content(path, header)
-    except RegistryError as error:
-        raise HdbError(str(error)) from error
+    header = read_header(path)
+    facts = read_facts(path, header)
+    content = read_content(path, header)
     tensors = {}
     for name, info in header.tensors.items():
         raw = bytearray(content[slice(*info.offsets)])  # of its own: aligned, and writable

@@ -12,7 +12,6 @@ from hdbcli.identity.file import Identity, Weights, check_fits, load, terms_of
 from registry import store
 from registry.checkpoints.lora_formats import lora_style
 from registry.checkpoints.safetensors import read_header
-from registry.errors import RegistryError
 from registry.spec import BaseSpec
 
 MAX_LORA = 2**40  # of a foreign file the header alone is read
@@ -34,10 +33,7 @@ class Verdict:
 
 def read_foreign(path: Path) -> Identity:
     """Load an identity file from elsewhere; HdbError for what it may be instead."""
-    try:
-        header = read_header(path, MAX_LORA)
-    except RegistryError as error:
-        raise HdbError(str(error)) from error
+    header = read_header(path, MAX_LORA)
     style = lora_style(header.tensors)
     if style:
         raise HdbError(
@@ -52,14 +48,11 @@ def read_foreign(path: Path) -> Identity:
 def take_in(file: Path, identity: Identity, path: Path, new: bool) -> None:
     """Copy the file that an identity was read from into the store; HdbError if by now it is
     another."""
-    try:
-        with store.write_beside(path, new) as beside:
-            beside.write_bytes(file.read_bytes())
-            taken = load(beside)
-            if not (taken.down.equal(identity.down) and taken.up.equal(identity.up)):
-                raise HdbError(f"{file} changed while it was checked; nothing was taken in")
-    except RegistryError as error:
-        raise HdbError(str(error)) from error
+    with store.write_beside(path, new) as beside:
+        beside.write_bytes(file.read_bytes())
+        taken = load(beside)
+        if not (taken.down.equal(identity.down) and taken.up.equal(identity.up)):
+            raise HdbError(f"{file} changed while it was checked; nothing was taken in")
 
 
 def fits_here(weights_of: Open) -> Callable[[Identity], tuple[bool | None, str | None]]:
@@ -68,16 +61,16 @@ def fits_here(weights_of: Open) -> Callable[[Identity], tuple[bool | None, str |
     It returns True if an identity is at home on its base, None if that is not here to ask; and a
     warning, if there is one. HdbError if the base refuses it: other family, targets or basis.
     """
-    homes: dict[str, dict[str, Any] | HdbError | RegistryError] = {}
+    homes: dict[str, dict[str, Any] | HdbError] = {}
 
     def check(identity: Identity) -> tuple[bool | None, str | None]:
         if identity.base not in homes:
             try:
                 homes[identity.base] = terms_of(*weights_of(identity.base))
-            except (HdbError, RegistryError) as error:
+            except HdbError as error:
                 homes[identity.base] = error
         home = homes[identity.base]
-        if isinstance(home, HdbError | RegistryError):
+        if isinstance(home, HdbError):
             return None, f"its basis is not verified: {home}"
         return True, check_fits(identity, **home)
 
@@ -93,7 +86,7 @@ def verify(paths: Iterable[Path], weights_of: Open) -> Iterator[Verdict]:
             if path.parent == store.folder():
                 store.check_name(path.stem)  # a name that no other command would take
             identity = load(path)
-        except (HdbError, RegistryError) as error:
+        except HdbError as error:
             yield Verdict(*known, False, None, str(error))
             continue
         try:

@@ -23,7 +23,6 @@ from hdbcli.model.base import Base
 from registry.bases.settings import predicts
 from registry.checkpoints.ldm import LAYOUTS, architecture_of, original_layer
 from registry.checkpoints.tensors import save_tensors
-from registry.errors import RegistryError
 from registry.files import write_beside
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -61,14 +60,11 @@ def export(
     tensors = export_tensors(base, theta, form, dtype)
     metadata = _metadata(base, theta.rank, name, tensors)
     readings: list[Reading] = []
-    try:
-        with write_beside(path) as beside:
-            save_tensors(tensors, beside, metadata)
-            if check:
-                readings = read_by_all(base, theta, load_file(beside))
-                refuse_unread(readings, form)
-    except RegistryError as error:
-        raise HdbError(str(error)) from error
+    with write_beside(path) as beside:
+        save_tensors(tensors, beside, metadata)
+        if check:
+            readings = read_by_all(base, theta, load_file(beside))
+            refuse_unread(readings, form)
     return path.stat().st_size, readings
 
 

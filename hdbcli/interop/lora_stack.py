@@ -78,7 +78,7 @@ class Stacked:
 
 
 def read(text: str) -> Lora:
-    """Read FILE or FILE=STRENGTH; RegistryError or HdbError for what is no plain LoRA."""
+    """Read FILE or FILE=STRENGTH; HdbError for what is no plain LoRA."""
     path, strength = parse(text)
     header = read_header(path, LARGEST)
     _check_kind(path, header)

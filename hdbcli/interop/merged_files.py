@@ -21,7 +21,6 @@ from hdbcli.model.files import DTYPES, Checkpoint, open_checkpoint
 from registry.bases.settings import predicts
 from registry.checkpoints.contents import INDEX, PREDICTS_V, ZERO_SNR, read_config
 from registry.checkpoints.ldm import architecture_of
-from registry.errors import RegistryError
 from registry.files import write_beside
 from registry.spec import BaseSpec
 
@@ -40,11 +39,8 @@ def write_single(merge: Merge, out: Path, title: str, tell: Tell) -> int:
     total = sum(item.bytes for item in items)
     out = out.resolve()  # a link stays, and what it leads to is replaced
     _check_space(out, total)
-    try:
-        with write_beside(out) as beside:
-            write_tensors(beside, items, metadata, _counter(tell, total))
-    except RegistryError as error:
-        raise HdbError(str(error)) from error
+    with write_beside(out) as beside:
+        write_tensors(beside, items, metadata, _counter(tell, total))
     return out.stat().st_size
 
 

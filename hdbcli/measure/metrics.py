@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from registry.errors import RegistryError
+from hdbcli.errors import HdbError
 from registry.metric import Metric, MetricSpec
 from registry.plugins import Registry
 
@@ -46,7 +46,7 @@ def load_judges(registry: Registry[MetricSpec], family: str) -> Judges:
         if spec.judges(family):
             try:
                 loaded[spec.against][spec.name] = spec.load()
-            except RegistryError as error:
+            except HdbError as error:
                 missing.setdefault(str(error), []).append(spec.name)
     lines = [f"{', '.join(names)}: {why}" for why, names in missing.items()]
     return Judges(loaded["text"], loaded["person"], lines)
@@ -121,6 +121,6 @@ def _from_hub(kind: Any, name: str) -> Any:
     try:
         return kind.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise RegistryError(
+        raise HdbError(
             f"{name} is not in the hub's cache; to have this metric too: hf download {name}"
         ) from error

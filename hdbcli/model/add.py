@@ -19,7 +19,7 @@ from registry.stable_diffusion.recognise import prediction_of, recognise, resolu
 
 
 def adopt(name: str, path: Path, origin: str, prediction: str | None, tell: Tell) -> Added:
-    """Keep a checkpoint as the base model `name`; HdbError or RegistryError, with nothing kept, if
+    """Keep a checkpoint as the base model `name`; HdbError, with nothing kept, if
     hdb could not work on it."""
     checkpoint = read_checkpoint(path)
     family = recognise(checkpoint)

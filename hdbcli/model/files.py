@@ -20,7 +20,6 @@ from registry.checkpoints.contents import WEIGHTS, weight_files
 from registry.checkpoints.ldm import layout_of, linear_layers
 from registry.checkpoints.safetensors import Header, TensorInfo, read_header
 from registry.checkpoints.tensors import canonical
-from registry.errors import RegistryError
 from registry.spec import BaseSpec
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -98,19 +97,16 @@ def open_checkpoint(spec: BaseSpec) -> Checkpoint:
     root = spec.files
     if root is None:
         raise HdbError(f"base model {spec.name} names no files to copy; ask who made its plug-in")
-    try:
-        files: dict[str, tuple[Path, ...]]
-        if root.is_file():
-            files = {"": (root,)}
-        elif root.is_dir():
-            files = {part.name: _component_files(part) for part in sorted(root.iterdir())}
-        else:
-            raise HdbError(f"{root} of base model {spec.name} is gone; hdb base verify {spec.name}")
-        every = [file for group in files.values() for file in group]
-        headers = {file: read_header(file, LARGEST) for file in every}
-        found = dict(_places(spec, root, files, headers))
-    except RegistryError as error:
-        raise HdbError(str(error)) from error
+    files: dict[str, tuple[Path, ...]]
+    if root.is_file():
+        files = {"": (root,)}
+    elif root.is_dir():
+        files = {part.name: _component_files(part) for part in sorted(root.iterdir())}
+    else:
+        raise HdbError(f"{root} of base model {spec.name} is gone; hdb base verify {spec.name}")
+    every = [file for group in files.values() for file in group]
+    headers = {file: read_header(file, LARGEST) for file in every}
+    found = dict(_places(spec, root, files, headers))
     for component in spec.targets:
         if not any(name.startswith(f"{component}.") for name in found):
             raise HdbError(

@@ -24,7 +24,6 @@ from hdbcli.config import MEMORIES
 from hdbcli.errors import HdbError
 from hdbcli.model.device import has_bf16
 from registry.checkpoints.contents import read_checkpoint
-from registry.errors import RegistryError
 from registry.spec import BaseSpec
 from registry.stable_diffusion.loading import out_of_memory
 
@@ -105,7 +104,7 @@ OVERHEAD = 5e8  # bytes: libraries, the device's context, the bases of the targe
 def choose(spec: BaseSpec, device: str, asked: str, work: Work, free: int | None = None) -> Choice:
     """Choose the plan: what was asked for, or the most generous that fits into `free` bytes.
 
-    `free` None asks the device. HdbError for another word than the three; RegistryError if the
+    `free` None asks the device. HdbError for another word than the three, or if the
     base's files are not what they were.
     """
     if asked not in MEMORIES:
@@ -189,7 +188,7 @@ def measure(spec: BaseSpec) -> Size | None:
         return None
     try:
         components = read_checkpoint(spec.files).components
-    except RegistryError:
+    except HdbError:
         return None
     linear = others = autoencoder = width = 0
     for component, tensors in components.items():

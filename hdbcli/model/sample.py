@@ -15,10 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from hdbcli import __version__
 from hdbcli.config import Tell
-from hdbcli.errors import HdbError, HdbWarning
+from hdbcli.errors import HdbWarning
 from hdbcli.model.base import Base, Worn
 from hdbcli.model.memory import Work
-from registry.errors import RegistryError
 from registry.files import write_beside
 from registry.spec import Limited, SampleSettings
 
@@ -66,10 +65,7 @@ def generate(
             tell("draw", done * steps + step, passes * steps)
 
         with base.wearing(theirs):
-            try:
-                images = base.backbone.sample(texts[part], settings, batch, progress)
-            except RegistryError as error:
-                raise HdbError(str(error)) from error
+            images = base.backbone.sample(texts[part], settings, batch, progress)
         pictures += [Picture(image, seed) for image, seed in zip(images, batch, strict=True)]
         if keep is not None:
             keep(pictures)
@@ -98,20 +94,14 @@ def save_picture(image: np.ndarray, path: Path, text: str, new: bool = False) ->
     """Write a PNG with the `parameters` chunk that A1111, Forge and ComfyUI tools read."""
     info = PngInfo()
     info.add_text("parameters", text)
-    try:
-        with write_beside(path, new) as beside:
-            Image.fromarray(image).save(beside, format="PNG", pnginfo=info)
-    except RegistryError as error:
-        raise HdbError(str(error)) from error
+    with write_beside(path, new) as beside:
+        Image.fromarray(image).save(beside, format="PNG", pnginfo=info)
 
 
 def check_writable(path: Path) -> None:
     """Raise HdbError now, not after the work, if `path` could not be written."""
-    try:
-        with suppress(_NotNeeded), write_beside(path):
-            raise _NotNeeded
-    except RegistryError as error:
-        raise HdbError(str(error)) from error
+    with suppress(_NotNeeded), write_beside(path):
+        raise _NotNeeded
 
 
 class _NotNeeded(Exception):

@@ -24,7 +24,6 @@ from hdbcli.model.memory import Work
 from hdbcli.training.people import People
 from hdbcli.training.refine import refine
 from registry.checkpoints.tensors import save_tensors
-from registry.errors import RegistryError
 from registry.files import write_beside
 from registry.spec import BaseSpec
 
@@ -67,13 +66,10 @@ def build_bank(
         name = f"theta-{len(index['shards']):05d}.safetensors"
         tensors = {"down": result.theta.down, "up": result.theta.up}
         index["shards"].append({"file": name, "names": [people.names[i] for i in chosen]})
-        try:
-            with write_beside(folder / name) as beside:
-                save_tensors({k: v.cpu().contiguous() for k, v in tensors.items()}, beside)
-            with write_beside(folder / INDEX) as beside:  # last: it never names what is not there
-                beside.write_text(json.dumps(index, indent=1))
-        except RegistryError as error:
-            raise HdbError(str(error)) from error
+        with write_beside(folder / name) as beside:
+            save_tensors({k: v.cpu().contiguous() for k, v in tensors.items()}, beside)
+        with write_beside(folder / INDEX) as beside:  # last: it never names what is not there
+            beside.write_text(json.dumps(index, indent=1))
         total = len(people.names) - len(left) + start + len(chosen)
         means = float(result.loss_start.mean()), float(result.loss_end.mean())
         yield Shard(len(chosen), total, *means)

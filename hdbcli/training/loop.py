@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hdbcli.errors import HdbError
 from registry.checkpoints.tensors import save_tensors
-from registry.errors import RegistryError
 from registry.files import write_beside
 
 Loss = Callable[[torch.Generator], Tensor]
@@ -158,11 +158,9 @@ def _resume(
             step, of = int(file.metadata()["step"]), file.metadata().get("of", "")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise RegistryError(
-            f"cannot resume from {path} ({error}); delete it to start again"
-        ) from error
+        raise HdbError(f"cannot resume from {path} ({error}); delete it to start again") from error
     if of != plan.of:
-        raise RegistryError(
+        raise HdbError(
             f"{path} is of another run ({of or 'unknown'}), this is one of ({plan.of}); go on with "
             "those settings, give another place, or delete it to start again"
         )
@@ -171,7 +169,7 @@ def _resume(
     found = {k for k in tensors if not k.startswith("optimizer.")}
     if expected != found:
         odd = sorted(expected ^ found)[0]
-        raise RegistryError(
+        raise HdbError(
             f"{path} is of another model ({odd} is in only one); delete it to start again"
         )
     with torch.no_grad():
