@@ -6,4 +6,8 @@ all above `registry`, which knows base models and stored identities and imports 
 `config` holds the defaults of every stage, `errors` the one error; everybody may import both.
 """
 
+from hdbcli.limits import set_threads
+
 __version__ = "0.1.0"
+
+set_threads()  # before anything imports torch: commands, notebooks, workers and tests come by here

@@ -22,6 +22,7 @@ from typing import Any
 
 from hdbcli import __version__
 from hdbcli.errors import HdbError
+from hdbcli.limits import free_ram
 from registry import orphans, store
 from registry.bases.settings import DEFAULT, customised, default_base, read_settings, settings_path
 from registry.checkpoints.contents import read_checkpoint
@@ -48,6 +49,7 @@ VARIABLES = {
     "HF_HUB_OFFLINE": "1 keeps the hub from being asked",
     "CUDA_VISIBLE_DEVICES": "which GPUs torch sees",
     "OMP_NUM_THREADS": "threads of the CPU",
+    "OMP_WAIT_POLICY": "PASSIVE lets threads sleep while they wait",
     "LOCAL_RANK": "of accelerate launch",
     "WORLD_SIZE": "of accelerate launch",
 }
@@ -147,12 +149,9 @@ def libraries(seconds: float = SECONDS) -> Iterator[Check]:
 
 def memory() -> Check:
     """Say how much memory the machine has, and how much of it is to be had."""
-    free = total = None
+    free, total = free_ram(), None
     with suppress(AttributeError, OSError, ValueError):  # os.sysconf knows less on some systems
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(w.split()[1]) * 1024 for w in lines if w.startswith("MemAvailable"))
     return Check("devices", "memory", _room(free, total), facts={"free": free, "total": total})
 
 

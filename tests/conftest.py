@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hdbcli.limits import cpus, set_threads
+
 if TYPE_CHECKING:
     from cutdown import Narrow
 
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
 _STORE = tempfile.TemporaryDirectory(prefix="hdb-tests-")
 os.environ["HDB_HOME"] = _STORE.name  # a test that forgets `hdb_home` still spares the user's store
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The nets are small: more threads only wait for each other, and would spin while they do.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
-os.environ.setdefault("KMP_BLOCKTIME", "0")
+# The nets are small: more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, cpus())))
+set_threads()
 
 
 @pytest.fixture

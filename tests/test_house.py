@@ -34,7 +34,7 @@ LAYERS = (
     ("hdbcli.training", "hdbcli.identity", "hdbcli.interop", "hdbcli.measure"),
     ("hdbcli.model",),
     ("hdbcli.method", "hdbcli.faces"),
-    ("hdbcli", "hdbcli.config", "hdbcli.errors"),
+    ("hdbcli", "hdbcli.config", "hdbcli.errors", "hdbcli.limits"),
     ("registry", "registry.plugins", "registry.tiny"),
     ("registry.bases",),
     ("registry.stable_diffusion", "registry.store", "registry.orphans", "registry.identity_facts"),

@@ -15,13 +15,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from hdbcli.config import MEMORIES
 from hdbcli.errors import HdbError
+from hdbcli.limits import free_ram
 from hdbcli.model.device import has_bf16
 from registry.checkpoints.contents import read_checkpoint
 from registry.spec import BaseSpec
@@ -230,26 +230,6 @@ def free_memory(device: str) -> int | None:
     if kind == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     return free_ram()
-
-
-def free_ram(system: Path = Path("/")) -> int | None:
-    """Return the bytes of memory that can be had without swapping, within a container's limit; half
-    of all where only that is known."""
-    try:
-        text = (system / "proc/meminfo").read_text()
-        free = 1024 * int(re.findall(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)[0])
-    except (OSError, IndexError):
-        if not hasattr(os, "sysconf"):  # Windows
-            return None
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    group = system / "sys/fs/cgroup"
-    try:
-        limit = int((group / "memory.max").read_text())  # "max" is no number: no limit
-        used = int((group / "memory.current").read_text())
-        cache = re.findall(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
-        return min(free, limit - used + int(cache[0]))
-    except (OSError, ValueError, IndexError):
-        return free
 
 
 def _suited(plan: MemoryPlan, device: str, work: Work) -> MemoryPlan:

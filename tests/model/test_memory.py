@@ -29,7 +29,6 @@ from hdbcli.model.memory import (
     enough,
     estimate,
     free_memory,
-    free_ram,
     measure,
     run_within,
 )
@@ -131,21 +130,6 @@ def test_several_processes_keep_to_one_plan(monkeypatch: pytest.MonkeyPatch) -> 
 def test_free_memory_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3, 8))
     assert free_memory("cuda:0") == 3
-
-
-def test_free_ram_knows_containers(tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "meminfo").write_text("MemFree: 1 kB\nMemAvailable:    4000000 kB\n")
-    assert free_ram(tmp_path) == 4_096_000_000
-    group = tmp_path / "sys" / "fs" / "cgroup"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("1500\n")
-    (group / "memory.stat").write_text("anon 1000\ninactive_file 400\n")
-    assert free_ram(tmp_path) == 4_096_000_000
-    (group / "memory.max").write_text("2000\n")
-    assert free_ram(tmp_path) == 2000 - 1500 + 400
-    assert (free_ram(tmp_path / "elsewhere") or 1) > 0 and (free_ram() or 1) > 0
 
 
 def test_words_for_running_out() -> None:

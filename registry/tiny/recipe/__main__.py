@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hdbcli  # noqa: F401  sets how torch's threads wait, before it is loaded
 from registry.errors import RegistryError
 
 if TYPE_CHECKING:
