@@ -13,6 +13,7 @@ from torch import nn
 
 from hdbcli.interop.safetensors_writer import Item, write_tensors
 from hdbcli.method.inject import find_targets
+from hdbcli.method.lidb import shape_of
 from registry.checkpoints.ldm import layout_of, rename
 from registry.checkpoints.tensors import canonical
 from registry.stable_diffusion.families import FAMILIES, Family
@@ -42,7 +43,7 @@ def empty_networks(family: Family) -> dict[str, nn.Module]:
 def target_shapes(family: Family) -> dict[str, tuple[int, int]]:
     """Map each of a family's targets to the (n, m) of its weight."""
     found = find_targets(empty_networks(family), family.targets)
-    return {f"{c}.{path}": (layer.out_features, layer.in_features) for c, path, layer in found}
+    return {f"{c}.{path}": shape_of(layer) for c, path, layer in found}
 
 
 def write_random(name: str, path: Path) -> None:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors.torch import load, load_file
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hdbcli.errors import HdbError
 from hdbcli.interop.lora_readers import COMFY
-from hdbcli.method.lidb import LiDBLinear
+from hdbcli.method.lidb import LiDBLayer, TargetLayer
 from hdbcli.model.base import Base
 from registry.checkpoints.ldm import original_layer
 from registry.checkpoints.lora_formats import lora_style
@@ -39,8 +39,6 @@ PARTS |= {".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weigh
 PARTS |= {".lora_A.default.weight": "down", ".lora_B.default.weight": "up"}
 NOT_PLAIN = re.compile(r"\.(hada_|lokr_|oft_|dora_scale|lora_mid|lora_magnitude)")
 ADAPTER = "lora_adapter_metadata"  # where diffusers keeps the alpha that its keys do not have
-
-Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +131,11 @@ def parameters(stacked: Sequence[Stacked]) -> dict[str, str]:
     return {"Lora hashes": hashes, "Loras": loras}
 
 
-def named_layers(base: Base) -> dict[str, Layer]:
+def named_layers(base: Base) -> dict[str, TargetLayer]:
     """Map every name that a file may give a layer to that layer."""
-    names: dict[str, Layer] = {}
+    names: dict[str, TargetLayer] = {}
     for component, module in base.backbone.components.items():
-        wrapped = {path for path, m in module.named_modules() if isinstance(m, LiDBLinear)}
+        wrapped = {path for path, m in module.named_modules() if isinstance(m, LiDBLayer)}
         for path, layer in module.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 parent = path.removesuffix(".base")
@@ -162,7 +160,7 @@ def _names(family: str, component: str, path: str) -> Iterator[str]:
             yield f"lora_unet_{original.replace('.', '_')}"
 
 
-def _add(base: Base, lora: Lora, layers: Mapping[str, Layer]) -> Stacked:
+def _add(base: Base, lora: Lora, layers: Mapping[str, TargetLayer]) -> Stacked:
     found: dict[str, dict[str, Tensor]] = {}
     unread = []
     for key, tensor in lora.tensors.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hdbcli.errors import HdbError
 from hdbcli.method import basis
-from hdbcli.method.lidb import Factors, LiDBLinear, Theta
+from hdbcli.method.lidb import Factors, LiDBLayer, TargetLayer, Theta, lidb_layer, reach, shape_of
 from registry.checkpoints.tensors import canonical
 
 
@@ -21,7 +21,7 @@ from registry.checkpoints.tensors import canonical
 class Injected:
     """A base model's LiDB layers by canonical target name, in the spec's order."""
 
-    layers: Mapping[str, LiDBLinear]
+    layers: Mapping[str, LiDBLayer]
     a: int
     b: int
     seed: int
@@ -63,10 +63,7 @@ class Injected:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Map each target to the (n, m) of its weight."""
-        return {
-            name: (layer.base.out_features, layer.base.in_features)
-            for name, layer in self.layers.items()
-        }
+        return {name: layer.shape for name, layer in self.layers.items()}
 
     def fingerprint(self) -> basis.Fingerprint:
         return basis.fingerprint(self.seed, self.shapes, self.a, self.b)
@@ -103,31 +100,30 @@ def inject(
 ) -> Injected:
     """Replace every target of the components by a LiDB layer and freeze all their parameters."""
     layers = {}
-    for component, path, linear in find_targets(components, targets):
+    for component, path, base in find_targets(components, targets):
         name = f"{component}.{canonical(component, path)}"
-        n, m = linear.out_features, linear.in_features
-        down = basis.down_basis(seed, name, a, m).to(linear.weight.device)
-        up = basis.up_basis(seed, name, b, n).to(linear.weight.device)
-        layer = LiDBLinear(linear, down, up).train(linear.training)
-        _set(components[component], path, layer)
-        layers[name] = layer
+        n, m = shape_of(base)
+        down = basis.down_basis(seed, name, a, m).to(base.weight.device)
+        up = basis.up_basis(seed, name, b, n).to(base.weight.device)
+        layers[name] = lidb_layer(base, down, up)
+        _set(components[component], path, layers[name])
     for module in components.values():
         module.requires_grad_(False)
     return Injected(layers, a, b, seed)
 
 
-def eject(components: Mapping[str, nn.Module], fuse: bool = False) -> None:
-    """Put the plain linear layers back: the base's own, or with `fuse` new ones holding W + dW."""
+def eject(components: Mapping[str, nn.Module]) -> None:
+    """Put the base's own layers back."""
     for module in components.values():
         for path, layer in list(module.named_modules()):
-            if isinstance(layer, LiDBLinear):
-                _set(module, path, layer.fused() if fuse else layer.base)
+            if isinstance(layer, LiDBLayer):
+                _set(module, path, layer.base)
 
 
 def find_targets(
     components: Mapping[str, nn.Module], targets: Mapping[str, tuple[str, ...]]
-) -> list[tuple[str, str, nn.Linear]]:
-    """List (component, module path, linear layer) of all targets, in the order of theta."""
+) -> list[tuple[str, str, TargetLayer]]:
+    """List (component, module path, layer) of all targets, in the order of theta."""
     found = {}
     for component in targets:
         if component not in components:
@@ -137,11 +133,28 @@ def find_targets(
             )
         for path, module in components[component].named_modules():
             name = f"{component}.{canonical(component, path)}"
-            if isinstance(module, nn.Linear) and matches(name, targets):
+            if isinstance(module, nn.Linear | nn.Conv2d) and matches(name, targets):
+                _check_kind(name, module)
                 found[name] = component, path, module
     if not found:
         raise HdbError("no layer of the base model matches its spec's targets; check the patterns")
     return [found[name] for name in in_order(found, targets)]
+
+
+def _check_kind(name: str, layer: TargetLayer) -> None:
+    """Raise HdbError for a convolution whose dW is no n x m matrix, or that pads in another way."""
+    if isinstance(layer, nn.Linear):
+        return
+    plain = layer.groups == 1 and layer.padding_mode == "zeros"
+    within = not isinstance(layer.padding, str) and all(
+        map(int.__le__, layer.padding, reach(layer))
+    )
+    if not plain or not within:
+        raise HdbError(
+            f"target {name} is a convolution of {layer.groups} groups, padded {layer.padding} "
+            f"({layer.padding_mode}); a target needs 1 group and zeros within its kernel's reach, "
+            "so leave it out of the base's targets"
+        )
 
 
 def matches(name: str, targets: Mapping[str, tuple[str, ...]]) -> bool:

@@ -70,18 +70,6 @@ def test_theta_0_is_the_base_but_not_dead() -> None:
     assert dead.grad is not None and dead.grad.abs().max() == 0  # the control: both zero is dead
 
 
-def test_fused_is_a_plain_layer_with_the_same_output() -> None:
-    lidb, (down, up) = layer(), cores(1, 2)
-    before = lidb.base.weight.clone()
-    lidb.residual = lidb.factors(down, up)
-    x = torch.randn(3, M)[:, None]
-    fused = lidb.fused()
-    assert type(fused) is nn.Linear
-    torch.testing.assert_close(fused(x), lidb(x), atol=1e-5, rtol=1e-5)
-    assert torch.equal(lidb.base.weight, before)
-    assert not torch.allclose(fused.weight, before)
-
-
 def test_gradients_reach_the_cores_only() -> None:
     lidb, (down, up) = layer(), cores(2, 1)
     lidb.requires_grad_(False)

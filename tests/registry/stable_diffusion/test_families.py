@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hdbcli.method.inject import find_targets
+from hdbcli.method.lidb import shape_of
 from registry.checkpoints.contents import read_checkpoint, read_config
 from registry.checkpoints.tensors import read_floats
 from registry.errors import RegistryError
@@ -60,9 +61,10 @@ def test_targets_of_the_full_size_models(
     assert sum(p.numel() for p in models["unet"].parameters()) == unet  # as published
     targets = find_targets(models, family.targets)
     assert len(targets) == count == family.count
-    assert numbers in (None, sum(t.in_features + t.out_features for _, _, t in targets))
-    assert {t.in_features for _, p, t in targets if p.endswith("attn2.to_k")} == {width}
-    assert all(t.in_features >= family.a and t.out_features >= family.b for _, _, t in targets)
+    shapes = {path: shape_of(layer) for _, path, layer in targets}
+    assert numbers in (None, sum(sum(shape_of(layer)) for _, _, layer in targets))
+    assert {m for path, (_, m) in shapes.items() if path.endswith("attn2.to_k")} == {width}
+    assert all(m >= family.a and n >= family.b for n, m in shapes.values())
     assert resolution_of(family.configs()) == pixels
 
 
