@@ -37,7 +37,10 @@ LAYERS = (
     ("hdbcli", "hdbcli.config", "hdbcli.errors", "hdbcli.limits"),
     ("registry", "registry.plugins", "registry.tiny"),
     ("registry.bases",),
-    ("registry.stable_diffusion", "registry.store", "registry.orphans", "registry.identity_facts"),
+    (
+        *("registry.stable_diffusion", "registry.store", "registry.orphans"),
+        *("registry.identity_facts", "registry.fetch"),
+    ),
     ("registry.checkpoints",),
     ("registry.spec", "registry.metric", "registry.files", "registry.errors"),
 )

@@ -41,7 +41,7 @@ def run(folder: Path | None, tell: Tell) -> list[Row]:
     if len(people.names) < 2:
         raise HdbError(f"{folder} holds {len(people.names)} usable people; two are needed")
     read = people.crops[[photos[0] for photos in people.members]]
-    truth, _ = embed([people.crops[photos[-1]] for photos in people.members])
+    truth = embed([people.crops[photos[-1]] for photos in people.members])
     with torch.no_grad():
         predicted = model(base.faces(list(read)))
     theta = refine_all(base, predicted, read, tell)
@@ -67,7 +67,7 @@ def run(folder: Path | None, tell: Tell) -> list[Row]:
 
 def _portraits(base: Base, theta: Theta, tell: Tell) -> Tensor:
     drawn = generate(base, theta, PORTRAIT, list(range(len(theta))), base.spec.sampling, tell)
-    return embed([picture.image for picture in drawn])[0]
+    return embed([picture.image for picture in drawn])
 
 
 def _stored(base: Base, theta: Theta, dtype: str) -> Theta:
@@ -88,7 +88,7 @@ def _order(base: Base, theta: Theta, truth: Tensor, pair: tuple[int, int], tell:
     worn = steps[[k for k in range(len(steps)) for _ in range(SEEDS)]]
     seeds = list(range(SEEDS)) * len(steps)
     drawn = generate(base, worn, PORTRAIT, seeds, base.spec.sampling, tell)
-    faces = embed([picture.image for picture in drawn])[0].view(len(steps), SEEDS, -1).mean(1)
+    faces = embed([picture.image for picture in drawn]).view(len(steps), SEEDS, -1).nanmean(1)
     return spearman(faces @ (truth[last] - truth[first]))
 
 

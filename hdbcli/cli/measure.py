@@ -40,11 +40,17 @@ if TYPE_CHECKING:
     from hdbcli.model.memory import MemoryPlan
 
 
+_Judge = Annotated[
+    bool, typer.Option("--judge", help="Fetch FaceRes once (145 MB), the judge nothing trains on.")
+]
+
+
 def score(
     identity: Identity,
     photo: More = None,
     base: Annotated[str | None, typer.Option(help="Another base than its own.")] = None,
     face: FaceNumber = None,
+    judge: _Judge = False,
     device: Device = None,
     memory: Memory = "auto",
     as_json: Json = False,
@@ -60,26 +66,26 @@ def score(
     spec = spec_of(base or load(path).base)
     with render.progress() as tell:
         crops = crop_photos(photo or [], spec, face, tell)
-    judges = _judges(spec.family)
+    judges = _judges(spec.family, judge)
 
-    def judge(plan: MemoryPlan) -> measure.Score:
+    def measured(plan: MemoryPlan) -> measure.Score:
         loaded, worn = wear([path], spec.name, device, plan)
         with render.progress() as tell:
             return measure.score(loaded, worn, crops, judges, tell)
 
-    result = within_memory(spec, device, memory, measure.work_of(spec), judge)
+    result = within_memory(spec, device, memory, measure.work_of(spec), measured)
     if as_json:
         render.document(asdict(result))
     else:
         render.say("\n".join(measure.words(result)))
 
 
-def _judges(family: str) -> Judges:
-    """Load what can judge a family of base models, saying what is left out."""
+def _judges(family: str, fetch: bool) -> Judges:
+    """Load what can judge a family of base models, saying what is left out; `fetch` what can be."""
     from hdbcli.measure.metrics import load_judges
     from registry.plugins import load_metrics
 
-    judges = load_judges(load_metrics(), family)
+    judges = load_judges(load_metrics(), family, fetch)
     for line in judges.missing:
         render.note(f"left out: {line}")
     return judges
@@ -114,6 +120,7 @@ def compare(
         "compare"
     ),
     pattern: Pattern = "*",
+    judge: _Judge = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -143,7 +150,7 @@ def compare(
             chosen = comparison.tuned(loaded, model, others, chosen, out, batch, tell)
         elif loaded.spec.name != DEFAULT:
             render.note(f"note: rates were chosen on {DEFAULT}; --tune OTHERS chooses them anew")
-        judges = _judges(loaded.spec.family)
+        judges = _judges(loaded.spec.family, judge)
         arena = new_arena(loaded, model, test, judges, batch, tell)
         styles = comparison.true_styles(truth, test, arena) if truth else []
         result, records = comparison.run(arena, chosen, styles, out, load)

@@ -19,7 +19,7 @@ from hdbcli.compare.run import Arena, Record, compete, new_arena
 from hdbcli.compare.timing import time_alone
 from hdbcli.config import PROMPTS, Tell
 from hdbcli.errors import HdbError
-from hdbcli.faces.embedding import embed
+from hdbcli.faces.embedding import embed, found
 from hdbcli.faces.photo import read_photo
 from hdbcli.measure.metrics import Judges
 from hdbcli.measure.plot import Axes, Curve, save_chart
@@ -159,8 +159,8 @@ def true_styles(folder: Path, people: People, arena: Arena) -> list[TrueStyle]:
 
 
 def _ceiling(pictures: Sequence[np.ndarray], arena: Arena) -> Ceiling:
-    faces, found = embed(pictures)
-    return Ceiling(retrieval(faces, arena.truth), sum(found) / len(found))
+    faces = embed(pictures)
+    return Ceiling(retrieval(faces, arena.truth), float(found(faces).float().mean()))
 
 
 def _as_drawn(picture: np.ndarray, base: Base) -> np.ndarray:
@@ -190,9 +190,9 @@ def _bounds(
     """Return the likeness of strangers, of the photo through the autoencoder and of the photo; and
     whom the last two find among all, where there are others."""
     side = arena.plain.shape[1:]
-    floor = embed(list(arena.plain.reshape(-1, 2, *side)[:, 0]))[0]
-    through = embed(arena.base.through_autoencoder(arena.given))[0]
-    given = embed(arena.given)[0]
+    floor = embed(list(arena.plain.reshape(-1, 2, *side)[:, 0]))
+    through = embed(arena.base.through_autoencoder(arena.given))
+    given = embed(arena.given)
     rows = (likeness_of(row, arena.truth) for row in (floor, through, given))
     low, middle, high = (bootstrap(row) for row in rows)
     if len(given) < 2:

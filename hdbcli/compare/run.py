@@ -24,7 +24,7 @@ from hdbcli import __version__
 from hdbcli.compare.methods import Contender, entered
 from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, RefineConfig, Tell, unnamed
 from hdbcli.errors import HdbError
-from hdbcli.faces.embedding import embed
+from hdbcli.faces.embedding import embed, found
 from hdbcli.measure.metrics import FACE, Judges
 from hdbcli.method.hypernet import HyperNetwork
 from hdbcli.model.base import Base, Worn
@@ -69,7 +69,7 @@ def new_arena(
     """Take each person's first photo to learn from and the last to be measured on."""
     given = tuple(people.crops[theirs[0]] for theirs in people.members)
     photos = tuple(people.crops[theirs[-1]] for theirs in people.members)
-    truth, _ = embed(photos)
+    truth = embed(photos)
     plain = _plain(base, None, range(len(given)), tell)
     key = hashlib.sha256(base.injected.weights_digest().encode())
     key.update(truth.numpy().tobytes())
@@ -167,8 +167,8 @@ def _draw(
     """Draw everybody once; return pictures, embeddings (P, 128) and whether a face was found."""
     base = arena.base
     drawn = generate(base, worn, prompt, list(persons), base.spec.sampling, arena.tell)
-    faces, found = embed([picture.image for picture in drawn])
-    return drawn, faces, torch.tensor(found)
+    faces = embed([picture.image for picture in drawn])
+    return drawn, faces, found(faces)
 
 
 def _final(

@@ -8,10 +8,10 @@ N the number of pictures.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,9 @@ SAME_PERSON = 0.5  # distance below which two pictures are taken for one person
 # Where dlib puts YuNet's five points, in its chip with a quarter of padding.
 _TEMPLATE = np.array([[46.2, 47.9], [105.1, 48.6], [75.6, 79.5], [49.9, 102.8], [100.7, 103.5]])
 _MEAN = (122.782, 117.001, 104.298)  # of dlib's training pictures, RGB
-_FRAME = 6 / 64  # of the side: what a chip shows around the face and a tight crop does not
 _BATCH = 32
+_REMEMBERED = 4096  # pictures
+_SEEN: dict[bytes, np.ndarray | None] = {}
 # Names as in the weights file; the number is the width.
 _BLOCKS = (
     *("conv32_1", "conv32_2", "conv32_3"),
@@ -142,23 +143,56 @@ def chip(rgb: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
     return align(rgb, landmarks, _TEMPLATE / CHIP, CHIP)
 
 
-def embed(images: Sequence[np.ndarray]) -> tuple[Tensor, list[bool]]:
-    """Embed the largest face of each RGB picture (H, W, 3) uint8; return (N, 128), and if found.
+def embed(images: Sequence[np.ndarray]) -> Tensor:
+    """Embed the largest face of each RGB picture (H, W, 3) uint8, aligned by its own landmarks:
+    (N, 128); a row of NaN where the detector finds no face."""
+    return at_landmarks(images, _TEMPLATE / CHIP, CHIP, load_embedding(), 128)
 
-    Where the detector finds no face (some styles hide one from it), the whole picture is taken for
-    a tight face crop: its border repeated by 6/64 of its side, then scaled to a chip.
+
+def at_landmarks(
+    images: Sequence[np.ndarray],
+    template: np.ndarray,
+    size: int,
+    model: Callable[[Tensor], Tensor],
+    width: int,
+) -> Tensor:
+    """Align the largest face of each picture (H, W, 3) uint8 to a recogniser's `template` (5, 2),
+    `size` pixels square, and embed it with `model`: (N, width).
+
+    A picture in which the detector finds no face gets a row of NaN: whoever judges counts it as a
+    miss.
     """
-    chips, found = [], []
-    for image in images:
+    told = torch.full((len(images), width), torch.nan)
+    chips = {}
+    for index, image in enumerate(images):
+        if (points := landmarks(image)) is not None:
+            chips[index] = align(image, points, template, size)
+    if chips:
+        pictures = torch.from_numpy(np.stack(list(chips.values()))).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            rows = [model(part.float()) for part in pictures.split(_BATCH)]
+        told[list(chips)] = torch.cat(rows)
+    return told
+
+
+def landmarks(image: np.ndarray) -> np.ndarray | None:
+    """Return the five points (5, 2) of the largest face of a picture, or None without a face.
+
+    The last few thousand answers are kept: looking takes longer than embedding, and several
+    recognisers judge the same pictures.
+    """
+    key = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+    if key not in _SEEN:
+        if len(_SEEN) >= _REMEMBERED:
+            _SEEN.clear()
         faces = find_faces(image)
-        found.append(bool(faces))
-        chips.append(chip(image, faces[0].landmarks) if faces else _whole(image))
-    if not chips:
-        return torch.zeros(0, 128), []
-    pictures = torch.from_numpy(np.stack(chips)).permute(0, 3, 1, 2)
-    model = load_embedding()
-    with torch.no_grad():
-        return torch.cat([model(part.float()) for part in pictures.split(_BATCH)]), found
+        _SEEN[key] = faces[0].landmarks if faces else None
+    return _SEEN[key]
+
+
+def found(embeddings: Tensor) -> Tensor:
+    """Return which embeddings (..., D) are of a face that was found: (...)."""
+    return embeddings.isfinite().all(-1)
 
 
 def embed_aligned(images: Tensor, template: np.ndarray) -> Tensor:
@@ -188,16 +222,6 @@ def aligned_chips(images: Tensor, template: np.ndarray) -> Tensor:
         grid = F.affine_grid(where, [len(images), 3, CHIP, CHIP], align_corners=False)
     chips = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
     return ((chips + 1) * 127.5).clamp(0, 255)
-
-
-def _whole(rgb: np.ndarray) -> np.ndarray:
-    height, width = rgb.shape[:2]
-    side = round(max(height, width) * (1 + 2 * _FRAME))
-    top, left = (side - height) // 2, (side - width) // 2
-    edges = (top, side - height - top, left, side - width - left)
-    square = cv2.copyMakeBorder(rgb, *edges, cv2.BORDER_REPLICATE)
-    filtering = cv2.INTER_AREA if side > CHIP else cv2.INTER_CUBIC
-    return cv2.resize(square, (CHIP, CHIP), interpolation=filtering)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, Tell, unnamed
-from hdbcli.faces.embedding import SAME_PERSON, embed
+from hdbcli.faces.embedding import SAME_PERSON, embed, found
 from hdbcli.faces.photo import Crop
 from hdbcli.measure.metrics import FACE, Judges
 from hdbcli.model import sample
@@ -78,14 +78,14 @@ def score(base: Base, worn: Worn, crops: Sequence[Crop], judges: Judges, tell: T
     for name, metric in judges.texts.items():
         (own, own_named), (without, base_named) = (_judged(metric, rows) for rows in (mine, plain))
         styles[name] = Style(own, without, own_named, base_named)
-    found = [each for row in mine for each in embed(row)[1]]
+    seen = found(embed([each for row in mine for each in row]))
     subjects = {
         name: _likeness(base, metric, mine[0], plain[0], [crop.image for crop in crops])
         for name, metric in judges.persons.items()
         if crops
     }
     likeness = subjects.pop(FACE, None)
-    faces, drift = sum(found) / len(found), _drift(base, worn, tell)
+    faces, drift = float(seen.float().mean()), _drift(base, worn, tell)
     return Score(likeness, subjects, styles, faces, drift)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hdbcli.config import PORTRAIT, RefineConfig, Tell
 from hdbcli.errors import HdbError
 from hdbcli.faces.embedding import embed
-from hdbcli.measure.statistics import Interval, Retrieval, _interval, retrieval
+from hdbcli.measure.statistics import Interval, Retrieval, normal_interval, retrieval
 from hdbcli.method.hypernet import Faces, HyperNetwork
 from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import relax, stack
@@ -74,7 +74,7 @@ def evaluate(
     own, another, none = (
         person_losses(base, worn, latents, tell) for worn in (theta, others, None)
     )
-    gallery, _ = embed(list(second))
+    gallery = embed(list(second))
     more = None
     if refined:
         final = refine_all(base, theta[:refined], first[:refined], tell)
@@ -84,13 +84,13 @@ def evaluate(
         own=float(own.mean()),
         another=float(another.mean()),
         base=float(none.mean()),
-        base_minus_own=_interval(none - own),
-        another_minus_own=_interval(another - own),
+        base_minus_own=normal_interval(none - own),
+        another_minus_own=normal_interval(another - own),
         portraits=_retrieval_of(base, theta, gallery, tell),
         refined=more,
         refined_people=refined,
-        other_photo=retrieval(embed(list(first))[0], gallery),
-        autoencoded=retrieval(embed(base.through_autoencoder(list(first)))[0], gallery),
+        other_photo=retrieval(embed(list(first)), gallery),
+        autoencoded=retrieval(embed(base.through_autoencoder(list(first))), gallery),
     )
 
 
@@ -134,4 +134,4 @@ def _retrieval_of(base: Base, theta: Theta, gallery: Tensor, tell: Tell) -> Retr
     """Draw one portrait of everybody and look each up among the true photos."""
     seeds = list(range(len(theta.down)))
     drawn = generate(base, theta, PORTRAIT, seeds, base.spec.sampling, tell)
-    return retrieval(embed([picture.image for picture in drawn])[0], gallery)
+    return retrieval(embed([picture.image for picture in drawn]), gallery)

@@ -67,7 +67,7 @@ def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell:
     if folder.is_file():
         persons = {folder.stem: [folder]}
     elif folder.is_dir():
-        persons, skipped = _persons(folder, pattern)
+        persons, skipped = photos_by_person(folder, pattern)
     else:
         raise HdbError(f"{folder} does not exist; give a folder of photos, or a folder per person")
     if not persons:
@@ -126,7 +126,7 @@ def _caption(file: Path) -> str | None:
     return caption
 
 
-def _persons(folder: Path, pattern: str) -> tuple[dict[str, list[Path]], list[str]]:
+def photos_by_person(folder: Path, pattern: str) -> tuple[dict[str, list[Path]], list[str]]:
     """Return the photos of everybody by name, and what is said of those that are nobody's."""
 
     def photos(place: Path) -> list[Path]:

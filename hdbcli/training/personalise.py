@@ -168,16 +168,17 @@ def likeness_of(base: Base, theta: Theta, crops: Sequence[Crop], tell: Tell) -> 
     """Return the likeness of generated portraits to the crops, and of the base's own beside it.
 
     The mean over as many seeds as a step of the base has samples, two for `tiny` and one where a
-    picture takes long, the same for both: 1 - distance of the face embeddings, 0 to 1.
+    picture takes long, the same for both: 1 - distance of the face embeddings, 0 to 1;
+    0 where a portrait shows no face.
     """
     seeds = LIKENESS_SEEDS[: base.spec.batch]
-    reference, _ = embed([crop.image for crop in crops])
+    with torch.no_grad():
+        reference = base.embed(base.images([crop.image for crop in crops])).cpu()
     scores = []
     for worn in (theta, None):
         drawn = sample.generate(base, worn, PORTRAIT, seeds, base.spec.sampling, tell)
-        faces, _ = embed([picture.image for picture in drawn])
-        far = torch.cdist(faces, reference).mean()
-        scores.append(max(0.0, 1 - float(far)))
+        near = 1 - torch.cdist(embed([picture.image for picture in drawn]), reference)
+        scores.append(float(near.clamp(min=0).nan_to_num(0.0).mean()))
     return scores[0], scores[1]
 
 

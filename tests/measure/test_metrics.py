@@ -35,14 +35,18 @@ def quiet(stage: str, done: int, total: int) -> None: ...
 def test_metrics_are_found_and_judge_their_own_bases() -> None:
     registry = load_metrics()
     assert registry.problems == []
-    assert registry.names() == ["clip-i", "clip-t", "dino", "face", "in-domain-clip"]
+    assert registry.names() == [
+        *("clip-i", "clip-t", "dino"),
+        *("face", "faceres", "in-domain-clip"),
+    ]
     assert registry.get("in-domain-clip").judges("tiny")
     assert not registry.get("in-domain-clip").judges("sd1")
     judges = load_judges(registry, "tiny")
     assert list(judges.texts) == ["in-domain-clip"] and list(judges.persons) == ["face"]
-    clip, dino = judges.missing
+    clip, dino, faceres = judges.missing
     assert clip.startswith("clip-i, clip-t: ") and "hf download openai/clip-vit-large" in clip
     assert dino.startswith("dino: ")
+    assert faceres.startswith("faceres: not fetched yet; --judge")
     with pytest.raises(RegistryError, match="unknown metric 'fase'; did you mean 'face'"):
         registry.get("fase")
 

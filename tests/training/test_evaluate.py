@@ -13,7 +13,7 @@ import torch
 
 from hdbcli.measure.metrics import FaceMetric, Judges
 from hdbcli.measure.score import _drift, score
-from hdbcli.measure.statistics import _interval
+from hdbcli.measure.statistics import normal_interval
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base, load_predictor
 from hdbcli.model.memory import NORMAL, PLANS, Size, estimate
@@ -56,7 +56,7 @@ def test_as_many_people_go_side_by_side_as_the_plan_allows(tiny: Base) -> None:
 
 
 def test_the_interval_is_of_a_mean() -> None:
-    found = _interval(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    found = normal_interval(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert (found.mean, found.low, found.high) == pytest.approx((2.5, 1.23484, 3.76516), abs=1e-4)
 
 

@@ -91,6 +91,12 @@ def contact(options: argparse.Namespace) -> Iterator[str]:
     yield str(options.out)
 
 
+def judge_autoencoder(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.judge import judge_autoencoder
+
+    return judge_autoencoder(options.vae, options.photos, options.people, options.noise)
+
+
 def publish(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.publish import check_finite
     from registry.tiny.recipe.publish import publish as copy
@@ -181,6 +187,14 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--drawn", type=Path, required=True)
     step.add_argument("--titles", nargs="*", default=())
     step.add_argument("--out", type=Path, required=True)
+    step = steps.add_parser(
+        "judge-autoencoder", help="look real people up after an autoencoder and noise on latents"
+    )
+    step.set_defaults(run=judge_autoencoder)
+    step.add_argument("vae", type=Path, help="folder of an autoencoder, as diffusers saves it")
+    step.add_argument("photos", type=Path, help="folder of people, two photos of each at least")
+    step.add_argument("--people", type=int, default=60, help="the first so many")
+    step.add_argument("--noise", type=float, nargs="*", default=(0.0, 0.5))
     step = steps.add_parser("publish", help="copy what was trained to the folder that ships")
     step.set_defaults(run=publish)
     step.add_argument("--weights", type=Path, default=Path("registry/tiny/weights"))

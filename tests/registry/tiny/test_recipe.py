@@ -70,14 +70,14 @@ def test_renders_repeatable_people(assets: Assets, tmp_path: Path) -> None:
 
 @pytest.mark.egl
 def test_rendered_faces_are_found_and_told_apart(assets: Assets, tmp_path: Path) -> None:
-    from hdbcli.faces.embedding import embed
+    from hdbcli.faces.embedding import embed, found
     from hdbcli.measure.statistics import retrieval
 
     list(render_people(assets, tmp_path / "p", range(HELD_OUT_SEED, HELD_OUT_SEED + 6), 64))
     pictures = read_pictures(tmp_path / "p")
     portraits = pictures.pixels[pictures.styles == 0].permute(0, 2, 3, 1).numpy()
-    faces, found = embed([np.ascontiguousarray(p) for p in portraits])
-    assert all(found)
+    faces = embed([np.ascontiguousarray(p) for p in portraits])
+    assert found(faces).all()
     assert retrieval(faces[0::2], faces[1::2]).top1 == 1.0
     assert retrieval(faces[0::2], faces[1::2].roll(1, 0)).top1 == 0.0
 
