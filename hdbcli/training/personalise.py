@@ -23,7 +23,7 @@ from hdbcli.config import (
     Tell,
 )
 from hdbcli.errors import HdbError
-from hdbcli.faces.embedding import embed
+from hdbcli.faces.embedding import embed, found
 from hdbcli.faces.photo import Crop, crop_face
 from hdbcli.identity.budget import rank_within
 from hdbcli.identity.file import Identity, home_of, theta_for
@@ -172,8 +172,12 @@ def likeness_of(base: Base, theta: Theta, crops: Sequence[Crop], tell: Tell) -> 
     0 where a portrait shows no face.
     """
     seeds = LIKENESS_SEEDS[: base.spec.batch]
-    with torch.no_grad():
-        reference = base.embed(base.images([crop.image for crop in crops])).cpu()
+    photos = [crop.image for crop in crops]
+    reference = embed(photos)
+    with torch.no_grad():  # a face found in the photo but not again in its crop: it lies aligned
+        reference = reference.where(
+            found(reference)[:, None], base.embed(base.images(photos)).cpu()
+        )
     scores = []
     for worn in (theta, None):
         drawn = sample.generate(base, worn, PORTRAIT, seeds, base.spec.sampling, tell)
