@@ -248,3 +248,27 @@ def test_an_autoencoder_is_judged_by_whom_its_pictures_find(
     assert decibels[0] > 25 > 15 > decibels[1]
     assert main(["judge-autoencoder", str(tmp_path), str(HELD_OUT)]) == 1
     assert "holds its config.json" in capsys.readouterr().err
+
+
+def test_a_base_that_draws_its_training_faces_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from registry.tiny.recipe.__main__ import main
+
+    for number in range(6):
+        (tmp_path / f"people/{number}").mkdir(parents=True)
+        photo = HELD_OUT / f"90000{number}/photo-0.jpg"
+        (tmp_path / f"people/{number}/0.jpg").write_bytes(photo.read_bytes())
+    noise = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+    monkeypatch.setattr(judge, "_recognisers", lambda: {"face": FaceMetric()})
+    words = ["judge-base", str(tmp_path), str(tmp_path / "people"), "--held-out", "3"]
+    crops = [crops[0] for _, crops in judge.read_faces(tmp_path / "people")]
+    for whose, verdict in ((crops[3:], "MEMORISED FACES"), (crops[:3], "nothing memorised")):
+        drawn = {"a face": [*whose, noise], "a face with bark skin": [noise, noise]}
+        monkeypatch.setattr(judge, "_portraits", lambda _, prompt, *__, d=drawn: d[prompt])
+        assert main(words) == 0
+        faces, bark, nearest = capsys.readouterr().out.splitlines()
+        assert "found in 75.0%" in faces and "found in 0.0%" in bark
+        assert nearest.endswith(verdict) and "nearest of 3 training faces" in nearest
+    assert main([*words[:-1], "6"]) == 1
+    assert "some must be held out" in capsys.readouterr().err

@@ -97,6 +97,14 @@ def judge_autoencoder(options: argparse.Namespace) -> Iterator[str]:
     return judge_autoencoder(options.vae, options.photos, options.people, options.noise)
 
 
+def judge_base(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.judge import judge_base
+
+    portraits = {options.prompt: options.portraits, "a face with bark skin": options.bark}
+    folders = options.weights, options.photos, options.nobodies
+    return judge_base(*folders, options.held_out, portraits, options.steps)
+
+
 def publish(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.publish import check_finite
     from registry.tiny.recipe.publish import publish as copy
@@ -195,6 +203,18 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("photos", type=Path, help="folder of people, two photos of each at least")
     step.add_argument("--people", type=int, default=60, help="the first so many")
     step.add_argument("--noise", type=float, nargs="*", default=(0.0, 0.5))
+    step = steps.add_parser(
+        "judge-base", help="look for faces, and for training faces, in what the base draws"
+    )
+    step.set_defaults(run=judge_base)
+    step.add_argument("weights", type=Path, help="folder of the base model, as diffusers saves it")
+    step.add_argument("photos", type=Path, help="folder of people, the first of them held out")
+    step.add_argument("--nobodies", type=Path, help="folder of photos, every tenth held out")
+    step.add_argument("--held-out", type=int, default=100, help="people, in the order of names")
+    step.add_argument("--prompt", default="a face", help="what portraits of nobody are asked by")
+    step.add_argument("--portraits", type=int, default=500)
+    step.add_argument("--bark", type=int, default=100, help="portraits with bark skin")
+    step.add_argument("--steps", type=int, default=25, help="of drawing")
     step = steps.add_parser("publish", help="copy what was trained to the folder that ships")
     step.set_defaults(run=publish)
     step.add_argument("--weights", type=Path, default=Path("registry/tiny/weights"))

@@ -1,5 +1,5 @@
 """Judge parts of `tiny` on real people whom nothing has learned from: what the autoencoder keeps of
-them.
+them, and whether the base draws faces of its own or those it learned from.
 
 By every recogniser that is there; FaceRes, which nothing is trained on, is fetched first.
 """
@@ -7,7 +7,7 @@ By every recogniser that is there; FaceRes, which nothing is trained on, is fetc
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from registry.metric import Recogniser
 
 SIDE = 128
+_DRAWN_AT_ONCE = 25
 
 
 def judge_autoencoder(
@@ -67,6 +68,78 @@ def judge_autoencoder(
                 f"likeness {_plain(bootstrap(near))}, "
                 f"face {mine.isfinite().all(1).float().mean():.1%}, {far:.1f} dB"
             )
+
+
+def judge_base(
+    weights: Path,
+    photos: Path,
+    nobodies: Path | None,
+    held_out: int,
+    portraits: Mapping[str, int],
+    steps: int,
+) -> Iterator[str]:
+    """Draw portraits of nobody by the base alone: `portraits` of each prompt. Say in how many the
+    detector finds a face, and how near the nearest training face is.
+
+    Training faces are those of all people in `photos` but the first `held_out`, and of all
+    `nobodies` but every tenth. If portraits lie nearer to them than held-out people do, the base
+    remembers faces. Nearness is 1 - likeness, of the first prompt's portraits.
+    """
+    from hdbcli.faces.embedding import landmarks
+    from hdbcli.measure.statistics import bootstrap
+
+    judges = _recognisers()
+    drawn = {}
+    for prompt, count in portraits.items():
+        drawn[prompt] = _portraits(weights, prompt, count, steps)
+        seen = torch.tensor([float(landmarks(picture) is not None) for picture in drawn[prompt]])
+        yield f"{prompt!r}, {count} portraits: face found in {_share(bootstrap(seen))}"
+    people = [crops for _, crops in read_faces(photos) if crops]
+    held, learned = people[:held_out], [crop for crops in people[held_out:] for crop in crops]
+    if nobodies is not None:
+        learned += [
+            crop
+            for i, (_, crops) in enumerate(read_faces(nobodies))
+            for crop in crops[:1]
+            if i % 10
+        ]
+    if not held or not learned:
+        raise RegistryError(
+            f"{photos} holds {len(people)} usable people, of whom {held_out} are held out; some "
+            "must be held out and some must not"
+        )
+    first = next(iter(drawn.values()))
+    for name, each in judges.items():
+        known = each.embed(learned)
+        mine, theirs = (
+            bootstrap(_nearest(each, pictures, known))
+            for pictures in (first, [crops[0] for crops in held])
+        )
+        verdict = "nothing memorised" if mine.mean >= theirs.mean else "MEMORISED FACES"
+        yield (
+            f"nearest of {len(learned):,} training faces, {name}: portraits {_plain(mine)} away, "
+            f"{len(held)} held-out people {_plain(theirs)}: {verdict}"
+        )
+
+
+def _nearest(judge: Recogniser, pictures: Sequence[np.ndarray], known: np.ndarray) -> Tensor:
+    """Return 1 - likeness of each picture with a face to the nearest known face."""
+    own = judge.embed(pictures)
+    own = own[np.isfinite(own).all(1)]
+    return torch.tensor([1 - judge.likeness(each[None], known).max() for each in own])
+
+
+def _portraits(weights: Path, prompt: str, count: int, steps: int) -> list[np.ndarray]:
+    """Draw `count` portraits with seeds from 0."""
+    from registry.spec import SampleSettings
+    from registry.stable_diffusion.loading import load_folder
+
+    backbone = load_folder(weights, "cpu", "float32")
+    settings, pictures = SampleSettings(steps=steps), []
+    for start in range(0, count, _DRAWN_AT_ONCE):
+        seeds = range(start, min(start + _DRAWN_AT_ONCE, count))
+        pictures += list(backbone.sample([prompt] * len(seeds), settings, seeds, lambda *_: None))
+    return pictures
 
 
 def read_autoencoder(folder: Path) -> Any:
