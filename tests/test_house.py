@@ -22,7 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("hdbcli", "registry")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-DISTRIBUTIONS = {"cv2": "opencv-python-headless", "PIL": "pillow"}  # where the names differ
+DISTRIBUTIONS = {
+    "ai_edge_litert": "ai-edge-litert",
+    "cv2": "opencv-python-headless",
+    "PIL": "pillow",
+}  # where the names differ
 
 # Each line may import from itself and from the lines below it. Packages on one line may import one
 # another only in the order in which none comes back to itself.

@@ -44,6 +44,16 @@ def photos(options: argparse.Namespace) -> Iterator[str]:
             yield _progress(done, len(seeds), "people", seconds)
 
 
+def photographs(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.photographs import paint_photographs
+
+    workers = (options.worker, options.workers)
+    steps = paint_photographs(options.data, options.build, options.seed, options.variants, workers)
+    for done, total, seconds in steps:
+        if done % 20 == 0 or done == total:
+            yield _progress(done, total, "photographs", seconds)
+
+
 def autoencoder(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.autoencoder import write_autoencoder
 
@@ -170,6 +180,13 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--skip", type=int, default=0, help="of them, for people beside the first")
     step.add_argument("--size", type=int, default=256)
     step.add_argument("--out", type=Path, default=Path("tests/data/heldout"))
+    step = steps.add_parser("photographs", help="align photographs and paint them in every style")
+    step.set_defaults(run=photographs)
+    step.add_argument("--data", type=Path, required=True, help="people/NNNN/K.jpg, nobodies/*.jpg")
+    step.add_argument("--variants", type=int, default=1, help="how often each style is painted")
+    step.add_argument("--seed", type=int, default=0)
+    step.add_argument("--worker", type=int, default=0, help="which of --workers this process is")
+    step.add_argument("--workers", type=int, default=1)
     step = steps.add_parser("autoencoder", help="write down pictures to latents and back")
     step.set_defaults(run=autoencoder)
     step.add_argument("--seed", type=int, default=0)

@@ -27,6 +27,23 @@ MATERIALS = Package(
     "package/public/data/",
     89,
 )
+# MediaPipe's networks (Apache-2.0), which tell the painters of photographs what is where.
+SELFIE = Package(
+    "npm",
+    "@mediapipe/selfie_segmentation",
+    "0.1.1675465747",
+    "7767b33eaa68990ee06c28bbb89f39a13a47ebb07ff0f1fd4947d9e817bb9bf9",
+    "package/selfie_segmentation.tflite",
+    4,
+)
+FACE_MESH = Package(
+    "npm",
+    "@mediapipe/face_mesh",
+    "0.4.1657299874",
+    "c08a7e0742a326285da666cf81d77c8b6f3a181a2ee948cadaf166008e0d3bc7",
+    "package/face_mesh_solution_packed_assets.data",
+    7,
+)
 
 
 @dataclass(frozen=True)
