@@ -18,7 +18,7 @@ from typing import Any
 
 from registry.checkpoints.safetensors import read_header
 from registry.errors import RegistryError
-from registry.files import _move_to_new, write_beside
+from registry.files import move_to_new, write_beside
 from registry.identity_facts import Facts, read_facts
 from registry.spec import NAME_PATTERN
 
@@ -178,18 +178,18 @@ def rename(source: Path, target: Path, new: bool = False) -> Path:
     """Give an identity's file another name, which takes the place of nothing if it is to be
     `new`."""
     try:
-        (_move_to_new if new else os.replace)(source, target)
+        (move_to_new if new else os.replace)(source, target)
     except OSError as error:
         raise RegistryError(f"cannot rename {source}: {error.strerror or error}") from error
     return target
 
 
-def stamp(path: Path) -> tuple[int, int, int]:
-    """Return what changes when a file does; RegistryError if it is gone."""
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes when a file does; None if it is gone."""
     try:
         facts = path.stat()
-    except OSError as error:
-        raise RegistryError(f"{path} is gone; nothing was written") from error
+    except OSError:
+        return None
     return facts.st_ino, facts.st_mtime_ns, facts.st_size
 
 

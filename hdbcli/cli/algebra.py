@@ -245,7 +245,7 @@ def _draw_walk(
     return sheet.image, text
 
 
-def _check_unchanged(source: Path, stamp: tuple[int, int, int]) -> None:
+def _check_unchanged(source: Path, stamp: tuple[int, int, int] | None) -> None:
     """Refuse to replace what somebody else wrote meanwhile."""
     if store.stamp(source) != stamp:
         raise HdbError(f"{source.stem} changed while it was read; nothing was written, try again")

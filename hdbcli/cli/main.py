@@ -63,6 +63,7 @@ from hdbcli.cli.train import train_app
 from hdbcli.config import UNPREDICTED_STEPS, RefineConfig
 from hdbcli.errors import HdbError
 from registry import store
+from registry.files import check_writable
 from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
@@ -154,7 +155,6 @@ def refine(
 ) -> None:
     """Give an existing identity more iterations on a photo; its file is replaced at the end."""
     from hdbcli.identity.file import load
-    from hdbcli.model.sample import check_writable
     from hdbcli.training.personalise import settle
 
     path = store.resolve(store.check_name(name))
@@ -172,9 +172,7 @@ def refine(
     photos = [photo, *(more or [])]
     spec = spec_of(base or identity.base)
     created = _make(spec, device, memory, photos, face, likeness, wanted, identity)
-    if store.stamp(path) != stamp:
-        raise HdbError(f"{path.stem} changed while it was refined; nothing was written, try again")
-    _store(created, path.stem, path, spec.budget, as_json)
+    _store(created, path.stem, path, spec.budget, as_json, stamp=stamp)
 
 
 @app.command(rich_help_panel=MAKE)
@@ -333,13 +331,24 @@ def _make(
 
 
 def _store(
-    created: Created, name: str, path: Path, budget: int, as_json: bool, new: bool = False
+    created: Created,
+    name: str,
+    path: Path,
+    budget: int,
+    as_json: bool,
+    new: bool = False,
+    stamp: tuple[int, int, int] | None = None,
 ) -> None:
+    """Save what was made and tell of it; with the `stamp` of the file that it is to replace, only
+    if that is still the same."""
     from hdbcli.identity.budget import dtype_for
-    from hdbcli.identity.file import save
+    from hdbcli.identity.file import keep_aside, save
 
     identity = created.identity
     dtype = dtype_for(identity, budget)
+    if stamp is not None and (now := store.stamp(path)) != stamp:
+        what = "changed" if now else "is gone, removed"
+        raise HdbError(f"{name} {what} while it was refined; {keep_aside(identity, path, dtype)}")
     size = save(identity, path, dtype, new)
     for warning in created.warnings:
         render.note(f"warning: {warning}")

@@ -15,6 +15,7 @@ from hdbcli.cli import render
 from hdbcli.config import OPTIMIZERS, PICTURES, RefineConfig
 from hdbcli.errors import HdbError
 from registry import store
+from registry.files import check_writable
 
 if TYPE_CHECKING:
     from hdbcli.identity.file import Weights
@@ -169,8 +170,6 @@ def chosen_name(name: str) -> str:
 def new_path(name: str, force: bool) -> Path:
     """Return where a new identity goes; before any work, refuse a taken name or an unwritable
     place."""
-    from hdbcli.model.sample import check_writable
-
     path = store.path_of(name)
     if path.exists() and not force:
         raise HdbError(f"{path.stem} exists already; give another name, or --force to replace it")
@@ -183,8 +182,6 @@ def check_output(out: Path, *inputs: Path) -> None:
 
     Then refuse one that cannot be written, before any work.
     """
-    from hdbcli.model.sample import check_writable
-
     if any(out.exists() and out.samefile(path) for path in inputs):
         raise HdbError(f"{out} is what is read; give another file with -o")
     check_among(out)

@@ -13,7 +13,8 @@ import numpy as np
 from hdbcli.config import PICTURES
 from hdbcli.errors import HdbError
 from hdbcli.model.contact_sheet import contact_sheet, in_rows
-from hdbcli.model.sample import Picture, check_writable, parameters_text, save_picture
+from hdbcli.model.sample import Picture, parameters_text, save_picture
+from registry.files import Taken, check_writable
 from registry.spec import SampleSettings
 
 
@@ -114,7 +115,5 @@ def _save_free(image: np.ndarray, path: Path, text: str) -> Path:
         try:
             save_picture(image, path, text, new=True)
             return path
-        except HdbError:
-            if not path.exists():
-                raise
+        except Taken:
             path = _free(path.parent, stem)

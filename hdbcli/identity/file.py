@@ -25,7 +25,7 @@ from hdbcli.method.basis import PROBE_TOLERANCE, Fingerprint
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from registry.checkpoints.safetensors import MAX_FILE, TensorInfo, read_header
-from registry.files import write_beside
+from registry.files import Taken, keep_elsewhere, write_kept
 from registry.identity_facts import (
     KIND,
     LAYOUTS,
@@ -72,14 +72,28 @@ class Identity:
 
 
 def save(identity: Identity, path: Path, dtype: str = "fp16", new: bool = False) -> int:
-    """Write an identity and return its bytes; equal content gives equal bytes.
+    """Write an identity as `encode` gives it and return its bytes.
+
+    Raises HdbError as that does, and if the file is to be `new` and there is one by then. Where the
+    file cannot be written the identity is kept elsewhere, and the error says where.
+    """
+    raw = encode(identity, dtype)
+    try:
+        write_kept(path, lambda file: file.write_bytes(raw), new)
+    except Taken as error:
+        raise Taken(f"{error}; {keep_aside(identity, path, dtype)}") from error
+    return len(raw)
+
+
+def encode(identity: Identity, dtype: str = "fp16") -> bytes:
+    """Return an identity as the bytes of its file; equal content gives equal bytes.
 
     `dtype` is fp32 (exact), fp16 (11 bits of each number) or int8: each target and rank has an
     fp16 step, its largest number / 127 rounded up, and every number is off by at most half a
     step, 0.4 % of the largest in its row (plus 3e-8, the floor of fp16, for rows below 1e-3).
 
-    Raises HdbError, with nothing written, for numbers that are not finite or do not fit, for
-    anything that `load` would refuse, and if the file is to be `new` and there is one by then.
+    Raises HdbError for numbers that are not finite or do not fit, and for anything that `load`
+    would refuse.
     """
     tensors = _pack(identity, dtype)
     # Widest first, as the format asks, so that every tensor is aligned; then by name.
@@ -103,9 +117,14 @@ def save(identity: Identity, path: Path, dtype: str = "fp16", new: bool = False)
             raise HdbError(f"{len(raw)} bytes; at most {MAX_FILE} can be read back")
     except HdbError as error:
         raise HdbError(f"the identity cannot be saved: {error}") from error
-    with write_beside(path, new) as temporary:
-        temporary.write_bytes(raw)
-    return len(raw)
+    return raw
+
+
+def keep_aside(identity: Identity, path: Path, dtype: str) -> str:
+    """Write an identity that cannot go to `path` into a new private folder; return where it is, in
+    words, and how to take it in."""
+    raw = encode(identity, dtype)
+    return f"{keep_elsewhere(path.name, lambda file: file.write_bytes(raw))}; see hdb import"
 
 
 def load(path: Path) -> Identity:

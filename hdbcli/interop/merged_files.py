@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,7 +193,8 @@ def _folder_beside(out: Path) -> Iterator[Path]:
     before = beside.with_name(f"{beside.name}-before")
     try:
         yield beside
-        beside.chmod(0o755)
+        with suppress(OSError):  # not every file system has permissions
+            beside.chmod(0o755)
         if out.exists():  # is moved away, and back if the new one does not take its place
             os.replace(out, before)
         try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from registry.checkpoints.safetensors import DTYPE_BYTES
+from registry.files import flush
 
 HASH = "modelspec.hash_sha256"
 CHUNK = 2**23  # bytes copied at a time
@@ -57,8 +57,7 @@ def write_tensors(
             assert written == item.bytes, f"{item.key}: {written} bytes, {item.bytes} announced"
         file.seek(header.index(b"0x" + b"0" * 64) + 2)
         file.write(digest.hexdigest().encode())
-        file.flush()
-        os.fsync(file.fileno())
+    flush(path)
     return digest.hexdigest()
 
 

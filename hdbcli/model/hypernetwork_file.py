@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from hdbcli.errors import HdbError
 from hdbcli.method.hypernet import HyperConfig, HyperNetwork
 from registry.checkpoints.tensors import save_tensors
-from registry.files import write_beside
+from registry.files import write_kept
 
 
 def save_hypernetwork(model: HyperNetwork, path: Path) -> None:
@@ -20,8 +20,7 @@ def save_hypernetwork(model: HyperNetwork, path: Path) -> None:
     tensors = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
     metadata = {"format": "pt", "hdb.kind": "hypernetwork"}
     metadata["hdb.config"] = json.dumps(asdict(model.config))
-    with write_beside(path) as beside:
-        save_tensors(tensors, beside, metadata)
+    write_kept(path, lambda file: save_tensors(tensors, file, metadata))
 
 
 def load_hypernetwork(path: Path) -> tuple[HyperNetwork, str]:

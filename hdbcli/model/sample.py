@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from hdbcli.config import Tell
 from hdbcli.errors import HdbWarning
 from hdbcli.model.base import Base, Worn
 from hdbcli.model.memory import Work
-from registry.files import write_beside
+from registry.files import write_kept
 from registry.spec import Limited, SampleSettings
 
 AT_ONCE = 4  # pictures of 512 px in one pass, more of smaller ones: memory stays bounded
@@ -94,18 +93,11 @@ def save_picture(image: np.ndarray, path: Path, text: str, new: bool = False) ->
     """Write a PNG with the `parameters` chunk that A1111, Forge and ComfyUI tools read."""
     info = PngInfo()
     info.add_text("parameters", text)
-    with write_beside(path, new) as beside:
-        Image.fromarray(image).save(beside, format="PNG", pnginfo=info)
 
+    def write(file: Path) -> None:
+        Image.fromarray(image).save(file, format="PNG", pnginfo=info)
 
-def check_writable(path: Path) -> None:
-    """Raise HdbError now, not after the work, if `path` could not be written."""
-    with suppress(_NotNeeded), write_beside(path):
-        raise _NotNeeded
-
-
-class _NotNeeded(Exception):
-    """Leaves `write_beside` without writing."""
+    write_kept(path, write, new)
 
 
 def parameters_text(

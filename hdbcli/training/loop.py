@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hdbcli.errors import HdbError
 from registry.checkpoints.tensors import save_tensors
-from registry.files import write_beside
+from registry.files import write_kept
 
 Loss = Callable[[torch.Generator], Tensor]
 
@@ -141,8 +141,7 @@ def _save(
             kind = "tensor" if isinstance(value, Tensor) else "number"
             tensors[f"optimizer.{kind}.{key}.{name}"] = torch.as_tensor(value)
     contiguous = {k: v.contiguous().clone() for k, v in tensors.items()}
-    with write_beside(path) as beside:
-        save_tensors(contiguous, beside, {"format": "pt", **state})
+    write_kept(path, lambda file: save_tensors(contiguous, file, {"format": "pt", **state}))
 
 
 def _resume(

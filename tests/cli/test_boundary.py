@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -206,7 +207,7 @@ def test_an_interrupt_keeps_the_pictures_that_were_drawn(
 
 
 def test_refining_revives_nobody_and_replaces_nobody_elses_work(
-    alice: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+    alice: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = personalise.continue_refining
 
@@ -220,7 +221,11 @@ def test_refining_revives_nobody_and_replaces_nobody_elses_work(
     words = "refine", "alice", astronaut, "--steps", 1, "--likeness", 0
     other = load(alice)
     meanwhile(lambda: save(replace(other, steps=99), alice))
-    assert "changed while" in hdb(*words).stderr and load(alice).steps == 99
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    said = hdb(*words).stderr
+    kept = next(tmp_path.glob("hdb-*/alice.safetensors"))  # the work is not lost
+    assert "changed while" in said and str(kept) in said and load(alice).steps == 99
+    assert load(kept).steps == other.steps + 1
     meanwhile(lambda: None)
     assert hdb(*words).exit_code == 0 and load(alice).steps == 100  # the control
     meanwhile(alice.unlink)

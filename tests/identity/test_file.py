@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -349,3 +350,23 @@ def test_an_identity_fits_its_base_and_warns_on_a_fine_tune() -> None:
 def test_an_identity_is_refused_where_it_means_nothing(changes: Table, says: str) -> None:
     with pytest.raises(HdbError, match=says):
         check_fits(make(), **home(**changes))
+
+
+def test_what_was_made_is_kept_where_its_name_is_taken_by_then(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    before, mine = file.read_bytes(), make(steps=77)
+    with pytest.raises(HdbError, match="appeared while this ran") as error:
+        save(mine, file, new=True)
+    kept = next((tmp_path / "temporary").glob(f"hdb-*/{file.name}"))
+    assert str(kept) in str(error.value) and load(kept).steps == 77 and file.read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_linked_identity_is_replaced_behind_its_link(tmp_path: Path, file: Path) -> None:
+    link = tmp_path / "linked.safetensors"
+    link.symlink_to(file)
+    save(make(steps=77), link)
+    assert link.is_symlink() and load(file).steps == load(link).steps == 77
