@@ -10,27 +10,20 @@ from __future__ import annotations
 import cmath
 import functools
 import math
-import struct
-import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from hdbcli.errors import HdbError
+from hdbcli.reading import GREY, read_photo
 
-MAX_PIXELS = 64_000_000  # 192 MB of RGB; what phones save by themselves ends at 50 megapixels
 MIN_FACE = 48  # pixels of the shorter side: below it an eye is a handful of pixels
 SMALL_FACE = 96  # pixels: below it fine detail is missing
 ENLARGED = 1.25  # where the crop shows it larger than the photo by more than this
 DETECTOR = Path(__file__).parent / "assets" / "face_detection_yunet_2023mar.onnx"
 
-_FORMATS = ("JPEG", "PNG", "WEBP")
-_GREY = (128, 128, 128)
 _SCORE = 0.7  # faces score 0.85 to 0.96, textures in photos without a face up to 0.74
 # YuNet finds faces of about 10 to 300 px. At the first two sizes it finds those that fill the
 # frame (pictures of 64 px, as a small base draws them, are enlarged), at the last the small ones.
@@ -42,13 +35,6 @@ _SCORE_BAND = 0.06  # below the best score, what still has a say
 _BLUR_SIDE = 96
 _BLURRED = 0.02
 _LISTED = 8  # faces that one error names
-# What Pillow raises on damaged files, as found by damaging some.
-_BROKEN = (struct.error, zlib.error, EOFError, MemoryError, OverflowError)
-_DAMAGE = (*_BROKEN, OSError, SyntaxError, ValueError, TypeError, LookupError)
-# ImageOps.exif_transpose would also write the EXIF block anew, and fail on odd ones.
-_TURNS = Image.Transpose
-_UPRIGHT = {2: _TURNS.FLIP_LEFT_RIGHT, 3: _TURNS.ROTATE_180, 4: _TURNS.FLIP_TOP_BOTTOM}
-_UPRIGHT |= {5: _TURNS.TRANSPOSE, 6: _TURNS.ROTATE_270, 7: _TURNS.TRANSVERSE, 8: _TURNS.ROTATE_90}
 
 Box = tuple[float, float, float, float]  # x, y, width, height
 
@@ -80,75 +66,6 @@ class Crop:
     index: int
     count: int
     warnings: tuple[str, ...]
-
-
-def read_photo(path: Path) -> np.ndarray:
-    """Read a JPEG, PNG or WebP as upright RGB, (H, W, 3) uint8; its content decides, not its name.
-
-    Transparent parts become mid grey: around a cut-out head black or white would draw an edge that
-    is not the person's, and grey is the middle of what the networks see. Raise HdbError for
-    anything that is no whole picture, and before decoding for more than MAX_PIXELS.
-    """
-    try:
-        size, regular = path.stat().st_size, path.is_file()
-        if regular and size:
-            with path.open("rb") as file:
-                return _decode(path, file)
-    except FileNotFoundError:
-        raise HdbError(f"{path}: no such file; check the path of the photo") from None
-    except PermissionError:
-        raise HdbError(f"{path}: permission denied; make the photo readable") from None
-    except Image.DecompressionBombError:
-        raise _too_large(path, "far more pixels than that") from None
-    except _DAMAGE as error:
-        reason = "no header" if isinstance(error, UnidentifiedImageError) else error
-        advice = "it may be damaged or cut short, copy or export the photo again"
-        raise HdbError(f"{path} cannot be read ({reason}); {advice}") from None
-    if not regular:
-        raise HdbError(f"{path} is not a file; give one JPEG, PNG or WebP photo")
-    raise HdbError(f"{path} is empty (0 bytes); copy or export the photo again")
-
-
-def _decode(path: Path, file: BinaryIO) -> np.ndarray:
-    head = file.read(16)
-    file.seek(0)
-    webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
-    if not webp and not head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
-        kind = "a HEIC or AVIF picture" if head[4:8] == b"ftyp" else "no JPEG, PNG or WebP picture"
-        raise HdbError(f"{path} is {kind}, whatever its name says; export the photo as JPEG")
-    with warnings.catch_warnings():
-        # Pillow's own limit is higher than ours, and its remarks on odd metadata help no one here.
-        warnings.simplefilter("ignore")
-        with Image.open(file, formats=_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise _too_large(path, f"{image.width} x {image.height} pixels")
-            return np.array(_upright_rgb(image))
-
-
-def _too_large(path: Path, values: str) -> HdbError:
-    limit = f"{MAX_PIXELS // 1_000_000} megapixels"
-    return HdbError(f"{path} is over the limit of {limit} ({values}); scale it down or crop it")
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    turn = _UPRIGHT.get(_orientation(image))
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        cutout = image.convert("RGBA")
-        image = Image.new("RGB", cutout.size, _GREY)
-        image.paste(cutout, mask=cutout.getchannel("A"))
-    image = image.convert("RGB")
-    return image if turn is None else image.transpose(turn)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except _DAMAGE:  # the pixels are whole: show them as they lie, as viewers do
-        return 1
-    return value if isinstance(value, int) else 1
 
 
 @functools.cache
@@ -196,7 +113,7 @@ def _detect(rgb: np.ndarray, m: int) -> np.ndarray:
 
     Return (N, 15) rows in the picture's pixels: x, y, width, height, x and y of five points, score.
     """
-    padded = cv2.copyMakeBorder(rgb, m, m, m, m, cv2.BORDER_CONSTANT, value=_GREY)
+    padded = cv2.copyMakeBorder(rgb, m, m, m, m, cv2.BORDER_CONSTANT, value=GREY)
     detector = _detector()
     detector.setInputSize((padded.shape[1], padded.shape[0]))
     rows = detector.detect(cv2.cvtColor(padded, cv2.COLOR_RGB2BGR))[1]
