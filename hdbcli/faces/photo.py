@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from hdbcli.errors import HdbError
-from hdbcli.reading import GREY, read_photo
+from hdbcli.faces.reading import GREY, read_photo
 
 MIN_FACE = 48  # pixels of the shorter side: below it an eye is a handful of pixels
 SMALL_FACE = 96  # pixels: below it fine detail is missing

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from hdbcli.colour import (
+from hdbcli.faces.colour import (
     ADOBE_RGB,
     SRGB,
     SRGB_TRANSFER,
