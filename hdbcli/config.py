@@ -10,7 +10,11 @@ DEVICES = ("cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw8bit", "adamw")
 PRECISIONS = ("auto", "fp32")
 MEMORIES = ("auto", "low", "normal")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+# Names of picture files; what is read is decided by content.
+PICTURES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".heic", ".heif", ".hif"),
+    *(".avif", ".tif", ".tiff", ".gif", ".bmp", ".dib", ".jp2", ".ppm", ".pgm"),
+)
 PLACEHOLDER = "[V]"
 PORTRAIT = "a [V] face"  # the one prompt of training: HyperDreamBooth §3.3
 CAPTIONS = (  # of HyperDreamBooth's project page

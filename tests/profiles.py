@@ -114,4 +114,5 @@ def in_space(picture: np.ndarray, profile: bytes, mode: str = "RGB") -> Image.Im
     )
     moved = ImageCms.applyTransform(Image.fromarray(picture), transform)
     assert moved is not None
+    moved.info.clear()  # which a saved file would carry
     return moved

@@ -49,9 +49,10 @@ from hdbcli.cli.options import (
     Steps,
     Strength,
     Yes,
-    chosen_name,
+    name_for,
     new_path,
     open_on,
+    photos_of,
     refuse_given,
     spec_of,
     stack,
@@ -121,7 +122,8 @@ def new(
     as_json: Json = False,
 ) -> None:
     """Make an identity from one photo of a face (or several of the same person)."""
-    name = chosen_name(name) if name else store.name_from_stem(photo.stem)
+    photos = photos_of(photo, more)
+    name = name_for(photo, name)
     path = new_path(name, force)
     _ask_consent(yes)
     given: dict[str, Any] = {"steps": steps, "rank": rank, "likeness": likeness}
@@ -132,7 +134,7 @@ def new(
 
     given |= {"seed": seed or RefineConfig.seed, "optimizer": optimizer or RefineConfig.optimizer}
     wanted = partial(settle, **given)
-    spec, photos = spec_of(base), [photo, *(more or [])]
+    spec = spec_of(base)
     created = _make(spec, device, memory, photos, face, likeness, None if no_refine else wanted)
     _store(created, name, path, spec.budget, as_json, new=not force)
 
@@ -169,7 +171,7 @@ def refine(
         likeness=likeness,
         goes_on=True,
     )
-    photos = [photo, *(more or [])]
+    photos = photos_of(photo, more)
     spec = spec_of(base or identity.base)
     created = _make(spec, device, memory, photos, face, likeness, wanted, identity)
     _store(created, path.stem, path, spec.budget, as_json, stamp=stamp)

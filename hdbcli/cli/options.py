@@ -14,6 +14,7 @@ import typer
 from hdbcli.cli import render
 from hdbcli.config import OPTIMIZERS, PICTURES, RefineConfig
 from hdbcli.errors import HdbError
+from hdbcli.faces.source import FORMATS, STDIN, refuse_url
 from registry import store
 from registry.files import check_writable
 
@@ -60,7 +61,9 @@ def one_of(noun: str, choices: Sequence[str]) -> Callable[[str | None], str | No
 
 
 known_optimizer = one_of("optimizer", OPTIMIZERS)
-Photo = Annotated[Path, typer.Argument(help="JPEG, PNG or WebP photo of the face.")]
+Photo = Annotated[
+    Path, typer.Argument(help=f"Photo of the face: {FORMATS}; - reads standard input.")
+]
 Identity = Annotated[str, typer.Argument(help="Name of an identity, or an identity file.")]
 BaseName = Annotated[
     str | None, typer.Option("--base", help="Base model; default: see hdb base default.")
@@ -165,6 +168,25 @@ def chosen_name(name: str) -> str:
     if name.casefold().endswith(PICTURES) or os.path.isfile(name):
         raise HdbError(f"{name} is a picture or a file, not a name; more photos: --photo {name}")
     return store.check_name(name)
+
+
+def name_for(photo: Path, name: str | None) -> str:
+    """Return the name of a new identity: the one given, or that of the photo's file."""
+    if name:
+        return chosen_name(name)
+    if str(photo) == STDIN:
+        raise HdbError("a photo from standard input has no name; give one: hdb new - NAME")
+    return store.name_from_stem(photo.stem)
+
+
+def photos_of(photo: Path, more: Sequence[Path] | None) -> list[Path]:
+    """Return all photos given; refuse URLs, and standard input twice, before any work."""
+    photos = [photo, *(more or [])]
+    for each in photos:
+        refuse_url(each)
+    if [str(each) for each in photos].count(STDIN) > 1:
+        raise HdbError("standard input holds one photo; give - once")
+    return photos
 
 
 def new_path(name: str, force: bool) -> Path:

@@ -160,6 +160,11 @@ def _of_boxes(file: BinaryIO) -> tuple[bytes | None, Encoding | None]:
     return None, None
 
 
+def is_turned(file: BinaryIO) -> bool:
+    """Say whether an AVIF or HEIF turns or mirrors its pictures by properties of the container."""
+    return any(name in (b"irot", b"imir") for name, _ in _properties(file))
+
+
 def largest_size(file: BinaryIO) -> tuple[int, int]:
     """Return width and height of the largest picture in an AVIF or HEIF, before it is opened."""
     sizes = [

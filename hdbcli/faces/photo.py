@@ -213,7 +213,8 @@ def crop_face(
     `face`, from 1 at the left, picks one, and must where there are several; of `several` photos it
     picks in those alone. Raise HdbError if none is there, or picked, or is MIN_FACE pixels wide.
     """
-    rgb = read_photo(path)
+    doubts: list[str] = []
+    rgb = read_photo(path, doubts.append)
     faces = sorted(find_faces(rgb), key=lambda found: found.box[0] + found.box[2] / 2)
     count = len(faces)
     index = 1 if face is None or (several and count == 1) else face
@@ -232,7 +233,6 @@ def crop_face(
             "use a larger photo or one taken from closer"
         )
     turn, shift = similarity(chosen.landmarks, template * size)
-    doubts = []
     if chosen.side < SMALL_FACE and abs(turn) > ENLARGED:
         doubts.append(f"the face is only {chosen.side:.0f} px wide: expect less likeness")
     if _sharpness(rgb, chosen.box) < _BLURRED:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import struct
+import sys
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +19,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from hdbcli.errors import HdbError
 from hdbcli.faces.colour import BadProfile, decode, from_lab, through_profile
-from hdbcli.faces.colour_tags import PNG, Declared, declared, largest_size, png_chunks
+from hdbcli.faces.colour_tags import PNG, Declared, declared, is_turned, largest_size, png_chunks
 from hdbcli.faces.source import FORMATS, opened, shown
 
 MAX_PIXELS = 64_000_000  # 192 MB of RGB; what phones save by themselves ends at 50 megapixels
@@ -58,8 +62,13 @@ _OTHER = {  # what people hand over, by how it begins
     b"\x1aE\xdf\xa3": "a video",
     b"PK\3\4": "a ZIP archive",
 }
-_NEW_SUBFILE, _BITS, _PHOTOMETRIC, _EXTRA, _DNG = 254, 258, 262, 338, 50706
+# Tags of TIFF.
+_NEW_SUBFILE, _BITS, _PHOTOMETRIC, _PLANAR = 254, 258, 262, 284
+_EXTRA, _KIND, _DNG = 338, 339, 50706
+_LOUD = ("TIFF", "JPEG2000")  # their libraries write to standard error
 _ADVICE = "export the photo as JPEG"
+# Pillow logs some damage that it also raises, which would be a second line.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def read_photo(path: Path, warn: Warn = lambda _: None) -> np.ndarray:
@@ -100,10 +109,13 @@ def _decoded(path: Path, file: BinaryIO, warn: Warn) -> np.ndarray:
                 _choose_page(path, image)
             if kind == "PNG":
                 _mend_grey_key(file, image)
-            colours = declared(file, image)
-            deep = _deep(file, image)
-            image.load()
-            turn = _UPRIGHT.get(_orientation(image))
+            orientation = _forgotten_orientation(file, image) if kind == "HEIF" else 0
+            colours, is_deep = declared(file, image), _is_deep(file, image)
+            with _quiet() if kind in _LOUD or is_deep else nullcontext():
+                image.load()
+                # Only what Pillow could read: its reasons are the clearer ones.
+                deep = _deep(file, image.size) if is_deep else None
+            turn = _UPRIGHT.get(orientation or _orientation(image))
             if deep is None:
                 deep = _numbers(image)
             if deep is not None:
@@ -187,7 +199,7 @@ def _mend_grey_key(file: BinaryIO, image: Image.Image) -> None:
     """Spread the transparent level of a grey PNG of 2 or 4 bits as Pillow spreads its pixels."""
     key, place = image.info.get("transparency"), file.tell()
     if image.mode == "L" and isinstance(key, int):
-        highest = 2 ** png_chunks(file)[b"IHDR"][8] - 1
+        highest = 2 ** _header(file)[0] - 1
         if key <= highest:
             image.info["transparency"] = key * 255 // highest
         file.seek(place)
@@ -201,50 +213,71 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _deep(file: BinaryIO, image: ImageFile.ImageFile) -> np.ndarray | None:
-    """Return colour pixels of 16 bits, (H, W, 3 or 4) uint16 with alpha last, None for others.
+def _forgotten_orientation(file: BinaryIO, image: Image.Image) -> int:
+    """Return the EXIF orientation of a HEIF that does not turn by itself, 0 for others.
 
-    Pillow has no such mode and cuts the lower eight bits off; OpenCV reads them.
+    The format turns by properties, which libheif has applied, and EXIF is to be ignored; but some
+    writers rely on EXIF alone.
     """
-    key = None
+    place = file.tell()
+    told = image.info.get("original_orientation")
+    turned = is_turned(file)
+    file.seek(place)
+    return 0 if turned or not isinstance(told, int) else told
+
+
+def _is_deep(file: BinaryIO, image: ImageFile.ImageFile) -> bool:
+    """Say whether an image has colours of 16 bits, of which Pillow keeps the upper eight alone."""
     if image.format == "PNG":
-        chunks = png_chunks(file)
-        depth, colour = chunks[b"IHDR"][8:10]
-        if depth != 16 or colour not in (2, 4, 6):
-            return None
-        key = chunks.get(b"tRNS") if colour == 2 else None
-    elif image.format != "TIFF" or not _is_deep_rgb(image):
-        return None
-    file.seek(0)
-    level = _silence()
-    try:
-        flags = cv2.IMREAD_UNCHANGED  # orientation is the caller's
-        pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), flags)
-    finally:
-        _silence(level)
-        file.seek(0)
-    if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
-        return None
-    if pixels.shape[:2] != (image.height, image.width):
-        return None
-    order = [2, 1, 0, 3][: pixels.shape[2]]
-    pixels = pixels[..., order]
-    if key and len(key) == 6 and pixels.shape[2] == 3:
-        hidden = (pixels == np.frombuffer(key, ">u2")).all(2)
-        pixels = np.dstack([pixels, np.where(hidden, 0, 65535).astype(np.uint16)])
-    return pixels
-
-
-def _is_deep_rgb(image: ImageFile.ImageFile) -> bool:
+        depth, colour = _header(file)
+        return depth == 16 and colour in (2, 4, 6)
+    if image.format != "TIFF" or image.tell():
+        return False
     tags = image.tag_v2  # type: ignore[attr-defined]
-    bits, extra = tags.get(_BITS, ()), tags.get(_EXTRA, ())
-    plain = tags.get(_PHOTOMETRIC) == 2 and tags.get(339, (1,))[0] == 1 and image.tell() == 0
+    bits, extra, kind = tags.get(_BITS, ()), tags.get(_EXTRA, ()), tags.get(_KIND, (1,))
+    plain = tags.get(_PHOTOMETRIC) == 2 and kind[0] == 1 and tags.get(_PLANAR, 1) != 2
     return plain and tuple(bits) in ((16,) * 3, (16,) * 4) and tuple(extra) in ((), (2,))
 
 
-def _silence(level: int = 2) -> int:
-    """Let OpenCV log errors only, or what it did before; return what that was."""
-    return int(getattr(cv2.utils, "logging", cv2).setLogLevel(level))
+def _header(file: BinaryIO) -> tuple[int, int]:
+    """Return the bits of a sample and the colour type of a PNG."""
+    depth, colour = png_chunks(file)[b"IHDR"][8:10]
+    return depth, colour
+
+
+def _deep(file: BinaryIO, size: tuple[int, int]) -> np.ndarray | None:
+    """Read colours of 16 bits with OpenCV: (H, W, 3 or 4) uint16 with alpha last, or None."""
+    file.seek(0)
+    content = file.read()
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
+        return None
+    if pixels.shape[1::-1] != size:
+        return None
+    pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
+    if pixels.shape[2] == 3 and content.startswith(PNG):
+        key = png_chunks(file).get(b"tRNS", b"")
+        if len(key) == 6:
+            hidden = (pixels == np.frombuffer(key, ">u2")).all(2)
+            pixels = np.dstack([pixels, np.where(hidden, 0, 65535).astype(np.uint16)])
+    return pixels
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the C libraries say of damaged files off standard error: one line is enough."""
+    logs = getattr(cv2.utils, "logging", cv2)
+    level = logs.setLogLevel(0)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        logs.setLogLevel(level)
 
 
 def _numbers(image: Image.Image) -> np.ndarray | None:

@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from hdbcli.config import PLACEHOLDER, PORTRAIT, Tell
+from hdbcli.config import PICTURES, PLACEHOLDER, PORTRAIT, Tell
 from hdbcli.errors import HdbError
 from hdbcli.faces.photo import crop_face, read_photo
 from registry.spec import BaseSpec
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +69,7 @@ def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell:
     else:
         raise HdbError(f"{folder} does not exist; give a folder of photos, or a folder per person")
     if not persons:
-        raise HdbError(f"no photo in {folder} matches {pattern!r} ({', '.join(SUFFIXES)})")
+        raise HdbError(f"no photo in {folder} matches {pattern!r} ({', '.join(PICTURES)})")
     total = sum(len(files) for files in persons.values())
     crops: list[np.ndarray] = []
     members: dict[str, list[int]] = {name: [] for name in persons}
@@ -131,7 +129,7 @@ def photos_by_person(folder: Path, pattern: str) -> tuple[dict[str, list[Path]],
 
     def photos(place: Path) -> list[Path]:
         try:
-            return sorted(f for f in place.glob(pattern) if f.suffix.lower() in SUFFIXES)
+            return sorted(f for f in place.glob(pattern) if f.suffix.lower() in PICTURES)
         except (ValueError, NotImplementedError) as error:
             raise HdbError(f"no pattern of file names: {pattern!r} ({error})") from None
 
