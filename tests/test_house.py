@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
     "ai_edge_litert": "ai-edge-litert",
     "cv2": "opencv-python-headless",
     "PIL": "pillow",
+    "pillow_heif": "pillow-heif",
 }  # where the names differ
 
 # Each line may import from itself and from the lines below it. Packages on one line may import one

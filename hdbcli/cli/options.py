@@ -14,7 +14,7 @@ import typer
 from hdbcli.cli import render
 from hdbcli.config import OPTIMIZERS, PICTURES, RefineConfig
 from hdbcli.errors import HdbError
-from hdbcli.faces.source import FORMATS, STDIN, refuse_url
+from hdbcli.faces.source import KINDS, STDIN, refuse_url
 from registry import store
 from registry.files import check_writable
 
@@ -61,9 +61,7 @@ def one_of(noun: str, choices: Sequence[str]) -> Callable[[str | None], str | No
 
 
 known_optimizer = one_of("optimizer", OPTIMIZERS)
-Photo = Annotated[
-    Path, typer.Argument(help=f"Photo of the face: {FORMATS}; - reads standard input.")
-]
+Photo = Annotated[Path, typer.Argument(help=f"Photo of the face: {KINDS}; - reads standard input.")]
 Identity = Annotated[str, typer.Argument(help="Name of an identity, or an identity file.")]
 BaseName = Annotated[
     str | None, typer.Option("--base", help="Base model; default: see hdb base default.")

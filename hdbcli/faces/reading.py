@@ -20,7 +20,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from hdbcli.errors import HdbError
 from hdbcli.faces.colour import BadProfile, decode, from_lab, through_profile
 from hdbcli.faces.colour_tags import PNG, Declared, declared, is_turned, largest_size, png_chunks
-from hdbcli.faces.source import FORMATS, opened, shown
+from hdbcli.faces.source import KINDS, opened, shown
 
 MAX_PIXELS = 64_000_000  # 192 MB of RGB; what phones save by themselves ends at 50 megapixels
 GREY = (128, 128, 128)
@@ -147,7 +147,7 @@ def _kind(path: Path, file: BinaryIO) -> str:
         if head.startswith(magic) or beginning.startswith(magic):
             advice = "save the photo itself" if name == "a web page" else _ADVICE
             raise HdbError(f"{shown(path)} is {name}, whatever its name says; {advice}")
-    raise HdbError(f"{shown(path)} is no {FORMATS} picture, whatever its name says; {_ADVICE}")
+    raise HdbError(f"{shown(path)} is no {KINDS} picture, whatever its name says; {_ADVICE}")
 
 
 def _kind_of_media(path: Path, head: bytes) -> str:

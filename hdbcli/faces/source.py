@@ -13,7 +13,7 @@ from typing import BinaryIO
 from hdbcli.errors import HdbError
 
 STDIN = "-"
-FORMATS = "JPEG, PNG, WebP, HEIC, AVIF, TIFF, GIF or BMP"
+KINDS = "JPEG, PNG, WebP, HEIC, AVIF, TIFF, GIF or BMP"
 LARGEST_STREAM = 2**29  # bytes: a pipe has no size to check before it is read
 
 # Two letters at least, since C:/ is a drive. A Path has made one slash of two.
@@ -67,7 +67,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as pipe:
             yield _whole(pipe, path)
     elif not path.is_file():
-        raise HdbError(f"{path} is not a file; give one photo ({FORMATS})")
+        raise HdbError(f"{path} is not a file; give one photo ({KINDS})")
     elif not path.stat().st_size:
         raise HdbError(f"{path} is empty (0 bytes); copy or export the photo again")
     else:
