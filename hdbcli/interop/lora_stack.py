@@ -1,8 +1,9 @@
 """Stack LoRA files of other tools on a base's weights: styles and few-step models, under whoever
 is worn.
 
-dW = strength x alpha / r x up @ down is added to linear and convolutional layers; LiDB layers add
-their residual beside it. Keys are kohya's, with the original network's names too, or diffusers'.
+W + strength x dW replaces the weight of a layer; LiDB layers add their residual beside it. What dW
+is depends on the kind of file, see `lora_deltas`; here are the names that each tool gives layers,
+and the places where it keeps alpha.
 """
 
 from __future__ import annotations
@@ -12,33 +13,40 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import regex
 import torch
 from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
-from hdbcli.errors import HdbError
-from hdbcli.interop.lora_readers import COMFY
-from hdbcli.method.lidb import LiDBLayer, TargetLayer
+from hdbcli.errors import HdbError, HdbWarning
+from hdbcli.interop import lora_deltas
+from hdbcli.interop.lora_deltas import Parts
+from hdbcli.interop.lora_readers import WIDTHS
+from hdbcli.method.lidb import LiDBLayer
 from hdbcli.model.base import Base
 from registry.checkpoints.ldm import original_layer
-from registry.checkpoints.lora_formats import lora_style
+from registry.checkpoints.lora_formats import PEFT, architecture, lora_style, other_adapter, split
 from registry.checkpoints.safetensors import SHA256, Header, read_header
 from registry.checkpoints.tensors import canonical
 from registry.store import shown
 
 LARGEST = 2**34  # bytes of a file; a LoRA of Stable Diffusion XL has up to 2e9
 SHORTS = {"unet": ("unet",), "text_encoder": ("te", "te1"), "text_encoder_2": ("te2",)}
-# What follows the name of a layer -> which part it is; diffusers' of old and PEFT's own too.
-PARTS = COMFY | {".lora.down.weight": "down", ".lora.up.weight": "up"}
-PARTS |= {".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up"}
-PARTS |= {".lora_A.default.weight": "down", ".lora_B.default.weight": "up"}
-NOT_PLAIN = re.compile(r"\.(hada_|lokr_|oft_|dora_scale|lora_mid|lora_magnitude)")
+CLIPS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}  # ComfyUI's names
+# What a trainer's folder calls the file itself: PEFT, diffusers.
+FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 ADAPTER = "lora_adapter_metadata"  # where diffusers keeps the alpha that its keys do not have
+CONFIG = "adapter_config.json"  # where PEFT does, beside the file
+SECONDS = 1.0  # that a file's own regular expressions may take for one layer
+
+Layer: TypeAlias = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +84,31 @@ class Stacked:
 
 
 def read(text: str) -> Lora:
-    """Read FILE or FILE=STRENGTH; HdbError for what is no plain LoRA."""
+    """Read FILE or FILE=STRENGTH, or the folder that PEFT or diffusers wrote.
+
+    HdbError for what is no LoRA that hdb can add.
+    """
     path, strength = parse(text)
+    if path.is_dir():
+        path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     header = read_header(path, LARGEST)
-    _check_kind(path, header)
+    style = _check_kind(path, header)
+    source, said = ADAPTER, header.metadata.get(ADAPTER)
+    beside = path.with_name(CONFIG)
+    if said is None and style == "PEFT" and beside.is_file():
+        source, said = str(beside), beside.read_text(encoding="utf-8", errors="replace")
     try:
-        adapter = json.loads(header.metadata.get(ADAPTER) or "{}")
+        adapter = json.loads(said or "{}")
     except (ValueError, RecursionError) as error:
-        raise HdbError(f"{path} is damaged: its {ADAPTER} is no JSON; get it again") from error
+        raise HdbError(f"{path} is damaged: its {source} is no JSON; get it again") from error
     adapter = adapter if isinstance(adapter, dict) else {}
+    if style == "PEFT" and not adapter:
+        warnings.warn(
+            f"{path}: PEFT keeps alpha in {CONFIG}, which is not beside the file; alpha is taken "
+            "to be the rank",
+            HdbWarning,
+            stacklevel=2,
+        )
     return Lora(path, strength, _digest(path, header), _load(path), adapter)
 
 
@@ -131,110 +155,204 @@ def parameters(stacked: Sequence[Stacked]) -> dict[str, str]:
     return {"Lora hashes": hashes, "Loras": loras}
 
 
-def named_layers(base: Base) -> dict[str, TargetLayer]:
-    """Map every name that a file may give a layer to that layer."""
-    names: dict[str, TargetLayer] = {}
+def named_layers(base: Base) -> dict[str, list[Layer]]:
+    """Map every name that a file may give a layer to that layer.
+
+    Names without a component may mean either text encoder; their shapes differ.
+    """
+    names: dict[str, list[Layer]] = {}
     for component, module in base.backbone.components.items():
         wrapped = {path for path, m in module.named_modules() if isinstance(m, LiDBLayer)}
         for path, layer in module.named_modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm):
                 parent = path.removesuffix(".base")
                 own = parent if parent in wrapped else path
-                names |= dict.fromkeys(_names(base.spec.family, component, own), layer)
+                for name in set(_names(base.spec.family, component, own)):
+                    names.setdefault(name, []).append(layer)
     return names
 
 
 def _names(family: str, component: str, path: str) -> Iterator[str]:
-    """Yield what kohya, diffusers and diffusers of old call a layer."""
-    whole = canonical(component, path)
-    yield f"{component}.{whole}"
-    yield f"{component}.{path}"
-    for short in SHORTS.get(component, (component,)):
-        yield f"lora_{short}_{whole.replace('.', '_')}"
+    """Yield what kohya, diffusers of today and of old, PEFT, ComfyUI and OneTrainer call a
+    layer."""
+    shorts = SHORTS.get(component, (component,))
+    dotted = [component, f"{component}.{PEFT[:-1]}", PEFT[:-1], *(f"lora_{s}" for s in shorts)]
+    flat = [f"lora_{short}" for short in shorts]
     if component == "unet":
+        dotted += ["diffusion_model", "model.diffusion_model"]
+        flat.append("lycoris")  # LyCORIS outside of kohya's trainer
         old = re.sub(r"\.to_out\.0$", ".to_out", path).replace(".to_", ".processor.to_")
-        yield f"unet.{old}"
-        yield old
-        original = original_layer(family, path)
-        if original:  # kohya trains Stable Diffusion XL in the original code
-            yield f"lora_unet_{original.replace('.', '_')}"
+        original = original_layer(family, path)  # in which kohya trains Stable Diffusion XL
+        paths = {path, old} | ({original} if original else set())
+    else:
+        clips = CLIPS.get(component, ())
+        dotted += [f"text_encoders.{c}.transformer" for c in clips]
+        dotted += [f"{c}.transformer" for c in clips] + [*clips]
+        whole = canonical(component, path)
+        old = re.sub(r"\.([qkv]|out)_proj$", r".to_\1", whole)
+        paths = {path, whole, old, whole.removeprefix("text_model.")}
+    for each in paths:
+        yield each
+        yield from (f"{prefix}.{each}" for prefix in dotted)
+        yield from (f"{prefix}_{each.replace('.', '_')}" for prefix in flat)
 
 
-def _add(base: Base, lora: Lora, layers: Mapping[str, TargetLayer]) -> Stacked:
+def _add(base: Base, lora: Lora, layers: Mapping[str, Sequence[Layer]]) -> Stacked:
     found: dict[str, dict[str, Tensor]] = {}
     unread = []
     for key, tensor in lora.tensors.items():
-        suffix = next((end for end in PARTS if key.endswith(end)), None)
-        stem = key.removesuffix(suffix or "")
-        if suffix and stem in layers:
-            found.setdefault(stem, {})[PARTS[suffix]] = tensor
-        else:
+        stem, part = split(key) or _saved_whole(key)
+        if stem not in layers or part in found.get(stem, ()):
             unread.append(key)
+        else:
+            found.setdefault(stem, {})[part] = tensor
     if not found:
+        raise HdbError(_of_another_base(base, lora, unread[0]))
+    changed = set()
+    for stem, tensors in found.items():
+        changed.add(id(_change(lora, Parts(str(lora.path), stem, tensors), layers[stem])))
+    return Stacked(lora, len(changed), tuple(unread))
+
+
+def _saved_whole(key: str) -> tuple[str, str]:
+    """Read a key of PEFT's `modules_to_save`, a weight or bias that replaces the base's."""
+    stem, _, kind = key.rpartition(".")
+    return (stem if key.startswith(PEFT) else "", f"set_{kind}")
+
+
+def _of_another_base(base: Base, lora: Lora, first: str) -> str:
+    other = architecture(lora.tensors) or WIDTHS.get(_context_width(lora.tensors) or 0)
+    made = f"it was made for {other}" if other else "it was made for another base model"
+    return (
+        f"{lora.path} has no layer of base model {base.spec.name} (its first key is {first!r}); "
+        f"{made}"
+    )
+
+
+def _context_width(tensors: Mapping[str, Tensor]) -> int | None:
+    """Return the width of the text that a LoRA's cross-attention reads, None if it tells none."""
+    for key, tensor in tensors.items():
+        stem, part = split(key) or ("", "")
+        if part == "down" and re.search(r"attn2[._](processor[._])?to_[kv]$", stem):
+            return tensor.shape[-1]
+    return None
+
+
+@torch.no_grad()
+def _change(lora: Lora, parts: Parts, candidates: Sequence[Layer]) -> Layer:
+    """Change the one of the layers of that name which the file's numbers fit; return it.
+
+    HdbError if they fit none, or are not finite.
+    """
+    scale = partial(_scale, lora, parts)
+    d = lora_deltas.update(parts, scale)
+    fitting = (x for x in candidates if d is None or d.numel() == x.weight.numel())
+    layer = next(fitting, candidates[0])
+    if not layer.weight.is_floating_point():
         raise HdbError(
-            f"{lora.path} has no layer of base model {base.spec.name} (its first key is "
-            f"{unread[0]!r}); it was made for another base model"
+            f"the base's weights are {layer.weight.dtype}, to which no LoRA can be added"
         )
-    for stem, parts in found.items():
-        weight = layers[stem].weight
-        if not weight.is_floating_point():
-            raise HdbError(f"the base's weights are {weight.dtype}, to which no LoRA can be added")
-        delta = _delta(lora, stem, parts, weight)
-        weight.copy_(weight.float() + delta)
-    return Stacked(lora, len({id(layers[stem]) for stem in found}), tuple(unread))
+    for name in ("weight", "bias"):
+        value = getattr(layer, name)
+        now = torch.zeros(0) if value is None else value.float()
+        try:
+            if name == "weight":
+                _check_sizes(lora, parts, d, now)
+                delta = lora_deltas.change(parts, None if d is None else d.to(now.device), now)
+            else:
+                delta = lora_deltas.bias_change(parts, scale, now)
+            if delta is not None:
+                changed = now + lora.strength * delta.to(now.device).view_as(now)
+        except RuntimeError as error:
+            raise HdbError(
+                f"{lora.path} was made for another base model: {parts.layer!r} does not fit the "
+                f"{name} of the layer, {tuple(now.shape)}"
+            ) from error
+        if delta is None:
+            continue
+        if not changed.isfinite().all():
+            raise HdbError(
+                f"{lora.path} holds numbers that are not finite in {parts.layer!r}; get it again"
+            )
+        value.copy_(changed)
+    return layer
 
 
-def _delta(lora: Lora, stem: str, parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-    """Return what one layer gets, in float32 and of its shape; HdbError where that cannot be."""
-    none = torch.zeros(0)
-    lacking = [p for p in ("down", "up") if (t := parts.get(p, none)).dim() < 2 or not t.numel()]
-    if lacking:
-        raise HdbError(f"{lora.path} is damaged: {stem!r} has no {lacking[0]} matrix; get it again")
-    down, up = (parts[part].to(weight.device).float().flatten(1) for part in ("down", "up"))
-    inputs, rank = weight[0].numel(), len(down)
-    if up.shape != (len(weight), rank) or down.shape[1] != inputs:
+def _check_sizes(lora: Lora, parts: Parts, d: Tensor | None, weight: Tensor) -> None:
+    """Raise HdbError where a change is of another size than the weight."""
+    if d is not None and (d.numel() != weight.numel() or len(d) != len(weight)):
         raise HdbError(
-            f"{lora.path} was made for another base model: {stem!r} changes {len(up)} x "
-            f"{down.shape[1]} numbers, the layer has {len(weight)} x {inputs}"
+            f"{lora.path} was made for another base model: {parts.layer!r} changes {len(d)} x "
+            f"{d[0].numel()} numbers, the layer has {len(weight)} x {weight[0].numel()}"
         )
-    delta = lora.strength * _scale(lora, stem, parts.get("alpha"), rank) * (up @ down)
-    if not delta.isfinite().all():
-        raise HdbError(f"{lora.path} holds numbers that are not finite in {stem!r}; get it again")
-    return delta.view_as(weight)
 
 
-def _scale(lora: Lora, stem: str, alpha: Tensor | None, rank: int) -> float:
-    """Return alpha / r of a layer: from its own tensor, or what diffusers says beside the tensors,
-    else 1."""
+def _scale(lora: Lora, parts: Parts, rank: int | None) -> float:
+    """Return alpha / r of a layer: from its own tensor, or what diffusers or PEFT say beside the
+    tensors, else 1."""
+    stem = parts.layer
     component, _, path = stem.partition(".")
+    if component not in SHORTS:
+        component, path = "", stem.removeprefix(PEFT)
+
+    def said(*names: str) -> Any:
+        places = [lora.adapter.get(f"{p}{n}") for n in names for p in (f"{component}.", "")]
+        return next((value for value in places if value is not None), None)
+
     try:
-        if alpha is not None:
-            return float(alpha) / rank
-        said = lora.adapter.get(f"{component}.lora_alpha", rank)
-        for name, own in dict(lora.adapter.get(f"{component}.alpha_pattern") or {}).items():
-            if f".{path}".endswith(f".{name}"):  # literally: a regex could hang
-                said = own
-        root = bool(lora.adapter.get(f"{component}.use_rslora"))
-        return float(said) / (math.sqrt(rank) if root else rank)
-    except (TypeError, ValueError, RuntimeError) as error:
+        if rank is None:  # LoKr of two whole factors: LyCORIS has no scale there, PEFT has
+            own = _of_pattern(said("rank_pattern"), path, stem)
+            rank = said("r") if own is None else own
+            if rank is None:
+                return 1.0
+        if "alpha" in parts:
+            return float(parts.tensors["alpha"]) / rank
+        own = _of_pattern(said("alpha_pattern"), path, stem)
+        alpha = said("lora_alpha", "alpha") if own is None else own
+        alpha = rank if alpha is None else alpha
+        return float(alpha) / (math.sqrt(rank) if said("use_rslora") else rank)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise HdbError(f"{lora.path} is damaged: alpha of {stem!r} is no number") from error
 
 
-def _check_kind(path: Path, header: Header) -> None:
-    """Raise HdbError for an identity, for what is no LoRA, and for those that are not up @ down."""
+def _of_pattern(patterns: Any, path: str, stem: str) -> Any:
+    """Return what PEFT finds for a layer: the value of the first key that is, as a regular
+    expression, its path or the end of its path after a dot. None if none is.
+
+    HdbError for an expression that is none, or that takes too long.
+    """
+    for pattern, value in dict(patterns or {}).items():
+        try:
+            if regex.match(rf"(.*\.)?({pattern})$", path, timeout=SECONDS):
+                return value
+        except (regex.error, TimeoutError, MemoryError, RecursionError) as error:
+            reason = str(error) or "it takes too long"
+            raise HdbError(
+                f"the pattern {pattern[:60]!r} for {stem!r} is no regular expression that can be "
+                f"used: {reason}; get the LoRA again"
+            ) from error
+    return None
+
+
+def _check_kind(path: Path, header: Header) -> str:
+    """Return whose keys a file has; HdbError for an identity, for what is no LoRA, and for those
+    that hdb cannot add."""
     if "hdb.kind" in header.metadata:
         raise HdbError(f"{path} is hdb's own, no LoRA; add identities up with hdb compose")
-    if lora_style(header.tensors) is None:
-        first = next(map(repr, header.tensors), "none")
-        raise HdbError(
-            f"{path} is no LoRA with kohya or diffusers keys (its first tensor: {first}); give one"
-        )
-    other = [key for key in header.tensors if NOT_PLAIN.search(key)]
+    other = other_adapter(header.tensors)
     if other:
         raise HdbError(
-            f"{path} is no plain LoRA: {len(other)} of its tensors, such as {other[0]!r}, are of "
-            "LoHa, LoKr, DoRA or the like; give a plain one"
+            f"{path} is {other[0]} (by its tensor {other[1]!r}), which hdb cannot add; give a "
+            "LoRA, LoCon, LoHa, LoKr or DoRA, or full differences"
         )
+    style = lora_style(header.tensors)
+    if style is None:
+        first = next(map(repr, header.tensors), "none")
+        raise HdbError(
+            f"{path} is no LoRA with kohya, diffusers, PEFT or ComfyUI keys (its first tensor: "
+            f"{first}); give one"
+        )
+    return style
 
 
 def _digest(path: Path, header: Header) -> str:
