@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hdbcli.config import DEVICES, OPTIMIZERS, PRECISIONS
 from hdbcli.errors import HdbError, HdbWarning
+from registry.stable_diffusion.uncompiled import light_optimizers, without_compiler
 
 SHORT = 128  # tokens: plain attention is 2.7 times as fast at 64, half as fast at 256
 
@@ -172,9 +173,11 @@ def make_optimizer(
     parameters = list(parameters)
     if name not in OPTIMIZERS:
         raise HdbError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+    light_optimizers()
     if name == "adamw8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit
+            with without_compiler():
+                from bitsandbytes.optim import AdamW8bit
 
             eight = AdamW8bit(parameters, lr=lr, weight_decay=weight_decay)
             _probe(AdamW8bit, parameters[0].device)

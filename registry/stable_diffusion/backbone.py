@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from registry.checkpoints.tensors import canonical, save_tensors
 from registry.errors import RegistryError
 from registry.spec import SampleSettings
+from registry.stable_diffusion.uncompiled import without_compiler
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -82,13 +83,15 @@ class StableDiffusion:
     def autoencoder(self) -> Any:
         """Return the autoencoder, read again if it was let go of."""
         if self.pipeline.vae is None and self.read_autoencoder:
-            self.pipeline.register_modules(vae=self.read_autoencoder())
+            with without_compiler():
+                self.pipeline.register_modules(vae=self.read_autoencoder())
             _slice(self.pipeline.vae)
         return self.pipeline.vae
 
     def free_autoencoder(self) -> None:
         if self.read_autoencoder:
-            self.pipeline.register_modules(vae=None)
+            with without_compiler():
+                self.pipeline.register_modules(vae=None)
 
     def unread(self, prompt: str) -> str:
         from registry.stable_diffusion.loading import quiet
@@ -222,6 +225,7 @@ class StableDiffusion:
         return found
 
     @torch.no_grad()
+    @without_compiler()
     def sample(
         self,
         prompts: Sequence[str],

@@ -20,6 +20,7 @@ from registry.checkpoints.tensors import read_floats
 from registry.errors import RegistryError
 from registry.stable_diffusion.backbone import StableDiffusion, last_states
 from registry.stable_diffusion.sdxl import two_encoders
+from registry.stable_diffusion.uncompiled import without_compiler
 
 if TYPE_CHECKING:
     from registry.stable_diffusion.families import Family
@@ -164,12 +165,12 @@ def out_of_memory(error: BaseException) -> bool:
 def _reading(source: Path) -> Iterator[None]:
     """Turn what the libraries raise for a bad model into one line; keep their advice off the
     terminal."""
-    with quiet():
+    with without_compiler(), quiet():
         from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     bad = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
     try:
-        with quiet():
+        with without_compiler(), quiet():
             yield
     except NotImplementedError as error:  # moved from the meta device, where nothing was read
         raise RegistryError(

@@ -1,0 +1,73 @@
+"""Import diffusers, transformers and bitsandbytes without torch's compiler.
+
+They mark functions for `torch.compile`, and to do so load its two packages, `torch._dynamo` and
+`torch._inductor`, as much code as all of torch. hdb compiles nothing. While such a library is
+imported a stand-in takes the place of `torch._dynamo`: its marks do nothing. Afterwards it is gone,
+and whoever compiles something in the same process loads the real one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+NAME = "torch._dynamo"
+MARKED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")  # of an Optimizer
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Import libraries, and load models with them, inside the block without torch's compiler,
+    unless it is loaded already."""
+    if NAME in sys.modules:
+        yield
+        return
+    compiler: Any = torch  # whose functions have overloads
+    before = compiler.compile, compiler._disable_dynamo
+    stand_in: Any = ModuleType(NAME)
+    stand_in.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]  # small parts are read
+    stand_in.allow_in_graph = stand_in.assume_constant_result = stand_in.disable = _as_it_is
+    stand_in.eval_frame = SimpleNamespace(OptimizedModule=_Compiled)
+    sys.modules[NAME] = stand_in
+    compiler.compile = compiler._disable_dynamo = _as_it_is
+    try:
+        yield
+    finally:
+        compiler.compile, compiler._disable_dynamo = before
+        if sys.modules.get(NAME) is stand_in:
+            del sys.modules[NAME]
+        if vars(torch).get("_dynamo") is stand_in:
+            del torch._dynamo
+
+
+def light_optimizers() -> None:
+    """Let optimizers be made without loading torch's compiler, only for it to leave them alone.
+
+    torch wraps some of their methods so that it loads the compiler at the first call and asks it
+    for a function that it does not compile; outside of compiled code that is the function itself.
+    """
+    for name in MARKED:
+        method = getattr(torch.optim.Optimizer, name)
+        plain = getattr(method, "__wrapped__", None)
+        if plain is not None and not hasattr(plain, "__dynamo_disable"):
+            vars(plain)["__dynamo_disable"] = plain
+
+
+class _Compiled:
+    """What a compiled module would be: none is."""
+
+
+def _as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:
+    """Return what is decorated, or what decorates nothing."""
+    return _same if function is None else function
+
+
+def _same(function: Callable[..., T]) -> Callable[..., T]:
+    return function
