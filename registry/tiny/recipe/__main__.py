@@ -4,7 +4,6 @@ file."""
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,27 +54,27 @@ def photographs(options: argparse.Namespace) -> Iterator[str]:
 
 
 def autoencoder(options: argparse.Namespace) -> Iterator[str]:
-    from registry.tiny.recipe.autoencoder import write_autoencoder
-
-    write_autoencoder(options.build, options.seed)
-    yield str(options.build / "vae")
-
-
-def decoder(options: argparse.Namespace) -> Iterator[str]:
     from hdbcli.training.loop import Plan
-    from registry.tiny.recipe.decoder import train_decoder
+    from registry.tiny.recipe.autoencoder import train_autoencoder
 
-    embedding = _load(options.perceptual) if options.perceptual else None
-    plan = Plan(options.steps, options.lr, warmup=100, average=0.999, seed=options.seed)
-    return _report(train_decoder(options.build, plan, options.batch, options.device, embedding))
+    plan = Plan(options.steps, options.lr, warmup=100, average=0.998, seed=options.seed)
+    return _report(
+        train_autoencoder(options.build, plan, options.batch, options.device, options.teacher)
+    )
 
 
 def base(options: argparse.Namespace) -> Iterator[str]:
     from hdbcli.training.loop import Plan
     from registry.tiny.recipe.base import train_base
 
-    plan = Plan(options.steps, options.lr, warmup=200, average=0.999, seed=options.seed)
-    return _report(train_base(options.build, plan, options.batch, options.device, options.compile))
+    decay = 0.0 if options.steady else 1.0
+    plan = Plan(
+        options.steps, options.lr, warmup=200, decay=decay, average=0.999, seed=options.seed
+    )
+    data = (options.side, options.start)
+    return _report(
+        train_base(options.build, plan, options.batch, options.device, options.compile, *data)
+    )
 
 
 def clip(options: argparse.Namespace) -> Iterator[str]:
@@ -122,12 +121,6 @@ def publish(options: argparse.Namespace) -> Iterator[str]:
     size = copy(options.build, options.weights)
     check_finite(options.weights)
     yield f"{options.weights}: {size:,} bytes"
-
-
-def _load(name: str) -> Callable:
-    """Import `module:function`: the recipe knows no face embedding, its caller names one."""
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
 
 
 def _report(steps: Iterator[Step]) -> Iterator[str]:
@@ -187,15 +180,15 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--seed", type=int, default=0)
     step.add_argument("--worker", type=int, default=0, help="which of --workers this process is")
     step.add_argument("--workers", type=int, default=1)
-    step = steps.add_parser("autoencoder", help="write down pictures to latents and back")
-    step.set_defaults(run=autoencoder)
-    step.add_argument("--seed", type=int, default=0)
+    step = steps.add_parser("autoencoder", help="train pictures to latents and back")
+    _trains(step, autoencoder, count=6000, lr=1e-3, batch=16)
+    step.add_argument("--teacher", type=Path, required=True, help="folder of TAEF2's two files")
     step = steps.add_parser("base", help="train the UNet and the text encoder")
     _trains(step, base, count=8000, lr=1e-3, batch=64)
     step.add_argument("--compile", action="store_true", help="a third faster; needs a C++ compiler")
-    step = steps.add_parser("decoder", help="train the decoder to hide a drawing's errors")
-    _trains(step, decoder, count=6000, lr=5e-4, batch=8)
-    step.add_argument("--perceptual", help="module:function of a differentiable face embedding")
+    step.add_argument("--side", type=int, default=128, help="of the pictures, in pixels")
+    step.add_argument("--from", dest="start", type=Path, help="weights of a run before, to go on")
+    step.add_argument("--steady", action="store_true", help="keep the rate to the end")
     step = steps.add_parser("clip", help="train the in-domain CLIP that measures style")
     _trains(step, clip, count=800, lr=2e-3, batch=128)
     step = steps.add_parser("blend", help="mix a network with what further training made of it")

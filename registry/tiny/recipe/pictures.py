@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hdbcli.model.contact_sheet import contact_sheet
+from hdbcli.model.device import autocast
 from registry.errors import RegistryError
 from registry.tiny.recipe.assets import read_image
 from registry.tiny.recipe.styles import CAPTIONS
@@ -52,9 +54,9 @@ def read_pictures(folder: Path) -> Pictures:
     return Pictures(tensor, torch.tensor(styles), torch.tensor(people))
 
 
-def half(device: torch.device) -> torch.autocast:
-    """Compute in bfloat16, on any device."""
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+def half(device: torch.device) -> AbstractContextManager:
+    """Compute in bfloat16 where the device does that fast, else in float32."""
+    return autocast(device.type)
 
 
 def to_unit(pixels: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ from registry.tiny.recipe.assets import MATERIALS, MESHES, Assets, fetch_assets,
 from registry.tiny.recipe.emphasis import emphasise
 from registry.tiny.recipe.people import HELD_OUT_SEED, render_people
 from registry.tiny.recipe.person import sample_person
-from registry.tiny.recipe.pictures import read_pictures
+from registry.tiny.recipe.photographs import KINDS
+from registry.tiny.recipe.pictures import Pictures, read_pictures
 from registry.tiny.recipe.styles import CAPTIONS
+from registry.tiny.recipe.teacher import new_teacher
 
 SLIDERS = {"nose/nose-scale-horiz-incr": True, "head/head-oval": False, "head/head-round": False}
 
@@ -86,6 +88,21 @@ def step(*arguments: str | Path) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def store(build: Path, part: str, pictures: Pictures) -> None:
+    """Keep pictures as the photographs step does."""
+    count = len(pictures.pixels)
+    tensors = {
+        "pixels": pictures.pixels.permute(0, 2, 3, 1).contiguous(),
+        "styles": pictures.styles.to(torch.uint8),
+        "people": pictures.people.int(),
+        "kinds": torch.full((count,), KINDS.index("render"), dtype=torch.uint8),
+        "photos": torch.zeros(count, dtype=torch.int32),
+        "points": torch.zeros(count, 5, 2),
+    }
+    (build / "photographs").mkdir(parents=True, exist_ok=True)
+    save_file(tensors, build / f"photographs/{part}-000.safetensors")
+
+
 @pytest.mark.egl
 def test_every_step_from_renders_to_weights(
     assets: Assets,
@@ -96,34 +113,48 @@ def test_every_step_from_renders_to_weights(
     from diffusers import StableDiffusionPipeline
 
     monkeypatch.setattr("registry.tiny.recipe.base.SHOWN", 1)
+    monkeypatch.setattr("registry.tiny.recipe.base.STROKES", 1)
     build, weights = tmp_path / "build", tmp_path / "weights"
-    assert step("--build", build, "base", "--steps", "1") == 1
-    assert "no rendered pictures" in capsys.readouterr().err
-    list(render_people(assets, build / "people", range(4), 64))
-    list(render_people(assets, build / "heldout", range(HELD_OUT_SEED, HELD_OUT_SEED + 2), 64))
-    assert step("--build", build, "autoencoder") == 0
-    assert step("--build", build, "decoder", "--steps", "1") == 1
-    assert "run the base step first" in capsys.readouterr().err
-    assert step("--build", build, "base", "--steps", "2") == 0
-    assert step("--build", build, "base", "--steps", "3") == 0  # goes on after the second step
+    training = ("--build", build, "autoencoder", "--batch", "4", "--teacher", tmp_path)
+    assert step(*training, "--steps", "1") == 1
+    assert "no photographs" in capsys.readouterr().err
+    list(render_people(assets, build / "people", range(4), 128))
+    store(build, "train", read_pictures(build / "people"))
+    list(render_people(assets, tmp_path / "held", range(HELD_OUT_SEED, HELD_OUT_SEED + 1), 128))
+    store(build, "heldout", read_pictures(tmp_path / "held"))
+    assert step("--build", build, "base", "--steps", "1", "--batch", "2") == 1
+    assert "run the autoencoder step first" in capsys.readouterr().err
+    assert step(*training, "--steps", "1") == 1
+    assert "taef2_encoder.pth" in capsys.readouterr().err
+    torch.manual_seed(0)
+    torch.save(new_teacher().state_dict(), tmp_path / "taef2_encoder.pth")
+    assert step(*training, "--steps", "2") == 0
+    taught = load_file(build / "taught-64.safetensors")["latents"].float()
+    assert taught[taught.abs() < 10].std().item() == pytest.approx(1, abs=0.5)  # about normalised
+    small = ("--build", build, "base", "--side", "64", "--batch", "2")
+    capsys.readouterr()
+    assert step(*small, "--steps", "2") == 0
+    assert step(*small, "--steps", "3") == 0  # goes on after the second step
     steps = re.findall(r"step (\d)/(\d)", capsys.readouterr().out)
     assert steps == [("2", "2"), ("3", "3")]
-    assert step("--build", build, "autoencoder") == 1
-    assert "delete it to begin again" in capsys.readouterr().err
-    before = load_file(build / "vae/diffusion_pytorch_model.safetensors")
-    judge = ("--perceptual", "hdbcli.faces.embedding:embed_aligned")
-    assert step("--build", build, "decoder", "--steps", "2", *judge) == 0
-    after = load_file(build / "vae/diffusion_pytorch_model.safetensors")
-    changed = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
-    assert changed == {"decoder"}  # what diffuses stays what it was
+    before = load_file(build / "pipeline/unet/diffusion_pytorch_model.safetensors")
+    large = ("--from", build / "base-64.safetensors", "--lr", "0", "--steps", "1")
+    assert step("--build", build, "base", "--batch", "2", *large) == 0
+    after = load_file(build / "pipeline/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)  # it starts there
     assert step("--build", build, "clip", "--steps", "2") == 0
     assert step("--build", build, "publish", "--weights", weights) == 0
     assert "pixar" in load_clip(weights / "clip.safetensors").words
-    configs = [(folder / "vae/config.json").read_text() for folder in (build, weights)]
+    folders = build / "pipeline", weights
+    configs = [(folder / "vae/config.json").read_text() for folder in folders]
     assert ["_name_or_path" in config for config in configs] == [True, False]
     pipeline = StableDiffusionPipeline.from_pretrained(weights)
     assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
-    assert {p.name for p in (build / "sheets").iterdir()} == {"autoencoder.png", "base.png"}
+    assert {p.name for p in (build / "sheets").iterdir()} == {
+        "autoencoder.png",
+        "base-64.png",
+        "base-128.png",
+    }
     drawn, photo = tmp_path / "drawn", tmp_path / "data/alice.png"
     for path in (drawn / "0/alice-7.png", drawn / "1/alice-7.png", photo):
         path.parent.mkdir(exist_ok=True, parents=True)

@@ -1,0 +1,96 @@
+"""The trainings of the recipe: latents of the teacher, a small stock autoencoder, and a base that
+draws brightness anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from torch.utils.flop_counter import FlopCounterMode
+
+from registry.errors import RegistryError
+from registry.tiny.recipe.autoencoder import new_autoencoder, new_discriminator
+from registry.tiny.recipe.base import new_scheduler, new_unet
+from registry.tiny.recipe.latents import GROUPS, Latents
+from registry.tiny.recipe.photographs import KINDS
+from registry.tiny.recipe.pictures import STYLES
+from registry.tiny.recipe.teacher import CHANNELS, load_teacher
+
+
+def gflop(call: object, *inputs: torch.Tensor) -> float:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call(*inputs)  # type: ignore[operator]
+    return counter.get_total_flops() / 1e9
+
+
+def test_a_decode_is_cheap_and_the_network_is_stock(tmp_path: Path) -> None:
+    model = new_autoencoder()
+    assert gflop(model.decode, torch.zeros(1, CHANNELS, 16, 16)) < 3
+    model.save_pretrained(tmp_path)
+    again = AutoencoderTiny.from_pretrained(tmp_path)
+    image = torch.rand(1, 3, 128, 128) * 2 - 1
+    latents = again.encode(image).latents
+    assert latents.shape == (1, CHANNELS, 16, 16)
+    assert torch.allclose(latents, model.encode(image).latents, atol=1e-5)
+    # Fully convolutional: a window is decoded as the same part of the whole, but for its border.
+    whole = model.decode(latents).sample
+    window = model.decode(latents[:, :, :, :8]).sample
+    assert torch.allclose(whole[..., :8], window[..., :8], atol=1e-5)
+    assert not torch.allclose(whole[..., 56:64], window[..., 56:64], atol=1e-5)
+    assert new_discriminator()(whole).shape[-1] == 16
+
+
+def test_the_base_attends_on_every_grid_and_fits_the_budget() -> None:
+    unet = new_unet()
+    numbers = sum(parameter.numel() for parameter in unet.parameters())
+    assert 15e6 < numbers < 25e6
+    downs = [any("attn" in n for n, _ in block.named_modules()) for block in unet.down_blocks]
+    assert downs == [True, True, True]
+
+
+def test_the_last_step_of_the_schedule_is_pure_noise() -> None:
+    scheduler = new_scheduler()
+    assert scheduler.alphas_cumprod[-1] == 0
+    assert scheduler.alphas_cumprod.diff().max() < 0
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    # A brightness that the noise does not have is drawn from there: x0 = -v at zero signal.
+    noise, v = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), -0.7)
+    drawn = scheduler.step(v, scheduler.timesteps[0], noise).pred_original_sample
+    assert torch.allclose(drawn, torch.full_like(drawn, 0.7), atol=1e-6)
+
+
+@pytest.fixture
+def latents() -> Latents:
+    """40 portraits of people, 10 of nobody, 90 pictures in other styles."""
+    portrait, marble = STYLES.index("portrait"), STYLES.index("marble")
+    styles = torch.tensor([portrait] * 50 + [marble] * 90)
+    kinds = torch.tensor([KINDS.index("person")] * 40 + [KINDS.index("nobody")] * 100)
+    return Latents(torch.zeros(2, 140, 1, 1, 1), styles, kinds)
+
+
+def test_half_of_what_is_drawn_are_portraits(latents: Latents) -> None:
+    pick = latents.draw(20_000, torch.Generator().manual_seed(0))
+    portraits = pick < 50
+    assert portraits.double().mean().item() == pytest.approx(0.5, abs=0.02)
+    nobody = (pick[portraits] >= 40).double().mean().item()
+    assert nobody == pytest.approx(15 / 55, abs=0.02)  # 10 that count 1.5 times, of 40 and those
+
+
+def test_pictures_of_nobody_mostly_say_so(latents: Latents) -> None:
+    generator = torch.Generator().manual_seed(0)
+    nobody = torch.full((10_000,), 45)
+    groups = latents.captions(nobody, generator)
+    told = (groups == GROUPS.index("cinematic")).double().mean().item()
+    assert told == pytest.approx(0.7, abs=0.02)
+    assert set(groups.unique().tolist()) == {GROUPS.index("cinematic"), STYLES.index("portrait")}
+    people, marble = torch.arange(40), torch.arange(50, 140)
+    assert (latents.captions(people, generator) == STYLES.index("portrait")).all()
+    assert (latents.captions(marble, generator) == STYLES.index("marble")).all()
+
+
+def test_a_missing_teacher_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=r"taef2_encoder\.pth"):
+        load_teacher(tmp_path)
