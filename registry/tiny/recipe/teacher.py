@@ -67,4 +67,4 @@ def load_teacher(folder: Path) -> nn.Sequential:
     encoder = new_teacher()
     # Published as a pickle alone: `weights_only` reads tensors and runs nothing.
     encoder.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    return encoder.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    return encoder.requires_grad_(False).eval()
