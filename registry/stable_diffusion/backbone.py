@@ -236,8 +236,10 @@ class StableDiffusion:
         side = self._side(settings.size)
         _ = self.autoencoder  # read again if need be: the pipeline decodes with it
         schedule = self.pipeline.scheduler
-        if settings.scheduler:
-            self.pipeline.scheduler = _scheduler(settings, schedule.config)
+        self.pipeline.scheduler = _spaced(
+            _scheduler(settings, schedule.config) if settings.scheduler else schedule,
+            settings.steps,
+        )
         self.pipeline.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -352,3 +354,25 @@ def _scheduler(settings: SampleSettings, config: Mapping[str, Any]) -> Any:
     if name == "lcm":  # draws its steps out of those that it was distilled on, and takes no more
         more["original_inference_steps"] = max(LCM_STEPS, settings.steps)
     return getattr(diffusers, SCHEDULERS[name]).from_config(config, **more)
+
+
+def _spaced(scheduler: Any, steps: int) -> Any:
+    """Return a scheduler whose steps begin where the noise ends; RegistryError for too many steps.
+
+    "Leading" spacing takes the multiples of T // steps from below: 4 of 1000 steps begin at 751,
+    600 at 600, and 1000 beyond the last. Where it begins before 95 % of T, "trailing" spacing
+    takes its place and begins at T - 1 (Lin et al. 2024, table 2), as few-step models expect.
+    """
+    config = scheduler.config
+    last = config.num_train_timesteps - 1
+    if steps > last + 1:
+        raise RegistryError(
+            f"--steps {steps} is more than the {last + 1} that this model was trained on; use fewer"
+        )
+    if config.get("timestep_spacing") != "leading" or type(scheduler).__name__ == "LCMScheduler":
+        return scheduler
+    probe = scheduler.from_config(config)
+    probe.set_timesteps(steps)
+    if 0.95 * last <= float(probe.timesteps[0]) <= last:
+        return scheduler
+    return scheduler.from_config(config, timestep_spacing="trailing")

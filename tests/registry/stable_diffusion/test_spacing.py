@@ -1,0 +1,47 @@
+"""Steps begin where the noise ends, however many they are, and too many are one line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from registry.errors import HdbError
+from registry.spec import SampleSettings
+from registry.stable_diffusion.backbone import SCHEDULERS, _scheduler, _spaced
+from registry.stable_diffusion.families import CONFIGS
+
+SD1 = json.loads((CONFIGS / "sd1" / "scheduler" / "scheduler_config.json").read_text())
+
+
+def own(name: str) -> Any:
+    import diffusers
+
+    if name == "own":
+        return diffusers.PNDMScheduler.from_config(SD1)
+    return _scheduler(SampleSettings(scheduler=name), SD1 | {"timestep_spacing": "leading"})
+
+
+@pytest.mark.parametrize("name", ["own", *(name for name in SCHEDULERS if name != "lcm")])
+@pytest.mark.parametrize("steps", [2, 4, 8, 25, 50, 150, 333, 600, 900, 999, 1000])
+def test_the_first_step_is_at_the_last_noise(name: str, steps: int) -> None:
+    schedule = _spaced(own(name), steps)
+    schedule.set_timesteps(steps)
+    first, last = float(schedule.timesteps[0]), float(schedule.timesteps[-1])
+    assert 950 <= first <= 999 and 0 <= last < first
+    assert steps in (25, 50, 333) or first >= 998  # what begins late enough stays as it is
+
+
+def test_four_steps_are_those_that_few_step_models_know() -> None:
+    schedule = _spaced(own("ddim"), 4)
+    schedule.set_timesteps(4)
+    assert schedule.timesteps.tolist() == [999, 749, 499, 249]
+    plain = own("ddim")  # the control
+    plain.set_timesteps(4)
+    assert plain.timesteps.tolist() == [751, 501, 251, 1]
+
+
+def test_more_steps_than_there_are_is_one_line() -> None:
+    with pytest.raises(HdbError, match="--steps 1001 is more than the 1000"):
+        _spaced(own("own"), 1001)
