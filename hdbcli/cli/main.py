@@ -24,6 +24,7 @@ from hdbcli.cli.merge import merge
 from hdbcli.cli.options import (
     BaseName,
     Count,
+    CropFile,
     Device,
     FaceNumber,
     FirstSeed,
@@ -49,6 +50,7 @@ from hdbcli.cli.options import (
     Steps,
     Strength,
     Yes,
+    check_crop,
     name_for,
     new_path,
     open_on,
@@ -115,6 +117,7 @@ def new(
     no_refine: Annotated[bool, typer.Option("--no-refine", help="Keep the prediction.")] = False,
     optimizer: NewOptimizer = None,
     likeness: Likeness = None,
+    crop: CropFile = None,
     force: Force = False,
     device: Device = None,
     memory: Memory = "auto",
@@ -125,6 +128,7 @@ def new(
     photos = photos_of(photo, more)
     name = name_for(photo, name)
     path = new_path(name, force)
+    check_crop(crop, photos)
     _ask_consent(yes)
     given: dict[str, Any] = {"steps": steps, "rank": rank, "likeness": likeness}
     given |= {"seed": seed, "optimizer": optimizer}
@@ -135,7 +139,8 @@ def new(
     given |= {"seed": seed or RefineConfig.seed, "optimizer": optimizer or RefineConfig.optimizer}
     wanted = partial(settle, **given)
     spec = spec_of(base)
-    created = _make(spec, device, memory, photos, face, likeness, None if no_refine else wanted)
+    config = None if no_refine else wanted
+    created = _make(spec, device, memory, photos, face, likeness, config, crop_file=crop)
     _store(created, name, path, spec.budget, as_json, new=not force)
 
 
@@ -299,16 +304,21 @@ def _make(
     likeness: float | None,
     config: Callable[[Base], RefineConfig] | None,
     identity: Any = None,
+    crop_file: Path | None = None,
 ) -> Created:
     """Crop before loading, since a bad photo should be told at once; then create or refine.
 
     `config` may depend on the base; None keeps the prediction.
     """
+    from hdbcli.model import sample
     from hdbcli.training import personalise
 
     start = time.perf_counter()
     with render.progress() as tell:
         crops = personalise.crop_photos(photos, spec, face, tell)
+    render.show_doubts(crops)
+    if crop_file is not None:
+        sample.save_crops([crop.image for crop in crops], crop_file)
     cropped = time.perf_counter() - start
 
     def make(plan: MemoryPlan) -> Created:

@@ -66,6 +66,7 @@ def score(
     spec = spec_of(base or load(path).base)
     with render.progress() as tell:
         crops = crop_photos(photo or [], spec, face, tell)
+    render.show_doubts(crops)
     judges = _judges(spec.family, judge)
 
     def measured(plan: MemoryPlan) -> measure.Score:

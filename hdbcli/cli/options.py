@@ -79,6 +79,10 @@ FaceNumber = Annotated[
     int | None,
     typer.Option("--face", help="Which of several faces, from 1 at the left."),
 ]
+CropFile = Annotated[
+    Path | None,
+    typer.Option("--crop", metavar="FILE.png", help="Save the face as it was cropped."),
+]
 Scheduler = Annotated[
     str | None,
     typer.Option(help="ddim, dpm++, euler, euler-a, lcm or unipc; default: the base's."),
@@ -206,6 +210,17 @@ def check_output(out: Path, *inputs: Path) -> None:
         raise HdbError(f"{out} is what is read; give another file with -o")
     check_among(out)
     check_writable(out)
+
+
+def check_crop(out: Path | None, photos: Sequence[Path]) -> None:
+    """Refuse a file for the crop that is no .png, is a photo, or cannot be written."""
+    if out is None:
+        return
+    if out.suffix.lower() != ".png":
+        raise HdbError(f"{out} is not named .png, the kind of picture that --crop writes")
+    if any(out.exists() and photo.exists() and out.samefile(photo) for photo in photos):
+        raise HdbError(f"{out} is the photo itself; give another file with --crop")
+    check_output(out)
 
 
 def check_folder(out: Path) -> None:

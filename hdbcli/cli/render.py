@@ -14,6 +14,7 @@ from hdbcli.config import Tell
 if TYPE_CHECKING:
     from hdbcli.bench.suite import Row
     from hdbcli.compare.comparison import Contest
+    from hdbcli.faces.photo import Crop
     from hdbcli.identity.inspection import Inspection
     from hdbcli.identity.verification import Verdict
     from hdbcli.interop.lora_readers import Reading
@@ -105,6 +106,14 @@ def show_skipped(skipped: Sequence[str]) -> None:
     """Say how many photos were left out, and why the first one was."""
     if skipped:
         note(f"warning: {len(skipped)} photos were skipped, the first because: {skipped[0]}")
+
+
+def show_doubts(crops: Sequence[Crop]) -> None:
+    """Say what is doubtful about photos as soon as they are cropped, before the long work."""
+    for number, crop in enumerate(crops, 1):
+        where = f"photo {number}: " if len(crops) > 1 else ""
+        for warning in crop.warnings:
+            note(f"warning: {where}{warning}")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -21,6 +21,7 @@ from hdbcli.faces.reading import GREY, read_photo
 
 MIN_FACE = 48  # pixels of the shorter side: below it an eye is a handful of pixels
 SMALL_FACE = 96  # pixels: below it fine detail is missing
+FAR_LARGER = 2  # times as wide as the next: a person before a poster, not two people
 ENLARGED = 1.25  # where the crop shows it larger than the photo by more than this
 DETECTOR = Path(__file__).parent / "assets" / "face_detection_yunet_2023mar.onnx"
 
@@ -34,6 +35,10 @@ _PATCH = 160  # pixels
 _SCORE_BAND = 0.06  # below the best score, what still has a say
 _BLUR_SIDE = 96
 _BLURRED = 0.02
+_SURE = 0.92  # a score at which nobody lies
+_SURER = 0.015  # by which a turned photo must score more
+_TURNED = 0.5  # of the distance of the eyes, of the nose from their middle: some 40 degrees
+_DARK = 24  # mean level of the crop
 _LISTED = 8  # faces that one error names
 
 Box = tuple[float, float, float, float]  # x, y, width, height
@@ -210,14 +215,23 @@ def crop_face(
 ) -> Crop:
     """Read a photo and return its face, aligned to `template` (see `align`), `size` pixels square.
 
-    `face`, from 1 at the left, picks one, and must where there are several; of `several` photos it
-    picks in those alone. Raise HdbError if none is there, or picked, or is MIN_FACE pixels wide.
+    Where no face is found, the photo is turned by quarters until one is. `face`, from 1 at the
+    left, picks one, and must where there are several, unless one is FAR_LARGER times the next; of
+    `several` photos it picks in those alone. What was done and what is doubtful is in the crop's
+    warnings. Raise HdbError if none is there, or picked, or is MIN_FACE pixels wide.
     """
     doubts: list[str] = []
     rgb = read_photo(path, doubts.append)
-    faces = sorted(find_faces(rgb), key=lambda found: found.box[0] + found.box[2] / 2)
+    rgb, found = _upright(rgb, doubts)
+    faces = sorted(found, key=lambda face: face.box[0] + face.box[2] / 2)
     count = len(faces)
     index = 1 if face is None or (several and count == 1) else face
+    if face is None and count > 1 and found[0].side >= FAR_LARGER * found[1].side:
+        face = index = faces.index(found[0]) + 1
+        doubts.append(
+            f"{path} shows {count} faces; took number {index}, which is far larger than the "
+            f"others; --face N picks another: {_listed(faces, rgb)}"
+        )
     if not faces:
         raise HdbError(
             f"{path}: no face found; use a photo with one face seen from the front, in good light, "
@@ -237,7 +251,50 @@ def crop_face(
         doubts.append(f"the face is only {chosen.side:.0f} px wide: expect less likeness")
     if _sharpness(rgb, chosen.box) < _BLURRED:
         doubts.append("the face is very blurred: expect less likeness, try a sharper photo")
-    return Crop(_mapped(rgb, turn, shift, size), chosen, index, count, tuple(doubts))
+    if _nose_offset(chosen.landmarks) > _TURNED:
+        doubts.append(
+            "the face is turned far to the side: expect less likeness, try a photo from the front"
+        )
+    image = _mapped(rgb, turn, shift, size)
+    if image.mean() < _DARK:
+        doubts.append(
+            "the face is very dark: expect less likeness and dark portraits, try a photo in better "
+            "light"
+        )
+    return Crop(image, chosen, index, count, tuple(doubts))
+
+
+def _nose_offset(landmarks: np.ndarray) -> float:
+    """Return how far the nose lies from the middle of the eyes along their line, over their
+    distance: 0 from the front, 0.05 in the median photo, above 0.44 in one of a hundred."""
+    right, left, nose = landmarks[:3]
+    across = left - right
+    offset = (nose - (right + left) / 2) @ across
+    return abs(float(offset)) / max(float(across @ across), 1e-9)
+
+
+def _upright(rgb: np.ndarray, doubts: list[str]) -> tuple[np.ndarray, list[Face]]:
+    """Return the photo as it stands upright and its faces, largest first, if there are any.
+
+    Scans and some messengers drop the EXIF orientation. YuNet finds lying faces too, with points
+    that are wrong, but is less sure of them: of 57 people's photos, upright 0.911 to 0.96, lying at
+    most 0.917, and always less than the same photo upright, by 0.025 at least.
+    """
+    faces = find_faces(rgb)
+    best = max((face.score for face in faces), default=0.0)
+    if best >= _SURE:
+        return rgb, faces
+    best += _SURER
+    upright, quarters = rgb, 0
+    for turn in (1, 2, 3):
+        turned = np.ascontiguousarray(np.rot90(rgb, turn))
+        found = find_faces(turned)
+        if (score := max((face.score for face in found), default=0.0)) > best:
+            best, upright, quarters, faces = score, turned, turn, found
+    if quarters:
+        lay = ("", "on its right side", "upside down", "on its left side")[quarters]
+        doubts.append(f"the photo lies {lay}: it was turned to find the face")
+    return upright, faces
 
 
 def _listed(faces: list[Face], rgb: np.ndarray) -> str:

@@ -100,6 +100,12 @@ def save_picture(image: np.ndarray, path: Path, text: str, new: bool = False) ->
     write_kept(path, write, new)
 
 
+def save_crops(crops: Sequence[np.ndarray], path: Path) -> None:
+    """Write crops (H, W, 3) of one size side by side as a PNG that says nothing else."""
+    image = Image.fromarray(np.concatenate(list(crops), axis=1))
+    write_kept(path, lambda file: image.save(file, format="PNG"), False)
+
+
 def parameters_text(
     prompt: str,
     settings: SampleSettings,

@@ -59,6 +59,9 @@ def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: 
         tell("crop", len(crops), len(photos))
         several, template = len(photos) > 1, np.array(spec.template)
         crops.append(crop_face(photo, template, spec.resolution, face, several))
+    if crops and face is not None and all(crop.count == 1 for crop in crops):
+        unused = f"--face {face} changes nothing: there is one face in every photo"
+        crops[0] = replace(crops[0], warnings=(*crops[0].warnings, unused))
     return crops
 
 
@@ -143,7 +146,6 @@ def _refined(
     faces = base.faces([crop.image for crop in crops])
     latents = [base.backbone.encode_images(faces.crops)]
     base.free_autoencoder()
-    warnings = tuple(w for crop in crops for w in crop.warnings)
     start = time.perf_counter()
     if config is None:
         loss_start = loss_end = portrait_loss(base, theta, latents)
@@ -161,7 +163,7 @@ def _refined(
     identity = replace(
         identity, down=theta.down[0].cpu(), up=theta.up[0].cpu(), likeness=round(mine, 4)
     )
-    return Created(identity, seconds, float(loss_start), float(loss_end), floor, warnings)
+    return Created(identity, seconds, float(loss_start), float(loss_end), floor, ())
 
 
 def likeness_of(base: Base, theta: Theta, crops: Sequence[Crop], tell: Tell) -> tuple[float, float]:

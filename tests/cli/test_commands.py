@@ -337,3 +337,15 @@ def test_pictures_of_other_kinds_are_no_folders(tmp_path: Path) -> None:
     for name in ("J.R", "alice.png", "old.jpg"):  # the control, a folder that is there the last
         (tmp_path / "old.jpg").mkdir(exist_ok=True)
         assert plan_outputs(tmp_path / name, ["alice-1"], grid=False).pictures
+
+
+def test_the_crop_is_saved_and_an_idle_face_number_told(
+    hdb_home: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "crop.png"
+    result = ok("new", astronaut, "a", "--crop", file, "--face", 1, "--no-refine")
+    side = load_registry().get("tiny").resolution
+    assert Image.open(file).size == (side, side)
+    assert "--face 1 changes nothing" in result.stderr
+    refused("new", astronaut, "b", "--crop", tmp_path / "crop.jpg", says="not named .png")
+    refused("new", file, "b", "--crop", file, says="the photo itself")

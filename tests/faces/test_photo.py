@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from hdbcli.errors import HdbError
+from hdbcli.faces import photo
 from hdbcli.faces.photo import align, crop_face, find_faces, read_photo
 
 # Eyes, nose and mouth in a tight crop, in YuNet's order.
@@ -355,3 +356,55 @@ def test_blur_is_doubted(tmp_path: Path, portrait: np.ndarray, scale: float) -> 
     ]
     assert told[:2] == [(), ()]
     assert "very blurred" in told[2][0]
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_a_photo_that_lies_without_exif_is_turned(
+    tmp_path: Path, portrait: np.ndarray, quarters: int
+) -> None:
+    upright = crop_face(saved(tmp_path / "up.png", portrait), TEMPLATE, 64)
+    lying = np.rot90(portrait, -quarters).copy()  # clockwise
+    crop = crop_face(saved(tmp_path / "lies.png", lying), TEMPLATE, 64)
+    assert np.array_equal(crop.image, upright.image)
+    where = ("on its right side", "upside down", "on its left side")[quarters - 1]
+    assert upright.warnings == () and len(crop.warnings) == 1 and where in crop.warnings[0]
+
+
+def test_a_far_larger_face_is_taken(tmp_path: Path, portrait: np.ndarray) -> None:
+    """A poster behind a person is no second person; `face` still picks it."""
+    tinted = (portrait * [0.6, 1, 0.7]).astype(np.uint8)
+    for scale, alone in ((2.6, True), (1.6, False)):
+        large = resized(tinted, scale)
+        poster = np.pad(portrait, ((0, len(large) - 512), (0, 0), (0, 0)), mode="edge")
+        path = saved(tmp_path / "two.png", np.concatenate([poster, large], axis=1))
+        if not alone:
+            with pytest.raises(HdbError, match="2 faces; pick with --face N"):
+                crop_face(path, TEMPLATE, 64)
+            continue
+        crop = crop_face(path, TEMPLATE, 64)
+        assert (crop.index, crop.count) == (2, 2)
+        assert "took number 2" in crop.warnings[0] and "--face N" in crop.warnings[0]
+        assert np.array_equal(crop.image, crop_face(path, TEMPLATE, 64, face=2).image)
+        other = crop_face(path, TEMPLATE, 64, face=1)
+        assert other.index == 1 and not any("took" in each for each in other.warnings)
+        assert difference(other.image, crop.image) > 10
+
+
+@pytest.mark.parametrize("degrees", [0, 25, 35, 45, 60])
+def test_the_nose_tells_how_far_a_head_is_turned(degrees: float) -> None:
+    """Of a nose 0.6 eye distances before the eyes, turned: 0.6 tan(angle), however it is tilted."""
+    yaw, roll = np.radians(degrees), 0.4
+    flat = np.array([[-0.5, 0, 0], [0.5, 0, 0], [0, 0.5, 0.6], [-0.4, 1, 0], [0.4, 1, 0]])
+    x = flat[:, 0] * np.cos(yaw) + flat[:, 2] * np.sin(yaw)
+    tilt = np.array([[np.cos(roll), np.sin(roll)], [-np.sin(roll), np.cos(roll)]])
+    # The nose's height has no part in it: only what lies along the line of the eyes.
+    points = np.stack([x, flat[:, 1]], axis=1) @ tilt * 90 + 200
+    assert abs(photo._nose_offset(points) - 0.6 * np.tan(yaw)) < 1e-9
+    assert (photo._nose_offset(points) > photo._TURNED) == (degrees >= 45)
+
+
+def test_a_very_dark_face_is_doubted(tmp_path: Path, portrait: np.ndarray) -> None:
+    for level, told in ((0.3, False), (0.1, True)):
+        dark = saved(tmp_path / "dark.png", (portrait * level).astype(np.uint8))
+        warnings = crop_face(dark, TEMPLATE, 64).warnings
+        assert any("very dark" in warning for warning in warnings) == told
