@@ -23,6 +23,8 @@ KINDS = {
     "self-attention": (".attn1.", ".self_attn."),
     "cross-attention": (".attn2.",),
     "feed-forward": (".ff.", ".mlp."),
+    "convolution": (".conv",),  # of residual blocks and samplers
+    "projection": (".proj_in", ".proj_out"),  # around attention: linear, or a convolution of 1 x 1
 }
 
 

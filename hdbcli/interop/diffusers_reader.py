@@ -49,7 +49,7 @@ def load_for_real(base: Base, theta: Theta, tensors: Mapping[str, Tensor]) -> li
     triples = zip(base.injected.layers, factors.up, factors.down, strict=True)
     wanted = {name: (up[0].float().cpu(), down[0].float().cpu()) for name, up, down in triples}
     eject(base.backbone.components)
-    file_dtype = next((t.dtype for t in tensors.values() if t.dim() == 2), torch.float32)
+    file_dtype = next((t.dtype for t in tensors.values() if t.dim() > 1), torch.float32)
     readings = []
     for name, dtype in RUNS_IN.items():
         tolerance = max(TOLERANCE[dtype], TOLERANCE.get(file_dtype, 0))
@@ -94,5 +94,5 @@ def _loaded(
 def _same(layer: Any, up: Tensor, down: Tensor, tolerance: float) -> bool:
     """Say whether PEFT adds up @ down (n, m) to a layer's weight."""
     (adapter,) = layer.active_adapters
-    delta = layer.get_delta_weight(adapter).detach().float().cpu()
+    delta = layer.get_delta_weight(adapter).detach().float().cpu().flatten(1)
     return bool((delta - up @ down).norm() <= tolerance * up.norm() * down.norm() + 1e-7)

@@ -1,8 +1,9 @@
 """Export an identity as a plain LoRA, which other tools read without knowing hdb.
 
 dW = U @ D becomes lora_up = U (n, R) and lora_down = D (R, m), one rank for all targets and alpha =
-rank, which every reader takes for a scale of 1. `kohya` keys are what A1111, Forge, ComfyUI,
-InvokeAI and diffusers read; `diffusers` keys are PEFT's.
+rank, which every reader takes for a scale of 1. Those of a convolution are convolutions, as in
+LyCORIS' LoCon: lora_down (R, c, h, w) and lora_up (n, R, 1, 1). `kohya` keys are what A1111, Forge,
+ComfyUI, InvokeAI and diffusers read; `diffusers` keys are PEFT's.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def export_tensors(base: Base, theta: Theta, form: str, dtype: str) -> dict[str,
     stems = stem_names(base, form)
     pairs = zip(base.injected.layers, factors.down, factors.up, strict=True)
     for name, down, up in pairs:
-        parts = _FORMATS[form](stems[name], down[0].float().cpu(), up[0].float().cpu())
+        layer = base.injected.layers[name]
+        matrices = layer.as_weights(down[0].float().cpu(), up[0].float().cpu())
+        parts = _FORMATS[form](stems[name], *matrices)
         tensors |= {key: value.to(DTYPES[dtype]).contiguous() for key, value in parts.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise HdbError(f"the residuals do not fit {dtype}; export with --dtype fp32")

@@ -12,10 +12,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from hdbcli.method.lidb import LiDBLayer
 from hdbcli.model.base import Base
-from registry.checkpoints.ldm import unet_name
+from registry.checkpoints.ldm import original_layer, unet_name
 from registry.checkpoints.tensors import canonical
 
 # Transformer blocks at each level of a UNet in Stable Diffusion's layout; two layers a level.
@@ -64,9 +66,10 @@ def comfyui(base: Base, tensors: Mapping[str, Tensor]) -> Reading:
     for target in base.injected.layers:
         component, _, path = target.partition(".")
         if component == "unet":
-            if _block(path) in ldm_blocks(layout):
+            original = _ldm_path(path, layout)
+            if original:
                 old = re.sub(r"\.to_out\.0$", ".to_out", path).replace(".to_", ".processor.to_")
-                own = f"lora_unet_{_flat(_ldm_path(path, layout))}"
+                own = f"lora_unet_{_flat(original)}"
                 names = (f"lora_unet_{_flat(path)}", own, f"unet.{old}", old)
                 known |= dict.fromkeys(names, target)
         else:
@@ -124,16 +127,16 @@ def invokeai(base: Base, tensors: Mapping[str, Tensor]) -> Reading:
     components = {"lora_unet_": "unet", f"lora_{short}_": "text_encoder"}
     components |= {"lora_te2_": "text_encoder_2"} if short == "te1" else {}
 
-    blocks = ldm_blocks(DEPTHS["Stable Diffusion XL"]) if width == 2048 else {}
+    xl = DEPTHS["Stable Diffusion XL"]
     renamed = {
-        f"lora_unet_{_flat(original)}_": f"lora_unet_{_flat(block)}_"
-        for block, original in blocks.items()
+        f"lora_unet_{_flat(original)}": f"lora_unet_{_flat(path)}"
+        for path in (paths["unet"] if width == 2048 else ())
+        if (original := _ldm_path(path, xl))
     }
 
     def locate(key: str) -> tuple[str, str] | None:
         stem, dot, rest = key.partition(".")
-        for original, block in renamed.items():
-            stem = stem.replace(original, block)
+        stem = renamed.get(stem, stem)
         for prefix, component in components.items():
             path = _walk(paths[component], stem.removeprefix(prefix))
             target = f"{component}.{path}"
@@ -179,35 +182,60 @@ def _count(reader: str, base: Base, tensors: Mapping[str, Tensor], locate: Locat
             unread.append(key)
         else:
             parts[found[0]][found[1]] = tensor
-    shapes = base.injected.shapes
-    lost = [name for name, (n, m) in shapes.items() if not _exact(parts.get(name, {}), n, m)]
-    return Reading(reader, len(shapes) - len(lost), len(shapes), tuple(lost), tuple(unread))
+    layers = base.injected.layers
+    lost = [name for name, layer in layers.items() if not _exact(parts.get(name, {}), layer)]
+    return Reading(reader, len(layers) - len(lost), len(layers), tuple(lost), tuple(unread))
 
 
-def _exact(parts: Mapping[str, Tensor], n: int, m: int) -> bool:
-    """Say whether a layer (n, m) is changed by up @ down: a missing alpha is a scale of 1, as
-    alpha = rank is."""
+def _exact(parts: Mapping[str, Tensor], layer: LiDBLayer) -> bool:
+    """Say whether a layer is changed by up @ down: a missing alpha is a scale of 1, as alpha = rank
+    is."""
     if "up" not in parts or "down" not in parts:
         return False
-    rank = len(parts["down"])
-    fits = parts["up"].shape == (n, rank) and parts["down"].shape == (rank, m)
+    rank, (n, m) = len(parts["down"]), layer.shape
+    with torch.device("meta"):
+        down, up = layer.as_weights(torch.empty(rank, m), torch.empty(n, rank))
+    fits = parts["up"].shape == up.shape and parts["down"].shape == down.shape
     alpha = parts.get("alpha")
     return fits and (alpha is None or (alpha.numel() == 1 and alpha.item() == rank))
 
 
+_RESNET: dict[str, str] = {
+    "conv1": "in_layers_2",
+    "conv2": "out_layers_3",
+    "norm1": "in_layers_0",
+    "norm2": "out_layers_0",
+    "time_emb_proj": "emb_layers_1",
+    "conv_shortcut": "skip_connection",
+}
 # How A1111 rewrites a name; the text encoder of 2.x is OpenCLIP's, which has other names.
 _REWRITES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (
-        r"lora_unet_down_blocks_(\d+)_attentions_(\d+)_(.+)",
-        lambda m: f"diffusion_model_input_blocks_{1 + 3 * int(m[1]) + int(m[2])}_1_{m[3]}",
+        r"lora_unet_down_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)",
+        lambda m: _compvis_block("input", 1 + 3 * int(m[1]) + int(m[3]), m[2], m[4]),
     ),
     (
-        r"lora_unet_mid_block_attentions_(\d+)_(.+)",
-        lambda m: f"diffusion_model_middle_block_1_{m[2]}",
+        r"lora_unet_mid_block_(attentions|resnets)_(\d+)_(.+)",
+        lambda m: (
+            "diffusion_model_middle_block_"
+            + (
+                f"1_{m[3]}"
+                if m[1] == "attentions"
+                else f"{2 * int(m[2])}_{_RESNET.get(m[3], m[3])}"
+            )
+        ),
     ),
     (
-        r"lora_unet_up_blocks_(\d+)_attentions_(\d+)_(.+)",
-        lambda m: f"diffusion_model_output_blocks_{3 * int(m[1]) + int(m[2])}_1_{m[3]}",
+        r"lora_unet_up_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)",
+        lambda m: _compvis_block("output", 3 * int(m[1]) + int(m[3]), m[2], m[4]),
+    ),
+    (
+        r"lora_unet_down_blocks_(\d+)_downsamplers_0_conv",
+        lambda m: f"diffusion_model_input_blocks_{3 + 3 * int(m[1])}_0_op",
+    ),
+    (  # right for Stable Diffusion 1 and 2, whose first level on the way up has no attention
+        r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv",
+        lambda m: f"diffusion_model_output_blocks_{2 + 3 * int(m[1])}_{1 + (m[1] != '0')}_conv",
     ),
     (r"lora_te1_(text_model_.+)", lambda m: f"0_transformer_{m[1]}"),
     (
@@ -215,6 +243,11 @@ _REWRITES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         lambda m: f"1_model_transformer_resblocks_{m[1]}_{m[2].replace('self_attn', 'attn')}",
     ),
 )
+
+
+def _compvis_block(side: str, number: int, kind: str, rest: str) -> str:
+    inner = f"1_{rest}" if kind == "attentions" else f"0_{_RESNET.get(rest, rest)}"
+    return f"diffusion_model_{side}_blocks_{number}_{inner}"
 
 
 def _compvis(stem: str, second: bool) -> str:
@@ -234,7 +267,7 @@ def _compvis(stem: str, second: bool) -> str:
 def _ldm_name(component: str, path: str, layout: Sequence[int], second: bool) -> str:
     """Name a target as the original network does, flattened."""
     if component == "unet":
-        return f"diffusion_model_{_flat(_ldm_path(path, layout))}"
+        return f"diffusion_model_{_flat(_ldm_path(path, layout) or path)}"
     place = {"text_encoder": "0_", "text_encoder_2": "1_"}[component] if max(layout) > 1 else ""
     if second or component == "text_encoder_2":
         path = path.removeprefix("text_model.encoder.layers.").replace("self_attn", "attn")
@@ -242,16 +275,13 @@ def _ldm_name(component: str, path: str, layout: Sequence[int], second: bool) ->
     return f"{place}transformer_{_flat(path)}"
 
 
-def _ldm_path(path: str, layout: Sequence[int]) -> str:
-    """Name a target of the UNet as the original network does."""
-    block = _block(path)
-    return ldm_blocks(layout).get(block, block) + path.removeprefix(block)
-
-
-def _block(path: str) -> str:
-    """Return the transformer block that a target of the UNet is in."""
-    match = re.match(r".*\.transformer_blocks\.\d+", path)
-    return match[0] if match else path
+def _ldm_path(path: str, layout: Sequence[int]) -> str | None:
+    """Name a target of the UNet as the original network of that layout does, None where it has
+    none."""
+    block = re.match(r".*\.transformer_blocks\.\d+", path)
+    if block and block[0] not in ldm_blocks(layout):
+        return None
+    return original_layer("sdxl" if max(layout) > 1 else "sd1", path)
 
 
 def _walk(paths: set[str], flat: str) -> str | None:

@@ -120,7 +120,7 @@ class Merge:
                 if low < high:
                     up, down = factors[name]
                     rows = up[low - place.first : high - place.first]
-                    block[low - start : high - start] += rows @ down
+                    block[low - start : high - start] += (rows @ down).view(-1, *block.shape[1:])
             block = block.to(DTYPES[self._dtype(info)])
             if not block.isfinite().all():
                 raise HdbError(f"{key!r} gets numbers that are not finite; is the base damaged?")

@@ -117,6 +117,11 @@ class LiDBLayer(nn.Module):
         """Return y + U z of each sample for U (B, n, R)."""
         raise NotImplementedError
 
+    def as_weights(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Shape one identity's D (R, m) and U (n, R) as the weights of two layers like this one,
+        which give U (D x) when run after each other."""
+        return down, up
+
     def delta(self) -> Tensor:
         """Return dW (n, m) in float32 of the one identity worn: U @ D."""
         assert self.residual is not None and len(self.residual[0]) == 1, "wear one identity first"
@@ -147,6 +152,9 @@ class LiDBConv2d(LiDBLayer):
 
     def add(self, y: Tensor, up: Tensor, z: Tensor) -> Tensor:
         return _plus_product(y.flatten(2), _dealt(up, len(z)), z).view(y.shape)
+
+    def as_weights(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        return down.unflatten(1, (-1, *self.base.kernel_size)), up[:, :, None, None]
 
 
 TargetLayer: TypeAlias = nn.Linear | nn.Conv2d

@@ -91,13 +91,14 @@ class Place:
     parts: int = 1
 
 
-def linear_layers(key: str, layout: Layout) -> list[Place]:
-    """Return the attention and feed-forward layers whose weights a tensor of a single file is.
+def layers_of(key: str, layout: Layout) -> list[Place]:
+    """Return the layers whose weights a tensor of a single file is: those in the UNet's blocks, and
+    in the attention of text encoders.
 
     None for all others, three for a fused q, k, v.
     """
     if key.startswith(UNET) and key.endswith(".weight"):
-        path = _transformer_path(key[len(UNET) : -len(".weight")])
+        path = _diffusers_path(key[len(UNET) : -len(".weight")])
         return [Place("unet", path)] if path else []
     for component, text in layout.text.items():
         if key.startswith(text.prefix):
@@ -105,19 +106,34 @@ def linear_layers(key: str, layout: Layout) -> list[Place]:
     return []
 
 
-def _transformer_path(path: str) -> str | None:
-    """Turn the LDM path of a module in a UNet's transformer into that of diffusers."""
-    kind, _, rest = path.partition(".")
-    if kind == "middle_block":
-        index, _, rest = rest.partition(".")
-        return f"mid_block.attentions.0.{rest}" if index == "1" else None
-    match = re.fullmatch(r"(\d+)\.1\.(transformer_blocks\..+)", rest)
-    if kind not in ("input_blocks", "output_blocks") or not match:
+def _diffusers_path(path: str) -> str | None:
+    """Turn the LDM path of a layer in one of the UNet's blocks into that of diffusers: the inverse
+    of `_unet`, without the numbers of levels, which follow from those of the blocks."""
+    middle = re.fullmatch(r"middle_block\.([012])\.(.+)", path)
+    if middle:
+        number, inner = int(middle[1]), middle[2]
+        return _in_block("mid_block", number != 1, number // 2, inner)
+    block = re.fullmatch(r"(input|output)_blocks\.(\d+)\.([012])\.(.+)", path)
+    if not block:
         return None
-    number = int(match[1])
-    if kind == "input_blocks":  # 0 is conv_in, every third after it a downsampler
-        return f"down_blocks.{(number - 1) // 3}.attentions.{(number - 1) % 3}.{match[2]}"
-    return f"up_blocks.{number // 3}.attentions.{number % 3}.{match[2]}"
+    side, number, part, inner = block[1], int(block[2]), int(block[3]), block[4]
+    if side == "input":  # 0 is conv_in, every third after it a downsampler
+        level, index = divmod(number - 1, 3)
+        if inner == "op":
+            return f"down_blocks.{level}.downsamplers.0.conv"
+        return _in_block(f"down_blocks.{level}", part == 0, index, inner) if number else None
+    level, index = divmod(number, 3)
+    if inner == "conv":
+        return f"up_blocks.{level}.upsamplers.0.conv"
+    return _in_block(f"up_blocks.{level}", part == 0, index, inner)
+
+
+def _in_block(block: str, residual: bool, index: int, inner: str) -> str | None:
+    """Name a layer of a residual block, or of the transformer after it."""
+    if not residual:
+        return f"{block}.attentions.{index}.{inner}"
+    own = next((new for new, old in _RESNET.items() if old == f"{inner}."), None)
+    return own and f"{block}.resnets.{index}.{own.removesuffix('.')}"
 
 
 def _text_layers(component: str, text: TextLayout, key: str) -> list[Place]:

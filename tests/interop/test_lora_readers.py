@@ -27,7 +27,7 @@ from hdbcli.interop import export
 from hdbcli.interop.diffusers_reader import load_for_real
 from hdbcli.interop.export import export_tensors, read_by_all, refuse_unread
 from hdbcli.interop.lora_readers import a1111, comfyui, invokeai, layout_of, replay
-from hdbcli.method.inject import inject
+from hdbcli.method.inject import eject, inject
 from hdbcli.method.lidb import Theta, first_theta
 from hdbcli.model.base import Base
 from hdbcli.training.personalise import describe
@@ -116,6 +116,23 @@ def test_every_reader_maps_all_192_kohya_targets(small: Base, dtype: str) -> Non
     assert [r.reader for r in readings] == names
     assert all((r.ok, r.mapped, r.total) == (True, 192, 192) for r in readings), readings
     refuse_unread(readings, "kohya")
+
+
+def test_every_reader_maps_the_convolutions() -> None:
+    convolutions = FAMILIES["sd1"].target_sets["all"]["unet"]
+    readings = []
+    for _ in range(2):  # the check uses a base up
+        base = small_sd()
+        eject(base.backbone.components)
+        base = injected_into(base.backbone, {"unet": convolutions})
+        readings = readings or [base]
+    theta = random_theta(base)
+    tensors = export_tensors(base, theta, "kohya", "fp16")
+    assert tensors["lora_unet_mid_block_resnets_1_conv2.lora_down.weight"].shape == (2, 128, 3, 3)
+    found = read_by_all(readings[0], theta, tensors)
+    assert all((r.ok, r.mapped) == (True, 288) for r in found), found
+    flat = {key: value.flatten(1) if value.dim() > 1 else value for key, value in tensors.items()}
+    assert all(r.mapped < 288 for r in replay(base, flat))  # matrices of convolutions are refused
 
 
 def test_only_diffusers_reads_its_own_keys(small: Base, peft: Tensors) -> None:
