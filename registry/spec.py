@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 from registry.errors import RegistryError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"  # names of bases and of identities alike
 
 Point = tuple[float, float]
+Targets: TypeAlias = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class BaseSpec:
     family: str  # identities move between bases of one family only
     summary: str
     licence: str
-    targets: Mapping[str, tuple[str, ...]]  # component -> patterns, fullmatched on module paths
+    targets: Targets  # component -> patterns, fullmatched on paths of linear layers, convolutions
     a: int  # numbers of a core's down side, per target and rank
     b: int  # numbers of its up side
     basis_seed: int  # one basis a base, so that its hypernetwork fits all of its identities
@@ -148,6 +149,17 @@ class BaseSpec:
     batch: int = 1  # samples a step of refinement: more where they are cheap
     likeness: float = 0.0  # of drawn portraits, its weight in refinement: where drawing is cheap
     guidance: float = SampleSettings.guidance  # by default
+    # Targets to choose from by name, such as attention and all; `targets` are the default.
+    target_sets: Mapping[str, Targets] = field(default_factory=dict)
+
+    def with_targets(self, name: str) -> BaseSpec:
+        """Return this spec with the target set of that name, and no other; RegistryError if it
+        offers none such."""
+        if name not in self.target_sets:
+            offers = " and ".join(self.target_sets) or "one set without a name; drop --targets"
+            raise RegistryError(f"base model {self.name} has no targets {name!r}; it has {offers}")
+        chosen = self.target_sets[name]
+        return replace(self, targets=chosen, target_sets={name: chosen})
 
     @property
     def sampling(self) -> SampleSettings:
@@ -158,29 +170,30 @@ class BaseSpec:
         """Raise RegistryError for a spec that could not work."""
         if not isinstance(self.name, str) or not re.fullmatch(NAME_PATTERN, self.name):
             raise RegistryError(f"base model name {self.name!r} does not match {NAME_PATTERN}")
-        for field in ("family", "identifier"):
-            value = getattr(self, field)
+        for word in ("family", "identifier"):
+            value = getattr(self, word)
             if not isinstance(value, str) or not value.strip():
-                raise RegistryError(f"base model {self.name}: {field} is {value!r}; give a word")
-        for field in ("a", "b", "resolution", "basis_seed", "budget", "batch"):
-            value, low = getattr(self, field), 0 if field == "basis_seed" else 1
+                raise RegistryError(f"base model {self.name}: {word} is {value!r}; give a word")
+        for name in ("a", "b", "resolution", "basis_seed", "budget", "batch"):
+            value, low = getattr(self, name), 0 if name == "basis_seed" else 1
             if not isinstance(value, int) or value < low:
                 raise RegistryError(
-                    f"base model {self.name}: {field} is {value!r}; an integer from {low} is needed"
+                    f"base model {self.name}: {name} is {value!r}; an integer from {low} is needed"
                 )
-        for field in ("likeness", "guidance"):
-            value = getattr(self, field)
+        for number in ("likeness", "guidance"):
+            value = getattr(self, number)
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise RegistryError(
-                    f"base model {self.name}: {field} is {value!r}; a number from 0 is needed"
+                    f"base model {self.name}: {number} is {value!r}; a number from 0 is needed"
                 )
         if not callable(self.load):
             raise RegistryError(f"base model {self.name}: load must be callable")
-        _check_targets(self.name, self.targets)
+        for targets in (self.targets, *self.target_sets.values()):
+            _check_targets(self.name, targets)
         _check_template(self.name, self.template)
 
 
-def _check_targets(name: str, targets: Mapping[str, tuple[str, ...]]) -> None:
+def _check_targets(name: str, targets: Targets) -> None:
     """Raise RegistryError unless there is at least one pattern and all of them compile."""
     if not isinstance(targets, Mapping) or not any(targets.values()):
         raise RegistryError(f"base model {name}: targets hold no pattern; give at least one")

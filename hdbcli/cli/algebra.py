@@ -56,7 +56,7 @@ def inspect(
             raise HdbError(f"{out} is not named .png, the kind of picture that hdb draws")
     names, verified, problem = None, None, None
     try:
-        spec, weights = weights_of(loaded.base)
+        spec, weights = weights_of(loaded.base, loaded.targets_digest)
         problem = fit(loaded, spec, weights)
         names, verified = list(weights.shapes), True
     except HdbError as error:

@@ -10,7 +10,7 @@ import typer
 
 from hdbcli.cli import render
 from hdbcli.cli.boundary import new_app
-from hdbcli.cli.options import Json, added_of, base_name, bases, open_on, spec_of
+from hdbcli.cli.options import Json, added_of, base_name, bases, open_on, spec_of, spec_with
 from hdbcli.errors import HdbError
 from registry.store import check_name
 
@@ -156,8 +156,10 @@ def base_set_hypernetwork(
     spec = bases().get(name)
     if file:
         from hdbcli.model.base import load_predictor
+        from hdbcli.model.hypernetwork_file import targets_of
 
-        load_predictor(open_on(name, "cpu", file))
+        chosen = spec_with(name, None, file)
+        load_predictor(open_on(chosen, "cpu", targets_digest=targets_of(file)))
     set_hypernetwork(spec.name, file)
     render.say(f"{spec.name} predicts with {file or 'its own hypernetwork'}")
 

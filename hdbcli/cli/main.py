@@ -49,6 +49,7 @@ from hdbcli.cli.options import (
     Size,
     Steps,
     Strength,
+    TargetSet,
     Yes,
     check_crop,
     name_for,
@@ -57,6 +58,7 @@ from hdbcli.cli.options import (
     photos_of,
     refuse_given,
     spec_of,
+    spec_with,
     stack,
     wear,
     within_memory,
@@ -118,6 +120,7 @@ def new(
     optimizer: NewOptimizer = None,
     likeness: Likeness = None,
     crop: CropFile = None,
+    targets: TargetSet = None,
     force: Force = False,
     device: Device = None,
     memory: Memory = "auto",
@@ -138,7 +141,7 @@ def new(
 
     given |= {"seed": seed or RefineConfig.seed, "optimizer": optimizer or RefineConfig.optimizer}
     wanted = partial(settle, **given)
-    spec = spec_of(base)
+    spec = spec_with(base, targets)
     config = None if no_refine else wanted
     created = _make(spec, device, memory, photos, face, likeness, config, crop_file=crop)
     _store(created, name, path, spec.budget, as_json, new=not force)
@@ -311,6 +314,7 @@ def _make(
     `config` may depend on the base; None keeps the prediction.
     """
     from hdbcli.model import sample
+    from hdbcli.model.hypernetwork_file import targets_of
     from hdbcli.training import personalise
 
     start = time.perf_counter()
@@ -321,10 +325,12 @@ def _make(
         sample.save_crops([crop.image for crop in crops], crop_file)
     cropped = time.perf_counter() - start
 
+    digest = identity.targets_digest if identity else targets_of(spec.hypernetwork)
+
     def make(plan: MemoryPlan) -> Created:
         with render.progress() as tell:
             tell("load", 0, 1)
-            loaded = open_on(spec.name, device, plan=plan)
+            loaded = open_on(spec, device, plan, digest)
             settled = config and config(loaded)
             if identity is not None and settled:
                 return personalise.continue_refining(identity, crops, loaded, settled, tell)

@@ -56,7 +56,7 @@ def merge(
     if spec.files is not None:
         merged_files.check_apart(out, spec.files)
     with render.progress() as tell, merged_files.with_files(spec, chosen, out) as copied:
-        checkpoint = open_checkpoint(copied)
+        checkpoint = open_checkpoint(copied, identity.targets_digest)
         warning = fit(identity, spec, checkpoint)
         if warning:
             render.note(f"warning: {warning}")

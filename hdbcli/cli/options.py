@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -62,6 +63,14 @@ def one_of(noun: str, choices: Sequence[str]) -> Callable[[str | None], str | No
 
 known_optimizer = one_of("optimizer", OPTIMIZERS)
 Photo = Annotated[Path, typer.Argument(help=f"Photo of the face: {KINDS}; - reads standard input.")]
+TargetSet = Annotated[
+    str | None,
+    typer.Option(
+        "--targets",
+        help="Layers that get residuals: attention, or all for the convolutions too; default: "
+        "those of the base and of its hypernetwork.",
+    ),
+]
 Identity = Annotated[str, typer.Argument(help="Name of an identity, or an identity file.")]
 BaseName = Annotated[
     str | None, typer.Option("--base", help="Base model; default: see hdb base default.")
@@ -260,14 +269,23 @@ def spec_of(base: str | None) -> BaseSpec:
     return customised(bases().get(base_name(base)))
 
 
-def weights_of(base: str) -> tuple[BaseSpec, Weights]:
-    """Return a base model's spec and its targets: read in its files, which takes no memory, or
-    loaded if it names none."""
+def spec_with(base: str | None, targets: str | None, hypernetwork: Path | None = None) -> BaseSpec:
+    """Return the spec of a base model with a target set and a hypernetwork, if they were chosen."""
+    spec = spec_of(base)
+    spec = spec.with_targets(targets) if targets else spec
+    return replace(spec, hypernetwork=hypernetwork) if hypernetwork else spec
+
+
+def weights_of(base: str, targets_digest: str) -> tuple[BaseSpec, Weights]:
+    """Return a base model's spec and its targets, of several sets those with that digest: read in
+    its files, which takes no memory, or loaded if it names none."""
     from hdbcli.model.base import load_base
     from hdbcli.model.files import open_checkpoint
 
     spec = spec_of(base)
-    return spec, load_base(spec, "cpu").injected if spec.files is None else open_checkpoint(spec)
+    if spec.files is None:
+        return spec, load_base(spec, "cpu", targets_digest=targets_digest).injected
+    return spec, open_checkpoint(spec, targets_digest)
 
 
 def added_of(base: str) -> Added | None:
@@ -278,17 +296,18 @@ def added_of(base: str) -> Added | None:
 
 
 def open_on(
-    base: str | None,
+    spec: BaseSpec,
     device: str | None,
-    hypernetwork: Path | None = None,
     plan: MemoryPlan | None = None,
+    targets_digest: str | None = None,
 ) -> Base:
-    """Load a base model, or the default one, on a device; say what of a memory plan cannot be
-    done."""
-    from hdbcli.model.base import open_base
+    """Load a base model on a device, with the targets that an identity or a hypernetwork names; say
+    what of a memory plan cannot be done."""
+    from hdbcli.model.base import load_base
+    from hdbcli.model.device import choose_device
     from hdbcli.model.memory import NORMAL
 
-    loaded = open_base(base_name(base), device, hypernetwork, plan or NORMAL)
+    loaded = load_base(spec, choose_device(device), plan or NORMAL, targets_digest)
     for note in loaded.notes:
         render.note(f"warning: {note}")
     return loaded
@@ -332,7 +351,8 @@ def wear(
     from hdbcli.method.relax import stack
 
     identities = [load(path) for path in paths]
-    loaded = open_on(base or identities[0].base, device, plan=plan)
+    spec = spec_of(base or identities[0].base)
+    loaded = open_on(spec, device, plan, identities[0].targets_digest)
     thetas = []
     for path, identity in zip(paths, identities, strict=True):
         theta, warning = theta_for(loaded, identity)

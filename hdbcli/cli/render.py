@@ -202,6 +202,7 @@ def base_facts(spec: BaseSpec, source: str, added: Added | None) -> dict[str, An
         "basis_seed": spec.basis_seed,
         "identifier": spec.identifier,
         "targets": {component: list(patterns) for component, patterns in spec.targets.items()},
+        "target_sets": list(spec.target_sets),
         "hypernetwork": bool(spec.hypernetwork and spec.hypernetwork.exists()),
         "budget": spec.budget,
         "guidance": spec.guidance,

@@ -23,13 +23,14 @@ from hdbcli.cli.options import (
     Optimizer,
     Pattern,
     Seed,
+    TargetSet,
     check_folder,
     check_output,
     finite,
     one_of,
     open_on,
     refuse_given,
-    spec_of,
+    spec_with,
     within_memory,
 )
 from hdbcli.config import (
@@ -67,6 +68,7 @@ def train_bank(
     at_once: Annotated[int, typer.Option(min=1, help="People side by side.")] = BankConfig.at_once,
     seed: Seed = BankConfig.seed,
     optimizer: Optimizer = BankConfig.optimizer,
+    targets: TargetSet = None,
     pattern: Pattern = "*",
     aligned: Aligned = False,
     device: Device = None,
@@ -77,14 +79,14 @@ def train_bank(
     from hdbcli.training.people import read_people
 
     check_folder(out)
-    spec = spec_of(base)
+    spec = spec_with(base, targets)
     config = BankConfig(steps, lr=lr, at_once=at_once, seed=seed, optimizer=optimizer)
     with render.progress() as tell:
         people = read_people(data, spec, pattern, aligned, tell)
     render.show_skipped(people.skipped)
 
     def build(plan: MemoryPlan) -> None:
-        loaded = open_on(base, device, plan=plan)
+        loaded = open_on(spec, device, plan)
         start, made = time.perf_counter(), 0
         with render.progress() as tell:
             for shard in bank.build_bank(loaded, people, out, config, tell):
@@ -169,6 +171,7 @@ def train_hypernetwork(
     look: Look = None,
     held_out: HeldOut = PretrainConfig.held_out,
     start: Start = None,
+    targets: TargetSet = None,
     pattern: Pattern = "*",
     aligned: Aligned = False,
     device: Device = None,
@@ -180,6 +183,7 @@ def train_hypernetwork(
     processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
     from hdbcli.model.base import load_predictor
+    from hdbcli.model.hypernetwork_file import targets_of
     from hdbcli.training.bank import read_bank
     from hdbcli.training.hypernetwork import new_hypernetwork
     from hdbcli.training.people import read_people
@@ -195,10 +199,10 @@ def train_hypernetwork(
     config = PretrainConfig(
         *goals, seed, optimizer, precision, save_seconds, look, held_out, checkpoint
     )
-    spec = spec_of(base)
+    spec = spec_with(base, targets, start)
 
     def learn(plan: MemoryPlan) -> None:
-        loaded = open_on(base, device, start, plan)
+        loaded = open_on(spec, device, plan, targets_of(start))
         # Before the photos are read, which takes hours: these may be missing, or another base's.
         known = read_bank(bank, loaded) if bank else None
         model = load_predictor(loaded)[0] if start else new_hypernetwork(loaded, seed)
@@ -285,13 +289,14 @@ def train_evaluate(
     """Measure a hypernetwork on people it never saw: loss with intervals, retrieval of
     portraits."""
     from hdbcli.model.base import load_predictor
+    from hdbcli.model.hypernetwork_file import targets_of
     from hdbcli.training import evaluate
     from hdbcli.training.people import read_people
 
-    spec = spec_of(base)
+    spec = spec_with(base, None, hypernetwork)
 
     def measure(plan: MemoryPlan) -> evaluate.Evaluation:
-        loaded = open_on(base, device, hypernetwork, plan)
+        loaded = open_on(spec, device, plan, targets_of(spec.hypernetwork))
         model, _ = load_predictor(loaded)  # before the photos are read, which takes hours
         with render.progress() as tell:
             people = read_people(data, spec, pattern, aligned, tell)

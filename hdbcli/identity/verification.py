@@ -16,7 +16,8 @@ from registry.spec import BaseSpec
 
 MAX_LORA = 2**40  # of a foreign file the header alone is read
 
-Open = Callable[[str], tuple[BaseSpec, Weights]]  # a base model's spec and targets
+# (base model, digest of its targets) -> its spec and targets
+Open = Callable[[str, str], tuple[BaseSpec, Weights]]
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,22 @@ def take_in(file: Path, identity: Identity, path: Path, new: bool) -> None:
 
 
 def fits_here(weights_of: Open) -> Callable[[Identity], tuple[bool | None, str | None]]:
-    """Return a check of identities against their base models, each of which is opened once.
+    """Return a check of identities against their base models, each of which is opened once for
+    each of its target sets.
 
     It returns True if an identity is at home on its base, None if that is not here to ask; and a
     warning, if there is one. HdbError if the base refuses it: other family, targets or basis.
     """
-    homes: dict[str, dict[str, Any] | HdbError] = {}
+    homes: dict[tuple[str, str], dict[str, Any] | HdbError] = {}
 
     def check(identity: Identity) -> tuple[bool | None, str | None]:
-        if identity.base not in homes:
+        key = identity.base, identity.targets_digest
+        if key not in homes:
             try:
-                homes[identity.base] = terms_of(*weights_of(identity.base))
+                homes[key] = terms_of(*weights_of(*key))
             except HdbError as error:
-                homes[identity.base] = error
-        home = homes[identity.base]
+                homes[key] = error
+        home = homes[key]
         if isinstance(home, HdbError):
             return None, f"its basis is not verified: {home}"
         return True, check_fits(identity, **home)

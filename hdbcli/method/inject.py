@@ -124,21 +124,31 @@ def find_targets(
     components: Mapping[str, nn.Module], targets: Mapping[str, tuple[str, ...]]
 ) -> list[tuple[str, str, TargetLayer]]:
     """List (component, module path, layer) of all targets, in the order of theta."""
-    found = {}
     for component in targets:
         if component not in components:
             raise HdbError(
                 f"the base model has no component {component!r} (it has {', '.join(components)}); "
                 "its spec names targets there"
             )
-        for path, module in components[component].named_modules():
-            name = f"{component}.{canonical(component, path)}"
-            if isinstance(module, nn.Linear | nn.Conv2d) and matches(name, targets):
-                _check_kind(name, module)
-                found[name] = component, path, module
+    layers = layers_in(components)
+    found = in_order(layers, targets)
     if not found:
         raise HdbError("no layer of the base model matches its spec's targets; check the patterns")
-    return [found[name] for name in in_order(found, targets)]
+    for name in found:
+        _check_kind(name, layers[name][2])
+    return [layers[name] for name in found]
+
+
+def layers_in(
+    components: Mapping[str, nn.Module],
+) -> dict[str, tuple[str, str, TargetLayer]]:
+    """Map the canonical name of every layer that could be a target to (component, path, layer)."""
+    return {
+        f"{component}.{canonical(component, path)}": (component, path, layer)
+        for component, module in components.items()
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
 
 
 def _check_kind(name: str, layer: TargetLayer) -> None:
@@ -164,7 +174,8 @@ def matches(name: str, targets: Mapping[str, tuple[str, ...]]) -> bool:
 
 
 def in_order(names: Iterable[str], targets: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Sort canonical names as theta has them: by component, then by name, numbers as numbers.
+    """Pick the targets out of canonical names and sort them as theta has them: by component, then
+    by name, numbers as numbers.
 
     Not in the order of modules, which depends on the library that builds the model; and the names
     in a file's header are enough.
@@ -176,7 +187,7 @@ def in_order(names: Iterable[str], targets: Mapping[str, tuple[str, ...]]) -> li
         parts = [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
         return components.index(component), parts
 
-    return sorted(names, key=key)
+    return sorted((name for name in names if matches(name, targets)), key=key)
 
 
 def _set(root: nn.Module, path: str, module: nn.Module) -> None:

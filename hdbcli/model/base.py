@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -17,11 +16,11 @@ from hdbcli.config import PLACEHOLDER
 from hdbcli.errors import HdbError
 from hdbcli.faces.embedding import embed_aligned
 from hdbcli.method.hypernet import Faces, HyperNetwork
-from hdbcli.method.inject import Injected, inject
+from hdbcli.method.inject import Injected, inject, layers_in
 from hdbcli.method.lidb import Factors, Theta, first_theta
 from hdbcli.model.device import choose_device, give_back_memory, short_attention
-from hdbcli.model.files import open_checkpoint
-from hdbcli.model.hypernetwork_file import load_hypernetwork
+from hdbcli.model.files import made_with, open_checkpoint
+from hdbcli.model.hypernetwork_file import load_hypernetwork, targets_of
 from hdbcli.model.memory import NORMAL, MemoryPlan
 from hdbcli.model.quantise import quantise
 from hdbcli.model.tokens import Tokens
@@ -96,31 +95,32 @@ class Base:
         return embed_aligned(images, np.array(self.spec.template))
 
 
-def load_base(spec: BaseSpec, device: str, plan: MemoryPlan = NORMAL) -> Base:
-    """Load a base model as a plan holds it and put LiDB layers on its targets."""
+def load_base(
+    spec: BaseSpec, device: str, plan: MemoryPlan = NORMAL, targets_digest: str | None = None
+) -> Base:
+    """Load a base model as a plan holds it and put LiDB layers on its targets.
+
+    Of several target sets the one with `targets_digest` is taken, which identities and
+    hypernetworks name, else the spec's own.
+    """
     if plan.quantised:
         give_back_memory()
     backbone = spec.load(device, plan.dtype)
     if plan.frugal and isinstance(backbone, Frugal):
         backbone.save_memory(plan.recompute)
     note = quantise(backbone.components.values(), plan.quantised) if plan.quantised else None
+    spec = made_with(spec, layers_in(backbone.components), targets_digest)
     injected = inject(backbone.components, spec.targets, spec.a, spec.b, spec.basis_seed)
     if plan.dtype != NORMAL.dtype or plan.quantised:  # identities know it before any rounding
         injected = replace(injected, digest=open_checkpoint(spec).weights_digest())
     return Base(spec, backbone, injected, device, plan, (note,) if note else ())
 
 
-def open_base(
-    name: str,
-    device: str | None = None,
-    hypernetwork: Path | None = None,
-    plan: MemoryPlan = NORMAL,
-) -> Base:
-    """Find a base model by name, with what the user set for it, and load it on a device."""
+def open_base(name: str, device: str | None = None) -> Base:
+    """Find a base model by name, with what the user set for it, and load it on a device, with the
+    targets of its hypernetwork if it has one."""
     spec = customised(load_registry().get(name))
-    if hypernetwork:
-        spec = replace(spec, hypernetwork=hypernetwork)
-    return load_base(spec, choose_device(device), plan)
+    return load_base(spec, choose_device(device), targets_digest=targets_of(spec.hypernetwork))
 
 
 def open_pair(

@@ -6,8 +6,9 @@ it is asked for, so that memory stays small whatever the size of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,21 +16,23 @@ from torch import Tensor
 
 from hdbcli.errors import HdbError
 from hdbcli.method.basis import Fingerprint, fingerprint
-from hdbcli.method.inject import digest_names, digest_weights, in_order, matches
+from hdbcli.method.inject import digest_names, digest_weights, in_order
 from registry.checkpoints.contents import WEIGHTS, weight_files
-from registry.checkpoints.ldm import layout_of, linear_layers
+from registry.checkpoints.ldm import layers_of, layout_of
 from registry.checkpoints.safetensors import Header, TensorInfo, read_header
 from registry.checkpoints.tensors import canonical
 from registry.spec import BaseSpec
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LARGEST = 2**40  # bytes of a file
+MATRICES = (2, 4)  # dimensions of the weight of a linear layer, of a convolution
 STEMS = tuple(dict.fromkeys(WEIGHTS.values()))
 
 
 @dataclass(frozen=True)
 class Place:
-    """The rows `first` to `first + n` of tensor `key` in `file` are a target's weight (n, m)."""
+    """The rows `first` to `first + n` of tensor `key` in `file` are a target's weight, (n, m) as a
+    matrix."""
 
     file: Path
     key: str
@@ -91,8 +94,22 @@ def tensor_of(data: bytearray, info: TensorInfo) -> Tensor:
     return torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(info.shape)
 
 
-def open_checkpoint(spec: BaseSpec) -> Checkpoint:
-    """Read the headers of a base's files and find its targets; HdbError if some are missing."""
+def made_with(spec: BaseSpec, layers: Iterable[str], targets_digest: str | None) -> BaseSpec:
+    """Return a spec with the target set of that digest, the one that an identity was made with.
+
+    `layers` are the canonical names of all that could be targets. The spec is returned as it is
+    where none of its sets has the digest, and where nothing is asked for.
+    """
+    layers = tuple(layers)
+    for targets in spec.target_sets.values():
+        if targets_digest and digest_names(in_order(layers, targets)) == targets_digest:
+            return replace(spec, targets=targets)
+    return spec
+
+
+def open_checkpoint(spec: BaseSpec, targets_digest: str | None = None) -> Checkpoint:
+    """Read the headers of a base's files and find its targets, those of that digest if there are
+    several sets; HdbError if some are missing."""
     spec.check()
     root = spec.files
     if root is None:
@@ -106,14 +123,16 @@ def open_checkpoint(spec: BaseSpec) -> Checkpoint:
         raise HdbError(f"{root} of base model {spec.name} is gone; hdb base verify {spec.name}")
     every = [file for group in files.values() for file in group]
     headers = {file: read_header(file, LARGEST) for file in every}
-    found = dict(_places(spec, root, files, headers))
+    found = dict(_places(spec.family, root, files, headers))
+    spec = made_with(spec, found, targets_digest)
+    names = in_order(found, spec.targets)
     for component in spec.targets:
-        if not any(name.startswith(f"{component}.") for name in found):
+        if not any(name.startswith(f"{component}.") for name in names):
             raise HdbError(
                 f"{root} holds no safetensors weights of the {component} of base model "
                 f"{spec.name}; is it half a download, or another model?"
             )
-    places = {name: found[name] for name in in_order(found, spec.targets)}
+    places = {name: found[name] for name in names}
     for name, place in places.items():
         dtype = headers[place.file].tensors[place.key].dtype
         if dtype not in DTYPES:
@@ -128,26 +147,26 @@ def _component_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _places(
-    spec: BaseSpec,
+    family: str,
     root: Path,
     files: Mapping[str, tuple[Path, ...]],
     headers: Mapping[Path, Header],
 ) -> Iterator[tuple[str, Place]]:
-    """Yield every target with its place, in the order of the files."""
+    """Yield every layer that could be a target with its place, in the order of the files."""
     if root.is_file():
-        layout = layout_of(spec.family)
+        layout = layout_of(family)
         for key, info in headers[root].tensors.items():
-            for layer in linear_layers(key, layout):
+            for layer in layers_of(key, layout):
                 name = f"{layer.component}.{canonical(layer.component, layer.path)}"
-                if len(info.shape) == 2 and matches(name, spec.targets):
-                    rows = info.shape[0] // layer.parts
-                    shape = (rows, info.shape[1])
-                    yield name, Place(root, key, layer.part * rows, shape)
+                if len(info.shape) in MATRICES:
+                    n = info.shape[0] // layer.parts
+                    shape = (n, math.prod(info.shape[1:]))
+                    yield name, Place(root, key, layer.part * n, shape)
         return
     for component, group in files.items():
         for file in group:
             for key, info in headers[file].tensors.items():
                 name = f"{component}.{canonical(component, key.removesuffix('.weight'))}"
-                weight = key.endswith(".weight") and len(info.shape) == 2
-                if weight and matches(name, spec.targets):
-                    yield name, Place(file, key, 0, (info.shape[0], info.shape[1]))
+                if key.endswith(".weight") and len(info.shape) in MATRICES:
+                    shape = (info.shape[0], math.prod(info.shape[1:]))
+                    yield name, Place(file, key, 0, shape)

@@ -23,6 +23,16 @@ def save_hypernetwork(model: HyperNetwork, path: Path) -> None:
     write_kept(path, lambda file: save_tensors(tensors, file, metadata))
 
 
+def targets_of(path: Path | None) -> str | None:
+    """Return the digest of the targets that a hypernetwork was trained for; None where there is no
+    file, or none that says so."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str(json.loads((file.metadata() or {})["hdb.config"])["targets_digest"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
 def load_hypernetwork(path: Path) -> tuple[HyperNetwork, str]:
     """Read a hypernetwork in fp32 and the sha256 of its file; HdbError if the file is not one."""
     try:

@@ -96,6 +96,7 @@ LATENT = 8  # pixels of a latent position's side, in every family
 SHARE = 0.9  # of the free memory that a plan may take: the rest is for what is not counted
 # Numbers of working memory for a sample, latent position and channel of the UNet's first layer:
 # peaks of Stable Diffusion 1.5's shape at 512 px, in bfloat16 on a CPU, were 419, 230 and 79.
+# Residuals on its convolutions as well add 10 to the first: a convolution keeps its input anyway.
 KEPT, RECOMPUTED, DRAWN = 450, 250, 100
 DECODED = 1350  # numbers for a pixel of a picture that its autoencoder decodes, likewise
 OVERHEAD = 5e8  # bytes: libraries, the device's context, the bases of the targets

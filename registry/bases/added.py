@@ -65,6 +65,7 @@ def spec_of(added: Added) -> BaseSpec:
         check=partial(check, added),
         budget=family.budget,
         guidance=family.guidance,
+        target_sets=family.target_sets,
     )
 
 

@@ -11,11 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from registry.spec import Point
+from registry.spec import Point, Targets
 
 CONFIGS = Path(__file__).parent / "configs"  # diffusers configurations, a folder for each family
 
 _UNET = (r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)", r".*\.ff\.net\.0\.proj")
+# Every convolution inside the blocks. The first and the last of the UNet are narrower than a basis.
+_CONVOLUTIONS = (
+    r".*\.resnets\.\d+\.(conv1|conv2|conv_shortcut)",
+    r".*\.(down|up)samplers\.0\.conv",
+    r".*\.proj_(in|out)",  # linear in some families, a convolution of 1 x 1 in others
+)
 _TEXT = (r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",)
 END = "<|endoftext|>"
 PER_BLOCK, PER_LAYER = 9, 4  # targets that these find in a transformer block, in a text layer
@@ -47,13 +53,23 @@ class Family:
     template: tuple[Point, Point, Point, Point, Point] = _FFHQ
 
     @property
-    def targets(self) -> dict[str, tuple[str, ...]]:
-        """Return the patterns of the targets, as `BaseSpec` wants them."""
-        return {"unet": _UNET, **dict.fromkeys(self.layers, _TEXT)}
+    def targets(self) -> Targets:
+        """Return the paper's targets, as patterns."""
+        return self.target_sets["attention"]
+
+    @property
+    def target_sets(self) -> dict[str, Targets]:
+        """Return the targets there are to choose from: the paper's alone, or with the UNet's
+        convolutions, which reach the finest grid, where the paper's see nothing."""
+        text = dict.fromkeys(self.layers, _TEXT)
+        return {
+            "attention": {"unet": _UNET, **text},
+            "all": {"unet": (*_UNET, *_CONVOLUTIONS), **text},
+        }
 
     @property
     def count(self) -> int:
-        """Count the targets."""
+        """Count the paper's targets."""
         return PER_BLOCK * self.blocks + PER_LAYER * sum(self.layers.values())
 
     @property

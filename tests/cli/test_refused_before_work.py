@@ -69,6 +69,7 @@ def test_options_that_would_do_nothing_are_refused(
     compose = "compose", "alice", "--as", "b"
     for option in (("--device", "cpu"), ("--memory", "low")):
         refused(*compose, *option, says=f"add --show or drop {option[0]}")
+    refused("new", astronaut, "b", "--targets", "all", says="no targets 'all'")
     refused("score", "alice", "--face", 1, says="add --photo or drop --face")
     train = "train", "hypernetwork", tmp_path, "-o", tmp_path / "h.safetensors"
     refused(*train, "--beta", 0, says="add --bank or drop --beta")

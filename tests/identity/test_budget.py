@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from commands import hdb
+from commands import hdb, refused, told
 
 from hdbcli.identity.budget import dtype_within, file_bytes, rank_within
-from hdbcli.identity.file import Identity, save
+from hdbcli.identity.file import Identity, load, save
 from hdbcli.method.basis import Fingerprint
 from registry import store
 from registry.stable_diffusion.families import FAMILIES
@@ -123,3 +123,18 @@ def test_an_identity_of_xl(narrow: Narrow, hdb_home: Path, tmp_path: Path) -> No
     files = [Path(each["pictures"][0]["path"]).read_bytes() for each in (drawn, bare)]
     assert files[0] != files[1]
     assert told.startswith("memory: ") and told.count("\n") == 1  # and no warning
+
+
+def test_an_identity_with_convolutions_is_made_and_drawn(
+    narrow: Narrow, hdb_home: Path, tmp_path: Path, astronaut: Path
+) -> None:
+    ok("base", "add", "mine", narrow.folder("sd1"))
+    ok("new", astronaut, "bob", "--base", "mine", "--targets", "all", "--steps", 1)
+    identity = load(store.path_of("bob"))
+    assert len(identity.down) == 286 and store.path_of("bob").stat().st_size <= 120_000
+    ok("gen", "bob", "a [V] face", "-n", 1, "--steps", 1, "-o", tmp_path / "bob.png")
+    kinds = told("inspect", "bob")
+    assert kinds["verified"] is True and kinds["shares"]["kind"]["convolution"] > 0
+    assert refused(
+        "new", astronaut, "c", "--base", "mine", "--targets", "x", says="attention and all"
+    )

@@ -232,7 +232,7 @@ def test_verify_opens_each_base_once(identity: Identity, outside: Path) -> None:
 
     opened = []
 
-    def weights_of(name: str) -> tuple[BaseSpec, Weights]:
+    def weights_of(name: str, digest: str) -> tuple[BaseSpec, Weights]:
         opened.append(name)
         raise RegistryError("not here")
 

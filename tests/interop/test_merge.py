@@ -355,3 +355,27 @@ def _fail(*_: object) -> None:
 
 def _interrupt(*_: object) -> torch.Tensor:
     raise KeyboardInterrupt
+
+
+def test_convolutions_are_merged_in_both_layouts(narrow: Narrow, tmp_path: Path) -> None:
+    """A folder and a single file of one base become the same single file, convolutions included.
+
+    They are 2 fewer than in the published model, whose levels differ in width and need shortcuts.
+    """
+    merged = []
+    for number, files in enumerate((narrow.folder("sd1"), narrow.single("sd1"))):
+        checkpoint = open_checkpoint(spec_of("sd1", files).with_targets("all"))
+        assert len(checkpoint.places) == 286
+        out = tmp_path / f"{number}.safetensors"
+        theta = theta_for(checkpoint)
+        merged_files.write_single(Merge(checkpoint, theta, None), out, "alice", quiet)
+        merged.append(load_file(out))
+        before = load_file(narrow.single("sd1"))
+        name = "unet.up_blocks.1.upsamplers.0.conv"
+        key = "model.diffusion_model.output_blocks.5.2.conv.weight"
+        matrix = plus_delta(checkpoint, theta, name, before[key].flatten(1))
+        assert_rounded_once(merged[-1][key], matrix.view_as(before[key]))
+    assert merged[0].keys() <= merged[1].keys()
+    assert all(torch.equal(value, merged[1][key]) for key, value in merged[0].items())
+    changed = [key for key in merged[0] if not torch.equal(merged[0][key], before[key])]
+    assert len(changed) == 286
