@@ -35,9 +35,9 @@ METHODS = (  # of `hdb compare`: HyperDreamBooth, its ablations, and the methods
     "no-likeness",
     "free-relaxation",
     "lora",
+    "lora-all",
     "dreambooth",
-    "dreambooth-400",
-    "dreambooth-40",
+    "dreambooth-all",
     "inversion",
 )
 MAIN_METHODS = "hyperdreambooth,lora,dreambooth,inversion"

@@ -17,7 +17,7 @@ from hdbcli.faces.embedding import embed
 from hdbcli.identity.derivation import theta_of
 from hdbcli.identity.file import load, save
 from hdbcli.identity.interpolation import walk
-from hdbcli.measure.statistics import likeness_of
+from hdbcli.measure.metrics import FaceMetric
 from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import stack
 from hdbcli.model.base import Base, load_predictor, open_base
@@ -47,7 +47,7 @@ def run(folder: Path | None, tell: Tell) -> list[Row]:
     theta = refine_all(base, predicted, read, tell)
     count = len(theta)
     whole, small = (
-        float(likeness_of(_portraits(base, worn, tell), truth).mean())
+        float(FaceMetric().likeness(_portraits(base, worn, tell).numpy(), truth.numpy()).mean())
         for worn in (theta, _stored(base, theta, "int8"))
     )
     pairs = list(pairwise(range(min(count, PAIRS + 1))))

@@ -96,7 +96,10 @@ _Photos = Annotated[
     Path,
     typer.Argument(help="A photo, a folder of photos, or a folder with one for each person."),
 ]
-_METHODS = f"NAME, or NAME:12 for the first 12 people alone, of {', '.join(METHODS)}."
+_METHODS = (
+    "NAME, NAME@400 for a schedule of 400 steps, or NAME:12 for the first 12 people alone, of "
+    f"{', '.join(METHODS)}."
+)
 _Batch = Annotated[
     int | None, typer.Option(min=1, help="Samples a step of every method; default: the base's.")
 ]

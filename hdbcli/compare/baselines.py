@@ -7,13 +7,13 @@ DreamBooth changes the base itself, so it takes one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from hdbcli.config import PORTRAIT, Tell, unnamed
+from hdbcli.config import PROMPTS, Tell, unnamed
 from hdbcli.method.lidb import Factors, Theta
 from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
@@ -22,7 +22,7 @@ from hdbcli.training.objective import Samples
 from hdbcli.training.refine import Trial
 from registry.spec import SampleSettings
 
-CLASS_PROMPT = unnamed(PORTRAIT)  # "a face"
+CLASS_PROMPTS = tuple(unnamed(prompt) for prompt in PROMPTS)  # "a face", and it in styles
 
 
 def lora_trial(base: Base, people: int, rank: int, beneath: Theta | None = None) -> Trial:
@@ -54,19 +54,34 @@ def inversion_trial(base: Base, people: int) -> Trial:
     return Trial(people, parameters, lambda: Tokens(start.word, vectors), numbers)
 
 
-def class_latents(base: Base, count: int, tell: Tell) -> Tensor:
-    """Draw `count` pictures of the class, "a face", for DreamBooth's prior preservation."""
-    pictures = generate(base, None, CLASS_PROMPT, range(count), SampleSettings(guidance=1.0), tell)
-    return base.backbone.encode_images(base.images([picture.image for picture in pictures]))
+def class_prior(
+    base: Base, count: int, prompts: Sequence[str], tell: Tell
+) -> Callable[[torch.Generator, int], Samples]:
+    """Draw `count` pictures by the base itself, of the prompts in turn, none of which has [V]: what
+    they show must not change while a person is learned (DreamBooth §3.3).
+
+    Return what picks as many of them as a step's batch has.
+    """
+    asked = [prompts[i % len(prompts)] for i in range(count)]
+    pictures = generate(base, None, asked, range(count), SampleSettings(guidance=1.0), tell)
+    prior = base.backbone.encode_images(base.images([picture.image for picture in pictures]))
+
+    def keep(generator: torch.Generator, batch: int) -> Samples:
+        pick = torch.randint(count, (batch,), generator=generator)
+        clean = prior[pick.to(prior.device)]
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        t = torch.rand(batch, generator=generator).to(clean)
+        return Samples(clean, [asked[i] for i in pick.tolist()], noise, t)
+
+    return keep
 
 
 @contextmanager
-def dreambooth_trial(base: Base, prior: Tensor) -> Iterator[Trial]:
-    """Train all weights of every component for one person; the base is put back at the end.
-
-    `prior` (N, c, h, w) are latents of the class, which must not change (DreamBooth §3.3): as many
-    as the batch are drawn a step.
-    """
+def dreambooth_trial(
+    base: Base, prior: Callable[[torch.Generator, int], Samples]
+) -> Iterator[Trial]:
+    """Train all weights of every component for one person, with samples of a `class_prior`; the
+    base is put back at the end."""
     modules = base.backbone.components
     before = {name: _copied(module) for name, module in modules.items()}
     for module in modules.values():
@@ -77,16 +92,9 @@ def dreambooth_trial(base: Base, prior: Tensor) -> Iterator[Trial]:
         for path, parameter in module.named_parameters()
     }
 
-    def keep(generator: torch.Generator, batch: int) -> Samples:
-        pick = torch.randint(len(prior), (batch,), generator=generator)
-        clean = prior[pick.to(prior.device)]
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
-        t = torch.rand(batch, generator=generator).to(clean)
-        return Samples(clean, [CLASS_PROMPT] * batch, noise, t)
-
     numbers = sum(parameter.numel() for parameter in parameters.values())
     try:
-        yield Trial(1, parameters, lambda: None, numbers, prior=keep)
+        yield Trial(1, parameters, lambda: None, numbers, prior=prior)
     finally:
         for name, module in modules.items():
             module.load_state_dict(before[name])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,19 +12,20 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
 from hdbcli.compare.methods import Contender
 from hdbcli.compare.page import page
-from hdbcli.compare.results import Standing, stand
+from hdbcli.compare.results import Bounds, Judge, Standing, label, likeness_of, stand
 from hdbcli.compare.run import Arena, Record, compete, new_arena
-from hdbcli.compare.timing import time_alone
-from hdbcli.config import PROMPTS, Tell
+from hdbcli.compare.timing import Alone, time_alone
+from hdbcli.config import PROMPTS, Tell, unnamed
 from hdbcli.errors import HdbError
-from hdbcli.faces.embedding import embed, found
+from hdbcli.faces.embedding import landmarks
 from hdbcli.faces.photo import read_photo
-from hdbcli.measure.metrics import Judges
+from hdbcli.measure.metrics import FACE, Judges
 from hdbcli.measure.plot import Axes, Curve, save_chart
-from hdbcli.measure.statistics import Interval, Retrieval, bootstrap, likeness_of, retrieval
+from hdbcli.measure.statistics import Found, Interval, bootstrap, find
 from hdbcli.method.hypernet import HyperNetwork
 from hdbcli.model.base import Base
 from hdbcli.model.contact_sheet import contact_sheet
@@ -44,10 +46,12 @@ AXES = Axes(
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Whom pictures of everybody find, and the share of them with a face."""
+    """Whom pictures of everybody find by each recogniser, the share of them with a face, and of
+    those that are also named right, as portraits are."""
 
-    portraits: Retrieval
+    portraits: Mapping[str, Found]
     found: float
+    together: Mapping[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,17 @@ class TrueStyle:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Between what one recogniser's likeness lies, and whom true photos find by it."""
+
+    floor: Interval  # portraits by the base, which knows nobody
+    autoencoder: Interval  # the photo that methods learned from, encoded and decoded
+    photo: Interval  # that photo itself: another true picture of the person
+    through: Found | None  # how well that photo finds its person, through the autoencoder
+    other_photo: Found | None  # and as it is
+
+
+@dataclass(frozen=True)
 class Contest:
     """The lines of all methods, and between what likeness must lie."""
 
@@ -68,11 +83,7 @@ class Contest:
     same_photo: bool  # there was but one of each, so methods were judged on what they saw
     standings: tuple[Standing, ...]
     checkpoint: int | None  # bytes of the base's files
-    floor: Interval  # portraits by the base, which knows nobody
-    autoencoder: Interval  # the photo that methods learned from, encoded and decoded
-    photo: Interval  # that photo itself: another true picture of the person
-    through: Retrieval | None  # how well that photo finds its person, through the autoencoder
-    other_photo: Retrieval | None  # and as it is
+    limits: Mapping[str, Limits]  # by each recogniser
     styles: tuple[TrueStyle, ...]  # where true pictures in the styles were given
 
 
@@ -86,23 +97,21 @@ def run(
     """Let everybody compete; the first contender is the one that others are held against."""
     records: dict[str, Record] = {}
     standings: list[Standing] = []
+    judges, limits = _bounds(arena)
+    timed: dict[str, Alone] = {}  # schedules of a method differ in how many steps they have
     for contender in contenders:
-        alone = time_alone(contender, load, arena.given[0], arena.batch)
+        if contender.family not in timed or not contender.steps:
+            timed[contender.family] = time_alone(contender, load, arena.given[0], arena.batch)
         record = records[contender.name] = compete(arena, contender, out / "records")
         first = next(iter(records.values())) if standings else None
-        standings.append(stand(contender, record, alone, arena.truth, first))
-    floor, autoencoder, photo, through, other_photo = _bounds(arena)
+        standings.append(stand(contender, record, timed[contender.family], judges, first))
     found = Contest(
         people=len(arena.given),
         machine=machine(arena.base.device),
         same_photo=arena.same_photo,
         standings=tuple(standings),
         checkpoint=_size(arena.base),
-        floor=floor,
-        autoencoder=autoencoder,
-        photo=photo,
-        through=through,
-        other_photo=other_photo,
+        limits=limits,
         styles=tuple(styles),
     )
     return found, records
@@ -117,7 +126,8 @@ def tuned(
     batch: int | None,
     tell: Tell,
 ) -> list[Contender]:
-    """Choose each method's learning rate by likeness on people who are not in the test."""
+    """Choose each method's learning rate by likeness on people who are not in the test: by dlib's,
+    as nothing may follow the other judge."""
     arena = new_arena(base, model, people, Judges(), batch, tell)
     chosen = []
     for contender in contenders:
@@ -126,7 +136,8 @@ def tuned(
 
         def mean(attempt: Contender) -> float:
             record = compete(arena, attempt, out / "tuning")
-            return float(likeness_of(record.portraits[-1], arena.truth).mean())
+            faces, truth = record.faces[FACE][0], arena.truth[FACE]
+            return float(likeness_of(arena.recognisers[FACE], faces, truth).mean())
 
         chosen.append(max(tries, key=mean))
     return chosen
@@ -152,15 +163,25 @@ def true_styles(folder: Path, people: People, arena: Arena) -> list[TrueStyle]:
             raise HdbError(f"{folder / missing} has no true picture of {prompt!r}; others have")
         pictures = [_as_drawn(read_photo(row[0]), arena.base) for row in rows]
         through = arena.base.through_autoencoder(pictures)
-        styles.append(TrueStyle(prompt, _ceiling(pictures, arena), _ceiling(through, arena)))
+        true, kept = (_ceiling(each, prompt, arena) for each in (pictures, through))
+        styles.append(TrueStyle(prompt, true, kept))
     if not styles and len(people.names) > 1:
         raise HdbError(f"{folder} has no PERSON/STYLE-*.png of these people")
     return styles
 
 
-def _ceiling(pictures: Sequence[np.ndarray], arena: Arena) -> Ceiling:
-    faces = embed(pictures)
-    return Ceiling(retrieval(faces, arena.truth), float(found(faces).float().mean()))
+def _ceiling(pictures: Sequence[np.ndarray], prompt: str, arena: Arena) -> Ceiling:
+    told = {
+        name: find(torch.from_numpy(each.embed(pictures))[:, None], arena.truth[name])
+        for name, each in arena.recognisers.items()
+    }
+    together = {}
+    for metric in list(arena.judges.texts.values())[:1]:
+        scores = torch.tensor(metric.score(pictures, [unnamed(each) for each in PROMPTS]))
+        right = (scores.argmax(1) == PROMPTS.index(prompt)).double()
+        together = {name: bootstrap(right * five[:, 0]) for name, (_, five) in told.items()}
+    seen = sum(landmarks(picture) is not None for picture in pictures) / len(pictures)
+    return Ceiling({name: each for name, (each, _) in told.items()}, seen, together)
 
 
 def _as_drawn(picture: np.ndarray, base: Base) -> np.ndarray:
@@ -184,20 +205,30 @@ def _size(base: Base) -> int | None:
     return sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
 
 
-def _bounds(
-    arena: Arena,
-) -> tuple[Interval, Interval, Interval, Retrieval | None, Retrieval | None]:
-    """Return the likeness of strangers, of the photo through the autoencoder and of the photo; and
-    whom the last two find among all, where there are others."""
+def _bounds(arena: Arena) -> tuple[list[Judge], dict[str, Limits]]:
+    """Return every recogniser with its bounds, and these as intervals: likeness of the base's own
+    portraits, of the photo through the autoencoder and of the photo, and whom the last two find
+    among all, where there are others."""
     side = arena.plain.shape[1:]
-    floor = embed(list(arena.plain.reshape(-1, 2, *side)[:, 0]))
-    through = embed(arena.base.through_autoencoder(arena.given))
-    given = embed(arena.given)
-    rows = (likeness_of(row, arena.truth) for row in (floor, through, given))
-    low, middle, high = (bootstrap(row) for row in rows)
-    if len(given) < 2:
-        return low, middle, high, None, None
-    return low, middle, high, retrieval(through, arena.truth), retrieval(given, arena.truth)
+    rows = (
+        list(arena.plain.reshape(-1, 2, *side)[:, 0]),
+        arena.base.through_autoencoder(arena.given),
+        arena.given,
+    )
+    judges, limits = [], {}
+    for name, each in arena.recognisers.items():
+        truth = arena.truth[name]
+        faces = [torch.from_numpy(each.embed(row))[:, None] for row in rows]
+        bounds = Bounds(*(likeness_of(each, row, truth) for row in faces))
+        judges.append(Judge(name, each, truth, bounds))
+        limits[name] = Limits(
+            floor=bootstrap(bounds.floor),
+            autoencoder=bootstrap(bounds.through),
+            photo=bootstrap(bounds.photo),
+            through=find(faces[1], truth)[0] if len(truth) > 1 else None,
+            other_photo=find(faces[2], truth)[0] if len(truth) > 1 else None,
+        )
+    return judges, limits
 
 
 def document(contest: Contest, command: str) -> dict[str, Any]:
@@ -206,8 +237,18 @@ def document(contest: Contest, command: str) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": contest.machine,
         "command": command,
-        **asdict(contest),
+        **_finite(asdict(contest)),
     }
+
+
+def _finite(facts: Any) -> Any:
+    """Put None where a figure is no number, such as a share of a way that is none: JSON knows no
+    NaN."""
+    if isinstance(facts, dict):
+        return {key: _finite(value) for key, value in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [_finite(value) for value in facts]
+    return None if isinstance(facts, float) and not math.isfinite(facts) else facts
 
 
 def save(
@@ -226,13 +267,15 @@ def save(
     with write_beside(paths[3]) as beside:
         text = page(contest, facts["command"], facts["date"])
         beside.write_text(text, encoding="utf-8")
-    curves = [_curve(s) for s in contest.standings]
-    x = [second for curve in curves for second in curve.x]
-    for label, bound, look in (
-        ("photo (ceiling)", contest.photo, "--"),
-        ("base (floor)", contest.floor, ":"),
+    last = list(contest.limits)[-1]  # the judge that nothing learns from, if it is there
+    families = list(dict.fromkeys(each.family for each in contest.standings))
+    curves = [_curve([s for s in contest.standings if s.family == f], last) for f in families]
+    x = [second for curve in curves for second in curve.x] or [1.0]
+    for title, bound, look in (
+        ("photo (ceiling)", contest.limits[last].photo, "--"),
+        ("base (floor)", contest.limits[last].floor, ":"),
     ):
-        curves.append(Curve(label, [min(x), max(x)], [bound.mean] * 2, bound=look))
+        curves.append(Curve(title, [min(x), max(x)], [bound.mean] * 2, bound=look))
     with write_beside(paths[1]) as beside:
         save_chart(AXES, curves, [], beside)
     rows = {"the photo": [photo]}
@@ -242,10 +285,16 @@ def save(
     return paths
 
 
-def _curve(standing: Standing) -> Curve:
-    points = [(second, interval) for _, second, interval in standing.curve if second > 0]
+def _curve(finished: Sequence[Standing], judge: str) -> Curve:
+    """Draw a method's likeness by its finished schedules."""
+    points = sorted(
+        (each.seconds, each.measured[label("likeness", judge)])
+        for each in finished
+        if each.seconds > 0
+    )
+    people = sorted({each.people for each in finished})
     return Curve(
-        f"{standing.name} ({standing.people})",
+        f"{finished[0].family} ({', '.join(map(str, people))})",
         [s for s, _ in points],
         [i.mean for _, i in points],
         [i.low for _, i in points],

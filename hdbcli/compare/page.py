@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hdbcli.compare.results import label, seconds_to
+from hdbcli.compare.run import DRAWINGS
 from hdbcli.config import CAPTIONS, PROMPTS
 
 if TYPE_CHECKING:
     from hdbcli.compare.comparison import Ceiling, Contest
     from hdbcli.compare.results import Standing
-    from hdbcli.measure.statistics import Interval, Retrieval
+    from hdbcli.measure.statistics import Found, Interval
 
 READING = """\
-Seconds and memory are one person's, in a process of their own, start-up apart. Likeness is
-1 - distance of face embeddings to {photo}, with 95 % intervals over people.
+Seconds and memory are one person's, in a process of their own, start-up apart. Likeness to
+{photo} is 1 - distance of dlib's face embeddings, and the cosine of FaceRes' where it was fetched
+(`--judge`); every picture is embedded by its own landmarks, one without a face counts 0 and finds
+nobody. Of each person and prompt {drawings} pictures are drawn; 95 % intervals are over people.
 Bytes are two a trained number. Fidelity is how well a metric finds a picture to fit its prompt,
 drift the mean change of a pixel, of 255, in pictures whose prompt has no [V]."""
 PAPERS = (1200, 5000)  # steps of DreamBooth and of Textual Inversion
@@ -23,10 +28,11 @@ OTHER_PHOTO, SAME_PHOTO = "a photo that no method saw", "the photo that methods 
 
 LIMITS = """\
 What this does not show: how any of it fares on another base model, on another machine, or with the
-settings that each method's authors chose for theirs. The recogniser that judges likeness is the one
-whose embedding the hypernetwork reads and which training with `--likeness` follows; so does the
-refinement of each person where the base asks for likeness. DreamBooth, LoRA and Textual Inversion
-do not. The captions to which such a refinement holds a person's styles are those that are judged.
+settings that each method's authors chose for theirs. dlib's recogniser is the one whose embedding
+the hypernetwork reads and which training with `--likeness` follows; so do the refinement of each
+person where the base asks for likeness, and methods named -all. Its praise of them is partly an
+echo: FaceRes, which nothing learns from, is the judge to believe. The captions to which such a
+refinement holds a person's styles are those that are judged.
 Columns are of the people that each method learned, which may be fewer than another's."""
 
 
@@ -49,7 +55,7 @@ def page(contest: Contest, command: str, date: str) -> str:
     parts = [
         f"# {contest.people} people, {len(contest.standings)} methods",
         f"Made by `{command}` on {contest.machine}, {date}.",
-        READING.format(photo=SAME_PHOTO if contest.same_photo else OTHER_PHOTO),
+        READING.format(photo=SAME_PHOTO if contest.same_photo else OTHER_PHOTO, drawings=DRAWINGS),
         methods,
         *notes(contest),
         "![Likeness against seconds](curves.png)",
@@ -67,9 +73,17 @@ def tables(contest: Contest) -> Iterator[Table]:
     heads = (*heads, "bytes", *first.measured)
     yield Table("Methods", heads, tuple(map(_line, contest.standings)))
     names = tuple(f"{standing.name} ({standing.people})" for standing in contest.standings)
+    judges = tuple(contest.limits)
+    ways = tuple(
+        (each.name, str(each.people), *(_percent(each.way[judge]) for judge in judges))
+        for each in contest.standings
+    )
+    title = "Share of the way from the base's own portraits to a true photo"
+    yield Table(title, ("method", "people", *judges), ways)
     if rest:
-        title = f"Seconds to the likeness of {first.name}, and times its own"
-        yield Table(title, ("steps and likeness", *names), tuple(_speeds(contest)))
+        families = tuple(dict.fromkeys(each.family for each in contest.standings))
+        title = f"Seconds to the final likeness of {first.name}, and times its own"
+        yield Table(title, ("likeness, by", *families), tuple(_speeds(contest, families)))
     less = tuple(
         (each.name, str(min(each.people, first.people)), *_intervals(each.less_than_first))
         for each in rest
@@ -81,31 +95,34 @@ def tables(contest: Contest) -> Iterator[Table]:
         found = tuple(_found(contest))
         yield Table(
             f"The right person among all {contest.people}",
-            ("picture", "people", "first", "in five", "AUC"),
+            ("picture", "people", "judge", "first", "in five", "AUC"),
             found,
         )
     across = ("prompt", *names, "true pictures", "through the autoencoder")
     if contest.people > 1:
         yield Table("Faces in a style, its mean taken away: AUC", across, tuple(_styles(contest)))
+        title = "Style named right AND face in the first five, its style's mean taken away"
+        yield Table(title, across, tuple(_together(contest)))
     yield Table("Style named by a classifier, face found", across, tuple(_named(contest)))
 
 
 def notes(contest: Contest) -> list[str]:
     """Say between what bounds likeness lies, and how small an identity is beside its base."""
     first = contest.standings[0]
-    bounds = (
-        f"Likeness of the base's own portraits, the floor, is {_interval(contest.floor)}; of the "
-        f"photo through the autoencoder {_interval(contest.autoencoder)}, and of the photo itself, "
-        f"the ceiling, {_interval(contest.photo)}."
-    )
+    bounds = [
+        f"Likeness ({judge}) of the base's own portraits, the floor, is {_interval(each.floor)}; "
+        f"of the photo through the autoencoder {_interval(each.autoencoder)}, and of the photo "
+        f"itself, the ceiling, {_interval(each.photo)}."
+        for judge, each in contest.limits.items()
+    ]
     if not contest.checkpoint or not first.numbers:
-        return [bounds]
+        return bounds
     size = (
         f"The base's weights take {contest.checkpoint:,} bytes, "
         f"{contest.checkpoint / (2 * first.numbers):,.0f} times what the {first.numbers:,} numbers "
         f"of {first.name} take in half precision."
     )
-    return [bounds, size]
+    return [*bounds, size]
 
 
 def _line(line: Standing) -> tuple[str, ...]:
@@ -122,17 +139,22 @@ def _line(line: Standing) -> tuple[str, ...]:
     )
 
 
-def _speeds(contest: Contest) -> Iterator[tuple[str, ...]]:
-    """Hold seconds against the first method's: to the likeness that it has at its marks, on the
-    people that both learned, and of as many steps as the papers took."""
+def _speeds(contest: Contest, families: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Hold seconds against the first method's: to its final likeness by each judge, read from
+    finished schedules alone, and of as many steps as the papers took."""
     first = contest.standings[0]
-    for i, (mark, seconds, likeness) in enumerate(first.curve):
-        until = (_against(each.seconds_to_first[i], seconds) for each in contest.standings)
-        yield f"{mark}: {likeness.mean:.3f}", *until
+    for judge in contest.limits:
+        key = label("likeness", judge)
+        goal = first.measured[key].mean
+        taken = []
+        for family in families:
+            finished = [each for each in contest.standings if each.family == family]
+            taken.append(seconds_to(goal, finished, key))
+        yield f"{goal:.3f}, {judge}", *(_against(each, first.seconds) for each in taken)
     for steps in PAPERS if first.steps else ():
-        rest = contest.standings[1:]
-        taken = (each.alone.seconds(steps) if each.steps else None for each in rest)
-        yield f"{steps:,} steps", "-", *(_against(each, first.seconds, "-") for each in taken)
+        longest = {each.family: each for each in contest.standings if each.steps}
+        alone = [longest[f].alone.seconds(steps) if f in longest else None for f in families[1:]]
+        yield f"{steps:,} steps", "-", *(_against(each, first.seconds, "-") for each in alone)
 
 
 def _against(seconds: float | None, first: float, absent: str = "never") -> str:
@@ -151,22 +173,43 @@ def _digits(value: float) -> str:
 
 
 def _found(contest: Contest) -> Iterator[tuple[str, ...]]:
-    rows: list[tuple[str, int, Retrieval | None]] = [
-        (f"portrait, {s.name}", s.people, s.portraits) for s in contest.standings
-    ]
-    rows.append(("true photo through the autoencoder", contest.people, contest.through))
-    label = "the same photo" if contest.same_photo else "another true photo"
-    rows.append((label, contest.people, contest.other_photo))
-    for name, people, r in rows:
-        if r is not None:
-            yield name, str(people), f"{r.top1:.0%}", f"{r.top5:.0%}", f"{r.auc:.3f}"
+    for judge, limits in contest.limits.items():
+        rows: list[tuple[str, int, Found | None]] = [
+            (f"portrait, {s.name}", s.people, s.portraits.get(judge)) for s in contest.standings
+        ]
+        rows.append(("true photo through the autoencoder", contest.people, limits.through))
+        photo = "the same photo" if contest.same_photo else "another true photo"
+        rows.append((photo, contest.people, limits.other_photo))
+        for name, people, told in rows:
+            if told is not None:
+                shares = _percent(told.first), _percent(told.five)
+                yield name, str(people), judge, *shares, _interval(told.auc)
 
 
 def _styles(contest: Contest) -> Iterator[tuple[str, ...]]:
-    true = _ceilings(contest, lambda ceiling: f"{ceiling.portraits.auc:.3f}")
-    for i, prompt in enumerate(CAPTIONS):
-        aucs = (f"{s.styled[i].auc:.3f}" if s.styled else "-" for s in contest.standings)
-        yield prompt, *aucs, *true.get(prompt, ("-", "-"))
+    for judge in contest.limits:
+
+        def told(ceiling: Ceiling, judge: str = judge) -> str:
+            return f"{ceiling.portraits[judge].auc.mean:.3f}"
+
+        true = _ceilings(contest, told)
+        for i, prompt in enumerate(CAPTIONS):
+            aucs = (f"{s.styled[judge][i].auc.mean:.3f}" for s in contest.standings)
+            yield f"{prompt}, {judge}", *aucs, *true.get(prompt, ("-", "-"))
+
+
+def _together(contest: Contest) -> Iterator[tuple[str, ...]]:
+    for judge in contest.limits:
+
+        def told(ceiling: Ceiling, judge: str = judge) -> str:
+            return _percent(ceiling.together[judge]) if ceiling.together else "-"
+
+        true = _ceilings(contest, told)
+        for i, prompt in enumerate(CAPTIONS):
+            shares = (
+                _percent(s.together[judge][i]) if s.together else "-" for s in contest.standings
+            )
+            yield f"{prompt}, {judge}", *shares, *true.get(prompt, ("-", "-"))
 
 
 def _named(contest: Contest) -> Iterator[tuple[str, ...]]:
@@ -194,4 +237,12 @@ def _interval(interval: Interval, digits: int = 3) -> str:
     mean, low, high = (
         f"{value:.{digits}f}" for value in (interval.mean, interval.low, interval.high)
     )
+    return mean if interval.low == interval.high else f"{mean} ({low} to {high})"
+
+
+def _percent(interval: Interval) -> str:
+    """Return a share with what it lies between; a dash where there is none."""
+    if math.isnan(interval.mean):
+        return "-"
+    mean, low, high = (f"{value:.0%}" for value in (interval.mean, interval.low, interval.high))
     return mean if interval.low == interval.high else f"{mean} ({low} to {high})"

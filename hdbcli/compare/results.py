@@ -1,7 +1,8 @@
 """Judge the records of a comparison: likeness with intervals, seconds to the same likeness, styles,
 drift.
 
-All of it is a pure function of records, so that a table can be made again without a model.
+All of it is a pure function of records, so that a table can be made again without a model. P
+people, K drawings of each, S captions.
 """
 
 from __future__ import annotations
@@ -15,78 +16,149 @@ from torch import Tensor
 from hdbcli.compare.methods import Contender
 from hdbcli.compare.run import Record
 from hdbcli.compare.timing import Alone
-from hdbcli.measure.statistics import Interval, Retrieval, bootstrap, likeness_of, retrieval
+from hdbcli.measure.metrics import FACE
+from hdbcli.measure.statistics import Found, Interval, bootstrap, bootstrap_ratio, find
+from registry.metric import Recogniser
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """Between what one recogniser's likeness lies, a number a person (P,): the base's own portraits
+    and another true photo; and that photo through the autoencoder."""
+
+    floor: Tensor
+    through: Tensor
+    photo: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """One recogniser, everybody's true face by it (P, D), and its bounds."""
+
+    name: str
+    recogniser: Recogniser
+    truth: Tensor
+    bounds: Bounds
+
+    def likeness(self, record: Record) -> Tensor:
+        """Return each person's likeness at the end, the mean of their portraits (P,); a portrait
+        without a face counts 0."""
+        return likeness_of(self.recogniser, record.faces[self.name][0], self.truth)
+
+
+def likeness_of(recogniser: Recogniser, faces: Tensor, truth: Tensor) -> Tensor:
+    """Return the mean likeness of each person's pictures (P, K, D) to their photo (P or more, D):
+    (P,)."""
+    theirs = truth[: len(faces), None].expand_as(faces)
+    rows = recogniser.likeness(*(each.flatten(0, 1).numpy() for each in (faces, theirs)))
+    return torch.from_numpy(rows).view(faces.shape[:2]).double().mean(1)
+
+
+def label(measure: str, judge: str) -> str:
+    """Return what a measure by one recogniser is called: dlib's goes without saying."""
+    return measure if judge == FACE else f"{measure} ({judge})"
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One method's line. Seconds are one person's, start-up apart; likeness is 0 to 1."""
+    """One method's line. Seconds are one person's, start-up apart."""
 
     name: str
+    family: str  # name without its schedule
     people: int  # the first so many
     steps: int
     lr: float
     seconds: float
     alone: Alone
     numbers: int
-    measured: Mapping[str, Interval]  # likeness, fidelity by each metric, drift
+    measured: Mapping[str, Interval]  # likeness by each judge, fidelity by each metric, drift
     less_than_first: Mapping[str, Interval]  # paired: the first method's minus this one's
-    seconds_to_first: tuple[float | None, ...]  # to what the first has at its marks; None: never
-    portraits: Retrieval | None
-    styled: tuple[Retrieval, ...]  # a caption each
+    way: Mapping[str, Interval]  # judge -> share of the way from floor to ceiling
+    portraits: Mapping[str, Found]  # judge -> whom portraits find among all
+    styled: Mapping[str, tuple[Found, ...]]  # judge -> the same, a caption each
+    together: Mapping[str, tuple[Interval, ...]]  # judge -> named right AND in five, a caption each
     found: tuple[float, ...]  # share of pictures with a face: portraits, and a caption each
     named: Mapping[str, tuple[float, ...]]  # metric -> share whose own prompt scores highest, each
-    curve: tuple[tuple[int, float, Interval], ...]  # (steps, seconds, likeness)
 
 
-def measures(record: Record, truth: Tensor) -> dict[str, Tensor]:
-    """Return what is judged of each person at the end (P,): likeness, by the recogniser and by
-    other metrics, fidelity to the prompts by each metric, and drift."""
-    found = {"likeness": likeness_of(record.portraits[-1], truth)}
+def measures(record: Record, judges: Sequence[Judge]) -> dict[str, Tensor]:
+    """Return what is judged of each person (P,): likeness, by recognisers and by other metrics,
+    fidelity to the prompts by each metric, and drift."""
+    found = {label("likeness", judge.name): judge.likeness(record) for judge in judges}
     found |= {f"likeness ({metric})": scores for metric, scores in record.persons.items()}
     for metric, scores in record.texts.items():
-        own = scores.diagonal(dim1=0, dim2=2)  # (P, 1 + S): picture of caption i, text i
-        found[f"fidelity ({metric})"] = own.mean(1)
+        own = scores.diagonal(dim1=0, dim2=3)  # (P, K, 1 + S): picture of caption i, text i
+        found[f"fidelity ({metric})"] = own.mean((1, 2))
     return found | {"drift": record.drift}
 
 
 def stand(
-    contender: Contender, record: Record, alone: Alone, truth: Tensor, against: Record | None
+    contender: Contender,
+    record: Record,
+    alone: Alone,
+    judges: Sequence[Judge],
+    against: Record | None,
 ) -> Standing:
-    """Judge one method on its people, the first of all in `truth`; it is held `against` the first
-    method on the people that both learned, or None if it is the first."""
-    people = record.portraits.shape[1]
-    best = measures(against or record, truth)
-    mine = measures(record, truth)
-    both = min(people, len(best["likeness"]))
+    """Judge one method on its people, the first of all; it is held `against` the first method on
+    the people that both learned, or None if it is the first."""
+    people = len(record.drift)
+    best = measures(against or record, judges)
+    mine = measures(record, judges)
+    both = min(people, len(best["drift"]))
     less = {key: bootstrap(best[key][:both] - row[:both]) for key, row in mine.items()}
-    at_marks = [likeness_of(row, truth) for row in record.portraits]
-    goals = [float(likeness_of(row, truth)[:both].mean()) for row in (against or record).portraits]
-    means = [float(row[:both].mean()) for row in at_marks]
-    marks = [int(mark) for mark in record.marks]
-    seconds = [alone.seconds(mark) for mark in marks]
-    named = {}
-    for metric, scores in record.texts.items():
-        best_text = scores.argmax(2) == torch.arange(len(scores))[:, None]
-        named[metric] = tuple(best_text.float().mean(1).tolist())
-    several = people > 1
+    named = {metric: named_right(scores) for metric, scores in record.texts.items()}
+    ways, portraits, styled, together = {}, {}, {}, {}
+    for judge in judges:
+        floor = judge.bounds.floor[:people]
+        gained = judge.likeness(record) - floor
+        ways[judge.name] = bootstrap_ratio(gained, judge.bounds.photo[:people] - floor)
+        if len(judge.truth) < 2:  # one alone is told from nobody
+            continue
+        looks = [find(faces, judge.truth) for faces in record.faces[judge.name]]
+        portraits[judge.name] = looks[0][0]
+        styled[judge.name] = tuple(told for told, _ in looks[1:])
+        if named:
+            right = next(iter(named.values()))[1:]
+            together[judge.name] = tuple(
+                bootstrap((row * five).mean(1))
+                for row, (_, five) in zip(right, looks[1:], strict=True)
+            )
+    steps = int(record.steps)
     return Standing(
         name=contender.name,
+        family=contender.family,
         people=people,
-        steps=marks[-1],
+        steps=steps,
         lr=contender.lr,
-        seconds=seconds[-1],
+        seconds=alone.seconds(steps),
         alone=alone,
         numbers=int(record.numbers),
         measured={key: bootstrap(row) for key, row in mine.items()},
         less_than_first={} if against is None else less,
-        seconds_to_first=tuple(reached(seconds, means, goal) for goal in goals),
-        portraits=retrieval(record.portraits[-1], truth) if several else None,
-        styled=tuple(retrieval(row, truth) for row in record.prompted[1:]) if several else (),
-        found=tuple(record.found.float().mean(1).tolist()),
-        named=named,
-        curve=tuple(zip(marks, seconds, map(bootstrap, at_marks), strict=True)),
+        way=ways,
+        portraits=portraits,
+        styled=styled,
+        together=together,
+        found=tuple(record.found.double().mean((1, 2)).tolist()),
+        named={metric: tuple(rows.mean((1, 2)).tolist()) for metric, rows in named.items()},
     )
+
+
+def named_right(scores: Tensor) -> Tensor:
+    """Return which pictures score highest on their own prompt, of scores (1 + S, P, K, 1 + S): as 0
+    and 1 (1 + S, P, K)."""
+    return (scores.argmax(3) == torch.arange(len(scores))[:, None, None]).double()
+
+
+def seconds_to(goal: float, finished: Sequence[Standing], key: str) -> float | None:
+    """Return after how many seconds one method's finished schedules reach a likeness, straight
+    between them; None if none does.
+
+    Nothing is read off a schedule that has not ended: before its rate has come down it draws worse
+    than a shorter one of the same seconds.
+    """
+    points = sorted((each.seconds, each.measured[key].mean) for each in finished)
+    return reached([s for s, _ in points], [value for _, value in points], goal)
 
 
 def reached(seconds: Sequence[float], likeness: Sequence[float], goal: float) -> float | None:

@@ -10,7 +10,7 @@ may reach from one to the next. Seconds and memory are those of one person in a 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,20 +24,22 @@ from hdbcli import __version__
 from hdbcli.compare.methods import Contender, entered
 from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, RefineConfig, Tell, unnamed
 from hdbcli.errors import HdbError
-from hdbcli.faces.embedding import embed, found
-from hdbcli.measure.metrics import FACE, Judges
+from hdbcli.faces.embedding import landmarks
+from hdbcli.measure.metrics import FACE, FaceMetric, Judges
 from hdbcli.method.hypernet import HyperNetwork
 from hdbcli.model.base import Base, Worn
-from hdbcli.model.sample import Picture, generate
+from hdbcli.model.sample import generate
 from hdbcli.training import style_prior
 from hdbcli.training.likeness_loss import CONTRAST
 from hdbcli.training.people import People
-from hdbcli.training.refine import Trial, train, weight_of
+from hdbcli.training.refine import train, weight_of
 from registry.checkpoints.tensors import save_tensors
 from registry.files import write_beside
+from registry.metric import Recogniser
 
 SHOWN = 6  # people whose pictures are kept
-MARKS = 8  # points of a curve, each half the steps of the next
+_KINDS = ("faces", "texts", "persons")  # fields of a record with a tensor a measure
+DRAWINGS = 4  # of each person and prompt, from noises of their own
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +50,10 @@ class Arena:
     model: HyperNetwork | None  # of a base that has one
     given: tuple[np.ndarray, ...]  # each person's crop (S, S, 3) that methods learn from
     photos: tuple[np.ndarray, ...]  # another photo of each, or the same if there is one
-    truth: Tensor  # (P, 128) embeddings of those
+    truth: Mapping[str, Tensor]  # recogniser -> (P, D) embeddings of those
     same_photo: bool  # somebody has but one
     judges: Judges
+    recognisers: Mapping[str, Recogniser]  # dlib's first
     plain: np.ndarray  # (2 P, S, S, 3): prompts without [V], by the base
     batch: int  # samples a step, of every method
     key: str  # of all the above and of this hdb: others' records are not mistaken for its own
@@ -69,21 +72,24 @@ def new_arena(
     """Take each person's first photo to learn from and the last to be measured on."""
     given = tuple(people.crops[theirs[0]] for theirs in people.members)
     photos = tuple(people.crops[theirs[-1]] for theirs in people.members)
-    truth = embed(photos)
+    recognisers = {FACE: FaceMetric(), **judges.recognisers}
+    truth = {name: torch.from_numpy(each.embed(photos)) for name, each in recognisers.items()}
     plain = _plain(base, None, range(len(given)), tell)
     key = hashlib.sha256(base.injected.weights_digest().encode())
-    key.update(truth.numpy().tobytes())
+    for embeddings in truth.values():
+        key.update(embeddings.numpy().tobytes())
     for crop in given:
         key.update(crop.tobytes())
     batch = batch or base.spec.batch
     measures = sorted([*judges.texts, *(name for name in judges.persons if name != FACE)])
-    key.update(repr((__version__, batch, measures, base.spec.sampling)).encode())
+    key.update(repr((__version__, batch, measures, base.spec.sampling, DRAWINGS)).encode())
     own = key.hexdigest()[:12]
     for tensor in model.state_dict().values() if model else ():
         key.update(tensor.cpu().float().numpy().tobytes())
     predicted = key.hexdigest()[:12]
     one = any(len(theirs) < 2 for theirs in people.members)
-    return Arena(base, model, given, photos, truth, one, judges, plain, batch, own, predicted, tell)
+    shared = (base, model, given, photos, truth, one, judges, recognisers, plain, batch)
+    return Arena(*shared, own, predicted, tell)
 
 
 def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
@@ -105,26 +111,20 @@ def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
 
 @dataclass(frozen=True)
 class Record:
-    """What one method drew of P people at M marks: S captions, D texts a picture is scored against.
+    """What one method drew of P people at the end of its schedule: the portrait and S captions, K
+    drawings of each.
 
-    Embeddings are of faces; `drift` is the mean change of a pixel, 0 to 255, in pictures whose
-    prompt has no [V].
+    `drift` is the mean change of a pixel, 0 to 255, in pictures whose prompt has no [V].
     """
 
-    marks: Tensor  # (M,) steps
-    portraits: Tensor  # (M, P, 128)
-    prompted: Tensor  # (1 + S, P, 128), at the end
-    found: Tensor  # (1 + S, P) whether the detector found a face
+    steps: Tensor  # (1,) of the schedule
+    faces: dict[str, Tensor]  # recogniser -> (1 + S, P, K, D), NaN without a face
+    found: Tensor  # (1 + S, P, K) whether the detector found a face
     drift: Tensor  # (P,)
     numbers: Tensor  # (1,) trained for one person
-    texts: dict[str, Tensor]  # metric -> (1 + S, P, 1 + S)
-    pictures: Tensor  # (1 + S, at most 6, S, S, 3) uint8
+    texts: dict[str, Tensor]  # metric -> (1 + S, P, K, 1 + S): against each prompt
+    pictures: Tensor  # (1 + S, at most 6, S, S, 3) uint8, the first drawings
     persons: dict[str, Tensor] = field(default_factory=dict)  # metric -> (P,), of portraits
-
-
-def marks_of(steps: int) -> list[int]:
-    """Return the steps at which a method is looked at: 0, the end, and halves of halves of it."""
-    return sorted({0} | {max(1, round(steps / 2**k)) for k in range(MARKS)} if steps else {0})
 
 
 def _group(arena: Arena, contender: Contender, persons: range, file: Path) -> Record:
@@ -136,75 +136,65 @@ def _group(arena: Arena, contender: Contender, persons: range, file: Path) -> Re
     lr, optimizer = max(contender.lr, 1e-12), contender.optimizer
     config = RefineConfig(contender.steps, lr=lr, batch=arena.batch, optimizer=optimizer)
     with entered(contender, base, arena.model, faces, arena.tell) as trial:
-        marks, portraits = marks_of(contender.steps), []
-        for step in _steps(base, trial, latents, config):
-            arena.tell(contender.name, step, max(1, contender.steps))
-            if step in marks:
-                portraits.append(_draw(arena, trial.worn(), PORTRAIT, persons)[1])
-        record = _final(arena, trial.worn(), persons, marks, torch.stack(portraits), trial.numbers)
+        for step in train(base, trial, latents, config) if contender.steps else ():
+            arena.tell(contender.name, step.number, contender.steps)
+        record = _final(arena, trial.worn(), persons, contender.steps, trial.numbers)
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v for k, v in vars(record).items() if isinstance(v, Tensor)}
-    tensors |= {f"text.{name}": scores for name, scores in record.texts.items()}
-    tensors |= {f"person.{name}": scores for name, scores in record.persons.items()}
+    for kind in _KINDS:
+        tensors |= {f"{kind}.{name}": rows for name, rows in getattr(record, kind).items()}
     with write_beside(file) as beside:
         save_tensors({k: v.contiguous() for k, v in tensors.items()}, beside)
     return record
 
 
-def _steps(
-    base: Base, trial: Trial, latents: Sequence[Tensor], config: RefineConfig
-) -> Iterator[int]:
-    yield 0
-    if config.steps:
-        for step in train(base, trial, latents, config):
-            yield step.number
-
-
 @torch.no_grad()
-def _draw(
-    arena: Arena, worn: Worn | None, prompt: str, persons: range
-) -> tuple[list[Picture], Tensor, Tensor]:
-    """Draw everybody once; return pictures, embeddings (P, 128) and whether a face was found."""
-    base = arena.base
-    drawn = generate(base, worn, prompt, list(persons), base.spec.sampling, arena.tell)
-    faces = embed([picture.image for picture in drawn])
-    return drawn, faces, found(faces)
+def _draw(arena: Arena, worn: Worn | None, prompt: str, persons: range) -> list[list[np.ndarray]]:
+    """Draw everybody K times: a list of K pictures for each person."""
+    base, everybody = arena.base, len(arena.given)
+    rounds = []
+    for k in range(DRAWINGS):
+        seeds = [person + k * everybody for person in persons]
+        drawn = generate(base, worn, prompt, seeds, base.spec.sampling, arena.tell)
+        rounds.append([picture.image for picture in drawn])
+    return [list(theirs) for theirs in zip(*rounds, strict=True)]
 
 
-def _final(
-    arena: Arena,
-    worn: Worn | None,
-    persons: range,
-    marks: Sequence[int],
-    portraits: Tensor,
-    numbers: int,
-) -> Record:
+def _final(arena: Arena, worn: Worn | None, persons: range, steps: int, numbers: int) -> Record:
     drawn = [_draw(arena, worn, prompt, persons) for prompt in PROMPTS]
+    flat = [image for prompted in drawn for theirs in prompted for image in theirs]
+    shape = len(PROMPTS), len(persons), DRAWINGS
     texts = [unnamed(prompt) for prompt in PROMPTS]
-    scores = {
-        name: torch.tensor([metric.score([p.image for p in row], texts) for row, _, _ in drawn])
-        for name, metric in arena.judges.texts.items()
-    }
-    photos, portraits_drawn = [arena.photos[p] for p in persons], [p.image for p in drawn[0][0]]
+    photos = [arena.photos[p] for p in persons]
     subjects = {
-        name: torch.tensor(metric.score(portraits_drawn, photos)).diagonal()
+        name: torch.stack(
+            [
+                torch.tensor(metric.score(theirs, [photo])).mean()
+                for theirs, photo in zip(drawn[0], photos, strict=True)
+            ]
+        )
         for name, metric in arena.judges.persons.items()
-        if name != FACE  # which likeness is
+        if name not in arena.recognisers  # which get embeddings
     }
     ours = _plain(arena.base, worn, persons, arena.tell)
     pick = [2 * p + k for p in persons for k in range(2)]
     change = np.abs(ours.astype(np.float32) - arena.plain[pick].astype(np.float32))
     kept = [p for p in persons if p < SHOWN]
-    pictures = [[row[p - persons.start].image for p in kept] for row, _, _ in drawn]
+    pictures = [[prompted[p - persons.start][0] for p in kept] for prompted in drawn]
     side = arena.base.spec.resolution
     return Record(
-        marks=torch.tensor(marks),
-        portraits=portraits,
-        prompted=torch.stack([faces for _, faces, _ in drawn]),
-        found=torch.stack([found for _, _, found in drawn]),
+        steps=torch.tensor([steps]),
+        faces={
+            name: torch.from_numpy(each.embed(flat)).view(*shape, -1)
+            for name, each in arena.recognisers.items()
+        },
+        found=torch.tensor([landmarks(image) is not None for image in flat]).view(shape),
         drift=torch.from_numpy(change.reshape(len(persons), -1).mean(1)),
         numbers=torch.tensor([numbers]),
-        texts=scores,
+        texts={
+            name: torch.tensor(metric.score(flat, texts)).view(*shape, -1)
+            for name, metric in arena.judges.texts.items()
+        },
         pictures=torch.from_numpy(
             np.array(pictures, np.uint8).reshape(len(PROMPTS), -1, side, side, 3)
         ),
@@ -226,12 +216,12 @@ def _plain(base: Base, worn: Worn | None, persons: range, tell: Tell) -> np.ndar
 def _read(file: Path) -> Record:
     try:
         tensors = load_file(file)
-        texts, persons = (
-            {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
-            for kind in ("text.", "person.")
-        )
         rest = {k: v for k, v in tensors.items() if "." not in k}
-        return Record(**rest, texts=texts, persons=persons)
+        measured: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
+        for key in tensors.keys() - rest.keys():
+            kind, _, name = key.partition(".")
+            measured[kind][name] = tensors[key]
+        return Record(**rest, **measured)  # type: ignore[arg-type]  # by names
     except (OSError, SafetensorError, TypeError) as error:
         raise HdbError(f"{file} is no record of hdb compare ({error}); delete it") from error
 
@@ -243,14 +233,17 @@ def _joined(groups: Sequence[Record]) -> Record:
     def along(field: str, axis: int) -> Tensor:
         return torch.cat([getattr(group, field) for group in groups], axis)
 
+    def measured(kind: str, axis: int) -> dict[str, Tensor]:
+        rows = [getattr(group, kind) for group in groups]
+        return {name: torch.cat([row[name] for row in rows], axis) for name in rows[0]}
+
     return Record(
-        marks=first.marks,
-        portraits=along("portraits", 1),
-        prompted=along("prompted", 1),
+        steps=first.steps,
+        faces=measured("faces", 1),
         found=along("found", 1),
         drift=along("drift", 0),
         numbers=first.numbers,
-        texts={k: torch.cat([group.texts[k] for group in groups], 1) for k in first.texts},
+        texts=measured("texts", 1),
         pictures=along("pictures", 1),
-        persons={k: torch.cat([group.persons[k] for group in groups]) for k in first.persons},
+        persons=measured("persons", 0),
     )

@@ -51,16 +51,6 @@ def normal_interval(values: Tensor) -> Interval:
     return Interval(float(mean), float(mean - half), float(mean + half))
 
 
-def likeness_of(embeddings: Tensor, truth: Tensor) -> Tensor:
-    """Return 1 - distance of each picture's dlib embedding (P, 128) to its person's photo, at least
-    0, and 0 without a face: (P,).
-
-    `truth` may hold more people, who were not drawn.
-    """
-    far = (embeddings - truth[: len(embeddings)]).norm(dim=1)
-    return (1 - far).clamp(min=0).nan_to_num(0.0)
-
-
 @dataclass(frozen=True)
 class Lookup:
     """How each of N queries finds its person: first, among the first five, and the share of the
@@ -103,6 +93,25 @@ def look_up(queries: Tensor, gallery: Tensor, owners: Tensor | None = None) -> L
     rank = (others >= own).sum(1).masked_fill(missed, len(gallery))
     auc = (own > others).double().mean(1) + (own == others).double().mean(1) / 2
     return Lookup((rank < 1).double(), (rank < 5).double(), auc.masked_fill(missed, 0.0))
+
+
+@dataclass(frozen=True)
+class Found:
+    """How well pictures find their person, with intervals over people; see Lookup."""
+
+    first: Interval
+    five: Interval
+    auc: Interval
+
+
+def find(pictures: Tensor, gallery: Tensor) -> tuple[Found, Tensor]:
+    """Look up K pictures of each of P people (P, K, D), the first P of the gallery (M, D); return
+    also which find their person among the first five (P, K)."""
+    people, each = pictures.shape[:2]
+    owners = torch.arange(people).repeat_interleave(each)
+    told = look_up(pictures.flatten(0, 1), gallery, owners)
+    rows = [row.view(people, each) for row in (told.first, told.five, told.auc)]
+    return Found(*(bootstrap(row.mean(1)) for row in rows)), rows[1]
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def likeness_loss(
 
 def portrait_likeness(
     base: Base, faces: Sequence[Faces], shape: torch.Size, weight: float
-) -> Callable[[Theta | Factors, torch.Generator, int, int], Tensor]:
+) -> Callable[[Theta | Factors | None, torch.Generator, int, int], Tensor]:
     """Return what adds to the loss of a step for P people with latents of a shape (c, h, w), person
     p wearing row p: the weighted distance of their portraits from the faces on their photos, in
     turn.
@@ -69,7 +69,9 @@ def portrait_likeness(
     """
     check_drafts(base)
 
-    def loss(worn: Theta | Factors, generator: torch.Generator, batch: int, turn: int) -> Tensor:
+    def loss(
+        worn: Theta | Factors | None, generator: torch.Generator, batch: int, turn: int
+    ) -> Tensor:
         count = max(1, batch // SHARE)
         own = [(each, (turn + k) % len(each.crops)) for k in range(count) for each in faces]
         noise = torch.randn((count, *shape), generator=generator).repeat_interleave(len(faces), 0)

@@ -22,6 +22,7 @@ from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Factors, Theta, pack, unpack
 from hdbcli.model.base import Base, Worn
 from hdbcli.model.device import autocast, make_optimizer
+from hdbcli.model.tokens import Tokens
 from hdbcli.training.likeness_loss import latent_shape, portrait_likeness
 from hdbcli.training.loop import Plan, Step, closing, fit
 from hdbcli.training.objective import Samples
@@ -110,8 +111,8 @@ def weight_of(spec: BaseSpec, likeness: float | None) -> float:
 def with_likeness(
     base: Base, trial: Trial, faces: Sequence[Faces], weight: float | None, somebody: bool = True
 ) -> Trial:
-    """Let a trial of thetas or plain factors learn from what it draws too, and keep styles as they
-    are, if it starts from `somebody`: nobody's would keep the person out of them.
+    """Let a trial of thetas, plain factors or all weights learn from what it draws too, and keep
+    styles as they are, if it starts from `somebody`: nobody's would keep the person out of them.
 
     None weighs likeness as the base's spec says, which may be 0: then the trial stays what it was.
     """
@@ -119,18 +120,24 @@ def with_likeness(
     if not weight:
         return trial
 
-    def factors(worn: Worn | None) -> Factors:
-        assert isinstance(worn, Theta | Factors)
+    def factors(worn: Worn | None) -> Factors | None:
+        assert not isinstance(worn, Tokens)
         return base.injected.factors(worn) if isinstance(worn, Theta) else worn
 
     shape = latent_shape(base, faces)
     likeness = portrait_likeness(base, faces, shape, weight)
-    prior = style_prior(base, factors(trial.worn()), len(faces), shape) if somebody else None
+    prior = None
+    if somebody:
+        start = factors(trial.worn())
+        assert start is not None  # what is changed as a whole starts from nobody
+        prior = style_prior(base, start, len(faces), shape)
 
     def both(worn: Worn | None, generator: torch.Generator, batch: int, turn: int) -> Tensor:
         now = factors(worn)  # once for both
         far = likeness(now, generator, batch, turn)
-        return far if prior is None else far + prior(now, generator, turn)
+        if prior is None or now is None:
+            return far
+        return far + prior(now, generator, turn)
 
     return replace(trial, beside=both)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdbcli.compare.baselines import class_latents, dreambooth_trial, inversion_trial, lora_trial
+from hdbcli.compare.baselines import class_prior, dreambooth_trial, inversion_trial, lora_trial
 from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.errors import HdbError
 from hdbcli.faces.photo import crop_face
@@ -46,7 +46,7 @@ def latents(tiny: Base) -> list[Tensor]:
 @contextmanager
 def trial_of(method: str, base: Base, people: int) -> Iterator[Trial]:
     if method == "dreambooth":
-        with dreambooth_trial(base, class_latents(base, 2, quiet)) as trial:
+        with dreambooth_trial(base, class_prior(base, 2, ["a face"], quiet)) as trial:
             yield trial
     elif method == "lidb":
         yield lidb_trial(base, base.first_theta(people=people))

@@ -13,17 +13,16 @@ import pytest
 import torch
 from commands import hdb, told
 from PIL import Image
-from records import ALONE, record
+from records import ALONE, judge, record
 
-from hdbcli.compare.comparison import RATES, Contest
+from hdbcli.compare.comparison import RATES, Contest, Limits
 from hdbcli.compare.methods import CONTENDERS, choose
 from hdbcli.compare.page import tables
 from hdbcli.compare.results import reached, stand
-from hdbcli.compare.run import marks_of
 from hdbcli.compare.timing import Alone
 from hdbcli.config import CAPTIONS, MAIN_METHODS, METHODS
 from hdbcli.errors import HdbError
-from hdbcli.measure.statistics import Interval, bootstrap, likeness_of
+from hdbcli.measure.statistics import Interval, bootstrap, find
 from hdbcli.model.base import Base
 from hdbcli.model.contact_sheet import LINE, NAME
 from registry.spec import BaseSpec, SampleSettings
@@ -32,63 +31,103 @@ HELD_OUT = Path(__file__).parents[1] / "data/heldout"
 a, b = (replace(CONTENDERS["lora"], name=name) for name in "ab")
 
 
+def people(count: int = 9) -> torch.Tensor:
+    return torch.randn(count, 128, generator=torch.Generator().manual_seed(0))
+
+
 def test_a_standing_is_what_the_record_says() -> None:
-    truth = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
-    best = record(truth, (0.8, 0.5, 0.25))
-    first = stand(a, best, ALONE, truth, None)
+    truth = people()
+    judges, best = [judge(truth)], record(truth, 0.25)
+    first = stand(a, best, ALONE, judges, None)
     means = {key: interval.mean for key, interval in first.measured.items()}
     assert means == pytest.approx({"likeness": 0.75, "fidelity (t)": 1.0, "drift": 2.0}, abs=1e-5)
     assert first.less_than_first == {} and first.seconds == 1 + 40 * 0.5
-    own = [seconds for _, seconds, _ in first.curve]
-    assert first.seconds_to_first == pytest.approx(own, abs=1e-3) and own == [1, 6, 21]
     assert first.alone.seconds(1200) == 601 and first.lr == a.lr
     slow = replace(ALONE, first=(5.0, 3.0))  # is not the pace of all
     assert [slow.seconds(steps) for steps in (0, 1, 2, 4)] == [1, 6, 9, 10]
-    assert first.portraits is not None and first.portraits.top1 == 1.0
-    assert first.named == {"t": (1.0,) * 6}
-    assert [round(interval.mean, 4) for *_, interval in first.curve] == [0.2, 0.5, 0.75]
-    worse = replace(best, portraits=best.portraits[[0, 1, 1]], texts={"t": best.texts["t"].flip(2)})
-    second = stand(b, worse, ALONE, truth, best)
-    assert second.seconds_to_first[:2] == pytest.approx(own[:2], abs=1e-3)
-    assert second.seconds_to_first[2] is None and second.named == {"t": (0.0,) * 6}
+    assert first.portraits["face"].first == Interval(1.0, 1.0, 1.0)
+    assert first.named == {"t": (1.0,) * 6} and first.found == (1.0,) * 6
+    assert first.way["face"].mean == pytest.approx((0.75 - 0.2) / (0.9 - 0.2), abs=1e-5)
+    worse = replace(record(truth, 0.5), texts={"t": best.texts["t"].flip(3)})
+    second = stand(b, worse, ALONE, judges, best)
+    assert second.named == {"t": (0.0,) * 6}
     paired = second.less_than_first["likeness"]
     assert paired.low > 0.2 and paired.mean == pytest.approx(0.25, abs=1e-5)
     fidelity = second.less_than_first["fidelity (t)"]
     assert fidelity.mean == pytest.approx(1.0) and second.less_than_first["drift"].mean == 0
 
 
+def test_a_portrait_without_a_face_is_a_miss_of_one_drawing() -> None:
+    truth = people()
+    lost = record(truth, 0.25)
+    lost.faces["face"][0, 3, 1] = torch.nan
+    told = stand(a, lost, ALONE, [judge(truth)], None)
+    # one of 18 portraits counts 0 instead of 1 - 0.3, and finds nobody
+    assert told.measured["likeness"].mean == pytest.approx(0.75 - 0.7 / 18, abs=1e-5)
+    assert told.portraits["face"].first.mean == pytest.approx(17 / 18)
+    assert told.portraits["face"].first.low < 17 / 18 < told.portraits["face"].first.high
+
+
+def test_styles_together_ask_for_the_name_and_the_person_of_the_same_picture() -> None:
+    truth = people(12)
+    half = record(truth, 0.25)
+    half.texts["t"][1, :6] = half.texts["t"][2, :6]  # six people's selfies look like Pixar
+    half.faces["face"][1, 3:9] = half.faces["face"][1, 3:9].flip(0)  # six have another's face
+    told = stand(a, half, ALONE, [judge(truth)], None)
+    assert told.named["t"][1] == 0.5
+    five = told.styled["face"][0].five.mean
+    assert told.styled["face"][0].first.mean == 0.5 <= five < 1
+    # three are named wrong only, three both, three have another's face only, three are right
+    _, at_five = find(half.faces["face"][1], truth)
+    wanted = (at_five.mean(1) * (torch.arange(12) >= 6)).mean()
+    assert told.together["face"][0].mean == pytest.approx(float(wanted)) and wanted < 0.5
+    assert told.together["face"][1].mean == 1.0  # the next caption is as it was
+
+
 def test_methods_that_learned_fewer_people_are_judged_on_those() -> None:
-    truth = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
-    many, few = record(truth, (0.8, 0.5, 0.25)), record(truth[:3], (0.8, 0.5))
-    assert likeness_of(few.portraits[-1], truth).shape == (3,)
+    truth = people()
+    judges = [judge(truth)]
+    many, few = record(truth, 0.25), record(truth[:3], 0.5)
     for first, second in ((many, few), (few, many)):
-        line = stand(a, first, ALONE, truth, None)
-        other = stand(b, second, ALONE, truth, first)
+        line = stand(a, first, ALONE, judges, None)
+        other = stand(b, second, ALONE, judges, first)
         paired = other.less_than_first["likeness"]
         gap = 0.25 if first is many else -0.25
         assert paired.mean == pytest.approx(gap, abs=1e-5)
         assert {line.people, other.people} == {3, 9}
-        assert other.portraits is not None and other.portraits.top1 == 1.0
+        assert other.portraits["face"].first.mean == 1.0
     twin = torch.cat([truth[:5], truth[:1], truth[6:]])  # of somebody who was not learned
-    line = stand(a, few, ALONE, twin, None)
-    assert line.portraits is not None and line.portraits.top1 == pytest.approx(2 / 3)
+    line = stand(a, few, ALONE, [judge(twin)], None)
+    assert line.portraits["face"].first.mean == pytest.approx(2 / 3)
 
 
-def test_seconds_are_held_against_the_first_methods() -> None:
-    truth = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
-    best, worse = record(truth, (0.8, 0.5, 0.25)), record(truth, (0.8, 0.8, 0.5))
+def test_seconds_are_read_from_finished_schedules() -> None:
+    truth = people()
+    judges, best = [judge(truth)], record(truth, 0.25)
     slow = replace(ALONE, prepare=0.0, step=5.0)
-    first, second = stand(a, best, ALONE, truth, None), stand(b, worse, slow, truth, best)
-    same, none = Interval(0.5, 0.4, 0.6), None
-    contest = Contest(9, "here", False, (first, second), none, same, same, same, none, none, ())
+    first = stand(a, best, ALONE, judges, None)
+    short, long = (
+        stand(b.of_steps(steps), record(truth, away, steps), slow, judges, best)
+        for steps, away in ((100, 0.5), (300, 0.1))
+    )
+    assert {short.family, long.family} == {"b"} and short.name == "b@100"
+    same = Interval(0.5, 0.4, 0.6)
+    limits = {"face": Limits(same, same, same, None, None)}
+    contest = Contest(9, "here", False, (first, short, long), None, limits, ())
     (speeds,) = (table for table in tables(contest) if table.title.startswith("Seconds"))
+    middle = 500 + (0.75 - 0.5) / (0.9 - 0.5) * 1000  # on the line between the two
+    assert speeds.heads == ("likeness, by", "a", "b")
     assert speeds.rows == (
-        ("0: 0.200", "1.0 s (1.0 x)", "0 s (0 x)"),
-        ("10: 0.500", "6.0 s (1.0 x)", "200 s (33.3 x)"),
-        ("40: 0.750", "21.0 s (1.0 x)", "never"),
+        ("0.750, face", "21.0 s (1.0 x)", f"{middle:,.0f} s ({middle / 21:.1f} x)"),
         ("1,200 steps", "-", "6,000 s (286 x)"),
         ("5,000 steps", "-", "25,000 s (1,190 x)"),
     )
+    (speeds,) = (
+        table
+        for table in tables(replace(contest, standings=(first, short)))
+        if table.title.startswith("Seconds")
+    )
+    assert speeds.rows[0][2] == "never"  # whatever a longer schedule would have reached
     alone = tables(replace(contest, standings=(first,)))
     assert not any(table.title.startswith("Seconds") for table in alone)
 
@@ -110,17 +149,19 @@ def test_bootstrap_covers_the_mean_and_knows_noise_from_none() -> None:
     assert flat.low == flat.high == 3
 
 
-def test_marks_halve_down_from_the_end() -> None:
-    assert marks_of(40) == [0, 1, 2, 5, 10, 20, 40]
-    assert marks_of(0) == [0] and marks_of(5000)[-3:] == [1250, 2500, 5000]
-
-
 def test_methods_are_those_of_the_help() -> None:
     assert tuple(CONTENDERS) == METHODS and set(MAIN_METHODS.split(",")) <= set(METHODS)
     assert [c.steps for c in choose(["lora", "hyperdreambooth"], 50)] == [50, 40]
     assert [c.people for c in choose(["lora:12", "dreambooth"])] == [12, None]
     for bad in ("lora:0", "lora:few", "lora:-1"):
-        with pytest.raises(HdbError, match="asks for no number of people"):
+        with pytest.raises(HdbError, match="NAME:PEOPLE"):
+            choose([bad])
+    short, most, own = choose(["dreambooth@40:3", "dreambooth@1000", "lora@77"])
+    assert (short.name, short.steps, short.people, short.lr) == ("dreambooth@40", 40, 3, 3e-4)
+    assert most.lr == CONTENDERS["dreambooth"].lr and most.family == "dreambooth"
+    assert own.steps == 77 and own.lr == CONTENDERS["lora"].lr
+    for bad in ("lora@", "lora@0", "lora@x", "hypernetwork-only@40"):
+        with pytest.raises(HdbError, match="NAME@STEPS"):
             choose([bad])
     with pytest.raises(HdbError, match="unknown method 'dreambot'"):
         choose(["lora", "dreambot"])
@@ -134,6 +175,7 @@ def test_compare_from_photos_to_sheet(
     tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=6))
+    monkeypatch.setattr("hdbcli.compare.run.DRAWINGS", 2)
     for folder in sorted(HELD_OUT.iterdir())[:3]:
         shutil.copytree(folder, tmp_path / "people" / folder.name)
     shutil.copytree(HELD_OUT / "900050", tmp_path / "others/900050")
@@ -154,17 +196,21 @@ def test_compare_from_photos_to_sheet(
         other["prepare"] + sum(other["first"][:2])
     )
     assert min(mine["memory"], other["memory"]) > 1e8
+    assert lora["way"]["face"]["mean"] < 1 and only["together"]["face"]
     assert only["less_than_first"] == {} and lora["less_than_first"]["likeness"]["mean"]
     assert [s["prompt"] for s in document["styles"]] == [CAPTIONS[1], CAPTIONS[3]]
     for style in document["styles"]:
         true, through = style["true"], style["through"]
-        assert true["portraits"]["top1"] == 1.0 == true["found"] == through["found"]
-        assert true["portraits"]["auc"] >= through["portraits"]["auc"] > 0.5
-    assert 0 < document["floor"]["mean"] < document["photo"]["mean"] < 1
+        faces = [each["portraits"]["face"] for each in (true, through)]
+        assert faces[0]["first"]["mean"] == 1.0 == true["found"] == through["found"]
+        assert faces[0]["auc"]["mean"] >= faces[1]["auc"]["mean"] > 0.5
+        assert 0 <= true["together"]["face"]["mean"] <= 1
+    limits = document["limits"]["face"]
+    assert 0 < limits["floor"]["mean"] < limits["photo"]["mean"] < 1
     assert Image.open(tmp_path / "out/sheet.png").size == (NAME + 6 * 128, 6 + 3 * LINE + 3 * 128)
     assert Image.open(tmp_path / "out/curves.png").size[0] == 800
     assert json.loads((tmp_path / "out/compare.json").read_text()) == document
-    assert document["through"]["auc"] > 0 and document["other_photo"]["top1"] == 1.0
+    assert limits["through"]["auc"]["mean"] > 0 and limits["other_photo"]["first"]["mean"] == 1.0
     assert 1e7 < document["checkpoint"] < 1e8
     assert document["command"] == shlex.join(["hdb", *sys.argv[1:]])
     page = (tmp_path / "out/compare.md").read_text()
@@ -197,6 +243,7 @@ def test_a_base_without_a_hypernetwork_compares_what_needs_none(
         "hdbcli.model.base.customised", lambda spec: replace(spec, hypernetwork=None)
     )
     monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
+    monkeypatch.setattr("hdbcli.compare.run.DRAWINGS", 1)
     monkeypatch.setattr(
         "hdbcli.compare.comparison.time_alone", lambda *_: Alone(1.0, 0.1, (), 0.1, 10**9)
     )

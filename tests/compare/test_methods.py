@@ -13,15 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from records import ALONE, record
+from records import ALONE, judge, record
 
-from hdbcli.compare.comparison import RATES, Contest, _bounds, tuned
+from hdbcli.compare.comparison import RATES, Contest, Limits, _bounds, tuned
 from hdbcli.compare.methods import CONTENDERS, Contender, choose, entered, suited
 from hdbcli.compare.page import notes, tables
 from hdbcli.compare.results import stand
 from hdbcli.compare.run import compete, new_arena
 from hdbcli.compare.timing import time_alone
-from hdbcli.config import DIFFUSION_LR, UNPREDICTED_LR, UNPREDICTED_STEPS, RefineConfig, unnamed
+from hdbcli.config import (
+    DIFFUSION_LR,
+    PROMPTS,
+    UNPREDICTED_LR,
+    UNPREDICTED_STEPS,
+    RefineConfig,
+    unnamed,
+)
 from hdbcli.errors import HdbError
 from hdbcli.measure.metrics import FaceMetric, Judges
 from hdbcli.measure.statistics import Interval
@@ -29,6 +36,7 @@ from hdbcli.model.base import Base, load_predictor
 from hdbcli.training.hypernetwork import new_hypernetwork
 from hdbcli.training.people import People
 from hdbcli.training.personalise import crop_photos
+from hdbcli.training.refine import train
 from registry.spec import BaseSpec, SampleSettings
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
@@ -64,10 +72,9 @@ def test_tuning_takes_the_rate_that_ends_most_alike(
     truth = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
     (lora,) = choose(["lora"])
     ends = (0.9, 0.8, 0.2, 0.7, 0.95)  # how far from the person, by rate
-    away = {lora.lr * rate: (1 - end, end) for rate, end in zip(RATES, ends, strict=True)}
-    monkeypatch.setattr(
-        "hdbcli.compare.comparison.new_arena", lambda *_: SimpleNamespace(truth=truth)
-    )
+    arena = SimpleNamespace(truth={"face": truth}, recognisers={"face": FaceMetric()})
+    away = {lora.lr * rate: end for rate, end in zip(RATES, ends, strict=True)}
+    monkeypatch.setattr("hdbcli.compare.comparison.new_arena", lambda *_: arena)
     monkeypatch.setattr(
         "hdbcli.compare.comparison.compete", lambda _, each, __: record(truth, away[each.lr])
     )
@@ -122,6 +129,7 @@ def test_everybody_is_held_against_their_own_pictures(
 ) -> None:
     monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
     monkeypatch.setattr(Contender, "at_once", lambda *_: 1)
+    monkeypatch.setattr("hdbcli.compare.run.DRAWINGS", 1)  # of which pictures are kept
     nobody = replace(CONTENDERS["no-hypernetwork"], steps=0)  # theta_0 is the base
     judges = Judges({}, {"face": FaceMetric(), "bright": Brightness()})
     arena = new_arena(tiny, new_hypernetwork(tiny, 0), two, judges, None, quiet)
@@ -133,8 +141,8 @@ def test_everybody_is_held_against_their_own_pictures(
         torch.testing.assert_close(found.persons["bright"], near, rtol=0, atol=1e-2)
     assert np.abs(arena.plain[:2].astype(float) - arena.plain[2:]).mean() > 5  # the control
     pairs = np.stack([each for given in arena.given for each in (given, 255 - given)])
-    floor, _, photo, *_ = _bounds(replace(arena, plain=pairs))
-    assert floor == photo  # the first of each pair is the portrait
+    _, limits = _bounds(replace(arena, plain=pairs))
+    assert limits["face"].floor == limits["face"].photo  # the first of each pair is the portrait
 
 
 def test_ablations_differ_from_hdb_new_in_what_they_say() -> None:
@@ -167,10 +175,36 @@ def test_one_pass_is_one_pass(tiny: Base, two: People) -> None:
 
 def test_a_line_says_bytes_and_memory() -> None:
     truth = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
-    first = stand(CONTENDERS["lora"], record(truth, (0.8, 0.5, 0.25)), ALONE, truth, None)
+    first = stand(CONTENDERS["lora"], record(truth, 0.25), ALONE, [judge(truth)], None)
     same = Interval(0.5, 0.4, 0.6)
-    contest = Contest(9, "here", False, (first,), 1400, same, same, same, None, None, ())
+    contest = Contest(
+        9, "here", False, (first,), 1400, {"face": Limits(same, same, same, None, None)}, ()
+    )
     line = ("lora", "9", "40", "0.001", "21.0 s", "5.0 s", "1,000 MB", "14")
     line = (*line, "0.750", "1.000", "2.0")  # no intervals: all people are alike
     assert next(tables(contest)).rows == (line,)
     assert "1,400 bytes, 100 times what the 7 numbers" in notes(contest)[1]
+
+
+@pytest.mark.parametrize("name", ["lora", "dreambooth"])
+def test_a_fair_baseline_has_every_loss_and_a_plain_one_its_own(
+    name: str, tiny: Base, two: People
+) -> None:
+    faces = [tiny.faces([two.crops[0]])]
+    before = tiny.injected.weights_digest()
+    for each in (name, f"{name}-all"):
+        contender = replace(
+            CONTENDERS[each], class_pictures=min(6, CONTENDERS[each].class_pictures)
+        )
+        assert contender.at_once(128) == (25 if each == "lora" else 1)
+        with entered(contender, tiny, None, faces, quiet) as trial:
+            kept = trial.prior and trial.prior(torch.Generator().manual_seed(0), 40)
+            asked = set(kept.prompts) if kept else set()
+            latents = [tiny.backbone.encode_images(faces[0].crops)]
+            config = RefineConfig(2, lr=1e-5, batch=4, optimizer="adamw")
+            losses = [step.loss for step in train(tiny, trial, latents, config)]
+            assert len(losses) == 2 and np.isfinite(losses).all()
+        wanted = {unnamed(prompt) for prompt in PROMPTS} if each.endswith("-all") else {"a face"}
+        assert asked == (set() if each == "lora" else wanted)
+        assert (trial.beside is not None) == each.endswith("-all")
+    assert tiny.injected.weights_digest() == before

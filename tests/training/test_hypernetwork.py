@@ -20,7 +20,7 @@ from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.errors import HdbError
 from hdbcli.faces.embedding import embed
 from hdbcli.identity.file import theta_for
-from hdbcli.measure.statistics import likeness_of
+from hdbcli.measure.metrics import FaceMetric
 from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import relax
 from hdbcli.model.base import Base, load_predictor
@@ -267,7 +267,8 @@ def test_shipped_hypernetwork_knows_people(tiny: Base, people: Path) -> None:
 
     def like(worn: Theta | None) -> float:
         drawn = generate(tiny, worn, PORTRAIT, list(range(8)), SampleSettings(steps=12), quiet)
-        return float(likeness_of(embed([picture.image for picture in drawn]), true).mean())
+        mine = embed([picture.image for picture in drawn]).numpy()
+        return float(FaceMetric().likeness(mine, true.numpy()).mean())
 
     assert like(theta) > like(None) + 0.15 > like(theta[torch.arange(8).roll(1)])
 
