@@ -233,11 +233,11 @@ def _intervals(measured: Mapping[str, Interval]) -> Iterator[str]:
 
 
 def _interval(interval: Interval, digits: int = 3) -> str:
-    """Return a mean with what it lies between; without, if it is of one person."""
+    """Return a mean with what it lies between; without, if that is no more than the mean."""
     mean, low, high = (
         f"{value:.{digits}f}" for value in (interval.mean, interval.low, interval.high)
     )
-    return mean if interval.low == interval.high else f"{mean} ({low} to {high})"
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _percent(interval: Interval) -> str:
@@ -245,4 +245,4 @@ def _percent(interval: Interval) -> str:
     if math.isnan(interval.mean):
         return "-"
     mean, low, high = (f"{value:.0%}" for value in (interval.mean, interval.low, interval.high))
-    return mean if interval.low == interval.high else f"{mean} ({low} to {high})"
+    return mean if low == high else f"{mean} ({low} to {high})"
