@@ -113,3 +113,4 @@ class PretrainConfig:
     look: int = 200  # steps between looks at people held out
     held_out: int = 64  # people, but no more than a tenth of all
     checkpoint: Path | None = None  # a run that was cut off goes on from it
+    accumulate: int = 1  # parts in which a batch is taken: less memory, the same gradient

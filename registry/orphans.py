@@ -27,10 +27,11 @@ class Orphan:
     reason: str
 
 
-def temporaries(older: float = WRITING) -> list[Orphan]:
-    """Return temporary files of the store that were last written `older` seconds ago or more."""
+def temporaries(older: float = WRITING, *places: Path) -> list[Orphan]:
+    """Return temporary files of these folders, or else of the store, that were last written `older`
+    seconds ago or more."""
     before = time.time() - older
-    places = (folder(), root() / "bases")
+    places = places or (folder(), root() / "bases")
     return [
         Orphan(path, state.st_size, "temporary file of an interrupted run")
         for place in places

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hdbcli.config import Tell
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
     from hdbcli.training.evaluate import Evaluation
     from hdbcli.training.loop import Step
     from hdbcli.training.personalise import Created
+    from hdbcli.training.shards import Prepared
     from registry.bases.settings import Added
     from registry.spec import BaseSpec
     from registry.store import Entry
+
+NAMED = 3  # pairs of names in a message; the report has all
 
 STAGES = {
     "crop": "finding the face",
@@ -34,7 +38,7 @@ STAGES = {
     "refine": "refining",
     "draw": "drawing",
     "read": "reading photos",
-    "encode": "encoding photos",
+    "compare": "comparing people",
     "train": "training",
     "loss": "measuring the loss",
     "merge": "merging",
@@ -114,6 +118,20 @@ def show_doubts(crops: Sequence[Crop]) -> None:
         where = f"photo {number}: " if len(crops) > 1 else ""
         for warning in crop.warnings:
             note(f"warning: {where}{warning}")
+
+
+def show_prepared(done: Prepared, report: Path, seconds: float) -> None:
+    """Say what preparing people came to, and what to look at."""
+    show_skipped(done.left_out)
+    for one, other, distance in done.alike[:NAMED]:
+        note(f"warning: {one} and {other} look like one person ({distance:.2f} apart)")
+    if len(done.alike) > NAMED:
+        note(f"warning: so do {len(done.alike) - NAMED} more pairs, see the report")
+    kept = f", {done.kept} of them from an earlier run" if done.kept else ""
+    note(
+        f"{done.people} people, {done.pictures} pictures in {done.files} files{kept}; "
+        f"{seconds:.0f} s; report: {report}"
+    )
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from hdbcli.method.hypernet import HyperNetwork
     from hdbcli.method.lidb import Theta
     from hdbcli.model.base import Base
+    from hdbcli.model.device import Workers
     from hdbcli.model.memory import MemoryPlan, Work
     from hdbcli.training.people import People
     from registry.spec import BaseSpec
@@ -55,7 +57,40 @@ LARGEST = 2**40  # bytes of a hypernetwork, of which the header alone is read
 LearningRate = Annotated[
     float, typer.Option(min=0, callback=finite, help="Learning rate, at its highest.")
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes that read photos; default: one a core."),
+]
 train_app = new_app("Train and measure the hypernetwork of a base model.")
+
+
+@train_app.command("prepare")
+def train_prepare(
+    data: Data,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the prepared people.")],
+    base: BaseName = None,
+    processes: Processes = None,
+    pattern: Pattern = "*",
+    aligned: Aligned = False,
+    device: Device = None,
+    memory: Memory = "auto",
+) -> None:
+    """Find, crop and encode the faces of a folder once, for any number of trainings; interrupted,
+    the same command goes on."""
+    from hdbcli.training import shards
+
+    check_folder(out)
+    spec = spec_of(base)
+
+    def prepare(plan: MemoryPlan) -> None:
+        loaded = open_on(base, device, plan=plan)
+        start = time.perf_counter()
+        with render.progress() as tell:
+            done = shards.prepare(data, loaded, out, pattern, aligned, tell, processes)
+        render.show_prepared(done, out / shards.REPORT, time.perf_counter() - start)
+
+    within_memory(spec, device, memory, shards.work_of(spec), prepare)
+    render.say(str(out))
 
 
 @train_app.command("bank")
@@ -76,19 +111,18 @@ def train_bank(
 ) -> None:
     """Optimise the LiDB of everybody in a folder; interrupted, the same command goes on."""
     from hdbcli.training import bank
-    from hdbcli.training.people import read_people
+    from hdbcli.training.shards import open_people
 
     check_folder(out)
     spec = spec_with(base, targets)
     config = BankConfig(steps, lr=lr, at_once=at_once, seed=seed, optimizer=optimizer)
-    with render.progress() as tell:
-        people = read_people(data, spec, pattern, aligned, tell)
-    render.show_skipped(people.skipped)
 
     def build(plan: MemoryPlan) -> None:
         loaded = open_on(spec, device, plan)
-        start, made = time.perf_counter(), 0
         with render.progress() as tell:
+            people = open_people(data, loaded, pattern, aligned, out / "people", tell)
+            render.show_skipped(people.skipped)
+            start, made = time.perf_counter(), 0
             for shard in bank.build_bank(loaded, people, out, config, tell):
                 made += shard.people
                 rate = made / (time.perf_counter() - start)
@@ -157,7 +191,12 @@ def train_hypernetwork(
     out: Annotated[Path, typer.Option("-o", "--out", help="File of the hypernetwork.")],
     base: BaseName = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps.")] = PretrainConfig.steps,
-    batch: Annotated[int, typer.Option(min=1, help="People a step.")] = PretrainConfig.batch,
+    batch: Annotated[
+        int, typer.Option(min=1, help="People a step, of each process.")
+    ] = PretrainConfig.batch,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Parts to take a batch in: less memory, the same gradient.")
+    ] = PretrainConfig.accumulate,
     lr: LearningRate = PretrainConfig.lr,
     bank: Annotated[Path | None, typer.Option(help="Bank made by hdb train bank.")] = None,
     beta: Beta = None,
@@ -183,13 +222,16 @@ def train_hypernetwork(
     processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
     from hdbcli.model.base import load_predictor
+    from hdbcli.model.device import join_workers
     from hdbcli.model.hypernetwork_file import targets_of
     from hdbcli.training.bank import read_bank
     from hdbcli.training.hypernetwork import new_hypernetwork
-    from hdbcli.training.people import read_people
+    from hdbcli.training.shards import open_people
 
     if not bank:
         refuse_given("there is nothing to weigh; add --bank or drop", beta=beta)
+    if accumulate > batch:
+        raise HdbError(f"a batch of {batch} has no {accumulate} parts; lower --accumulate")
     if not held_out:
         refuse_given("--held-out 0 leaves nobody to look at; drop it or", look=look)
     _check_hypernetwork_out(out, start)
@@ -197,7 +239,7 @@ def train_hypernetwork(
     beta, look = PretrainConfig.beta if beta is None else beta, look or PretrainConfig.look
     goals = (steps, lr, batch, beta, prior, likeness, share)
     config = PretrainConfig(
-        *goals, seed, optimizer, precision, save_seconds, look, held_out, checkpoint
+        *goals, seed, optimizer, precision, save_seconds, look, held_out, checkpoint, accumulate
     )
     spec = spec_with(base, targets, start)
 
@@ -206,10 +248,14 @@ def train_hypernetwork(
         # Before the photos are read, which takes hours: these may be missing, or another base's.
         known = read_bank(bank, loaded) if bank else None
         model = load_predictor(loaded)[0] if start else new_hypernetwork(loaded, seed)
-        with render.progress() as tell:
-            people = read_people(data, loaded.spec, pattern, aligned, tell)
+        workers = join_workers(loaded.device)
+        cache = out.with_name(f"{out.stem}-people")
+        with render.progress() as tell, workers.first():
+            people = open_people(data, loaded, pattern, aligned, cache, tell)
+        if not workers.rank:
             render.show_skipped(people.skipped)
-            _learn(loaded, model, people, config, known, out, tell)
+        with render.progress() as tell:
+            _learn(loaded, model, people, config, known, out, tell, workers)
 
     within_memory(spec, device, memory, _work_of(spec, config), learn)
 
@@ -250,14 +296,13 @@ def _learn(
     known: Mapping[str, Theta] | None,
     out: Path,
     tell: Tell,
+    workers: Workers,
 ) -> None:
     """Train, and write the hypernetwork: in the first process, if there are several."""
-    from hdbcli.model.device import join_workers
     from hdbcli.model.hypernetwork_file import save_hypernetwork
     from hdbcli.training import hypernetwork as pretrain
     from hdbcli.training.monitor import Watch
 
-    workers = join_workers(loaded.device)
     people, held = people.hold_out(config.held_out)
     watch = Watch(loaded, held, out, tell) if held and not workers.rank else None
     look_at = watch.look if watch else None
@@ -291,15 +336,15 @@ def train_evaluate(
     from hdbcli.model.base import load_predictor
     from hdbcli.model.hypernetwork_file import targets_of
     from hdbcli.training import evaluate
-    from hdbcli.training.people import read_people
+    from hdbcli.training.shards import open_people
 
     spec = spec_with(base, None, hypernetwork)
 
     def measure(plan: MemoryPlan) -> evaluate.Evaluation:
         loaded = open_on(spec, device, plan, targets_of(spec.hypernetwork))
         model, _ = load_predictor(loaded)  # before the photos are read, which takes hours
-        with render.progress() as tell:
-            people = read_people(data, spec, pattern, aligned, tell)
+        with render.progress() as tell, TemporaryDirectory(prefix="hdb-people-") as cache:
+            people = open_people(data, loaded, pattern, aligned, Path(cache) / "people", tell)
             render.show_skipped(people.skipped)
             return evaluate.evaluate(loaded, model, people, refined, tell)
 

@@ -8,8 +8,8 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -61,6 +61,16 @@ class Workers:
     rank: int
     count: int
     share: Callable[[list[Tensor]], None] | None  # averages tensors over the processes, in place
+    meet: Callable[[], object] = bool  # waits for all of them
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Let the first process do what is in the block, then the others, who find it done."""
+        if self.rank:
+            self.meet()
+        yield
+        if not self.rank:
+            self.meet()
 
 
 ALONE = Workers(0, 1, None)
@@ -82,7 +92,9 @@ def join_workers(device: str) -> Workers:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    return Workers(accelerator.process_index, accelerator.num_processes, share)
+    return Workers(
+        accelerator.process_index, accelerator.num_processes, share, accelerator.wait_for_everyone
+    )
 
 
 def autocast(

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -54,13 +55,14 @@ def build_bank(
     """Optimise everybody not in the bank yet, a shard of `config.at_once` people at a time."""
     index = _open_index(folder, _settings(base, config))
     done = {name for shard in index["shards"] for name in shard["names"]}
+    assert people.latents is not None
     left = [i for i, name in enumerate(people.names) if name not in done]
     for start in range(0, len(left), config.at_once):
         chosen = left[start : start + config.at_once]
         latents = []
         for person in chosen:
-            crops = [people.crops[photo] for photo in people.members[person]]
-            latents.append(base.backbone.encode_images(base.images(crops)))
+            plain = people.latents[list(people.members[person])][:, 0]
+            latents.append(torch.from_numpy(plain).float().to(base.device))
         theta = base.first_theta(config.rank, len(chosen))
         result = refine(base, theta, latents, config.refine(), tell)
         name = f"theta-{len(index['shards']):05d}.safetensors"

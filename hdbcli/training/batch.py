@@ -1,5 +1,5 @@
 """Draw the batch of a training step: people, the photo that is read of each, what is drawn of them,
-noise and times."""
+the seeds of noise, and times."""
 
 from __future__ import annotations
 
@@ -23,14 +23,24 @@ class Batch(NamedTuple):
     drawn: Tensor  # (P, K) others of the person; the last half in styles, where there are such
     anybody: Tensor  # (P, K) photos of whomever
     empty: Tensor  # (P, K) which of those have an empty prompt
-    noise: Tensor  # (P, K, c, h, w)
+    seed: Tensor  # (P, K) of the noise, which `noises` draws: each process that of its own people
     t: Tensor  # (P, K)
 
+    def part(self, rows: slice) -> Batch:
+        """Return what was drawn for some of the people."""
+        return Batch(*(each[rows] for each in self))
 
-def draw_batch(
-    people: People, count: int, shape: Sequence[int], generator: torch.Generator
-) -> Batch:
-    """Draw `count` people and DRAWS pictures of each; `shape` is that of a latent."""
+    def noises(self, shape: Sequence[int]) -> Tensor:
+        """Return noise (P, K, c, h, w) for latents of a shape (c, h, w)."""
+        drawn = [
+            torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+            for seed in self.seed.flatten().tolist()
+        ]
+        return torch.stack(drawn).view(*self.seed.shape, *shape)
+
+
+def draw_batch(people: People, count: int, generator: torch.Generator) -> Batch:
+    """Draw `count` people and DRAWS pictures of each."""
     person = torch.randint(len(people.names), (count,), generator=generator)
     read, drawn = [], []
     for index in person.tolist():
@@ -45,7 +55,7 @@ def draw_batch(
             pictures[plain:] = [styled[(turn + k) % len(styled)] for k in range(DRAWS // 2)]
         read.append(photos[first % len(photos)])
         drawn.append(pictures)
-    everything = torch.tensor([p for group in (*people.members, *people.styled) for p in group])
+    everything = people.everything
     many = count, DRAWS
     # Parts of 0..1 come in order: unshuffled, plain portraits would get all the little noise.
     times = draw_times(count * DRAWS, generator)
@@ -55,8 +65,8 @@ def draw_batch(
         torch.tensor(read),
         torch.rand(count, generator=generator),
         torch.tensor(drawn),
-        everything[torch.randint(len(everything), many, generator=generator)],
+        torch.from_numpy(everything)[torch.randint(len(everything), many, generator=generator)],
         torch.rand(many, generator=generator) < 0.5,
-        torch.randn((*many, *shape), generator=generator),
+        torch.randint(1 << 62, many, generator=generator),
         times.view(many),
     )

@@ -21,7 +21,6 @@ from hdbcli.model.base import Base
 from hdbcli.model.memory import Work
 from hdbcli.model.sample import generate
 from hdbcli.training import personalise
-from hdbcli.training.hypernetwork import encode_crops
 from hdbcli.training.people import People
 from hdbcli.training.refine import portrait_loss, refine
 from registry.spec import BaseSpec
@@ -66,10 +65,14 @@ def evaluate(
     if refined == 1:
         raise HdbError("one refined person has nobody to be told from; refine 0, or two or more")
     refined = min(refined, len(people.names))
-    first = people.crops[[m[0] for m in people.members]]
-    second = people.crops[[m[1] for m in people.members]]
+    assert people.latents is not None
+    given, kept_back = ([m[k] for m in people.members] for k in range(2))
+    first, second = people.crops[given], people.crops[kept_back]
+    own_latents, latents = (
+        torch.from_numpy(people.latents[rows][:, 0]).float().to(base.device)
+        for rows in (given, kept_back)
+    )
     theta = _predict(model, base.faces(list(first)))
-    latents = encode_crops(base, second, tell)[0].float().to(base.device)
     others = Theta(theta.down.roll(1, 0), theta.up.roll(1, 0))
     own, another, none = (
         person_losses(base, worn, latents, tell) for worn in (theta, others, None)
@@ -77,7 +80,7 @@ def evaluate(
     gallery = embed(list(second))
     more = None
     if refined:
-        final = refine_all(base, theta[:refined], first[:refined], tell)
+        final = refine_all(base, theta[:refined], first[:refined], own_latents[:refined], tell)
         more = _retrieval_of(base, final, gallery, tell)
     return Evaluation(
         people=len(people.names),
@@ -117,11 +120,11 @@ def _predict(model: HyperNetwork, faces: Faces) -> Theta:
     return model(faces)
 
 
-def refine_all(base: Base, theta: Theta, crops: np.ndarray, tell: Tell) -> Theta:
-    """Relax and refine as `hdb new` does, a few dozen people at once."""
+def refine_all(base: Base, theta: Theta, crops: np.ndarray, encoded: Tensor, tell: Tell) -> Theta:
+    """Relax and refine as `hdb new` does, on one crop and its latents (P, c, h, w) each, a few
+    dozen people at once."""
     config = personalise.settle(base, None, None, RefineConfig.seed, RefineConfig.optimizer)
     faces = [base.faces([crop]) for crop in crops]
-    encoded = encode_crops(base, crops, tell)[0].float().to(base.device)
     latents = [latent[None] for latent in encoded]
     done = []
     for part in _parts(base, len(latents)):

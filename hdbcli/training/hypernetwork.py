@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hdbcli.config import PretrainConfig, Tell, unnamed
 from hdbcli.errors import HdbError
-from hdbcli.method.hypernet import TRAITS, Faces, HyperConfig, HyperNetwork
+from hdbcli.method.hypernet import Faces, HyperConfig, HyperNetwork
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from hdbcli.model.device import ALONE, Workers, autocast, make_optimizer
@@ -41,7 +40,7 @@ from hdbcli.training.objective import (
     spread,
     weight_loss,
 )
-from hdbcli.training.people import People
+from hdbcli.training.people import People, Rows
 
 AVERAGE = 0.998
 
@@ -84,21 +83,19 @@ def pretrain(
         check_drafts(base)
     known = None if bank is None else _known(bank, people, base.device)
     model.to(base.device).train()
-    latents = encode_crops(base, people.crops, tell)
     if not config.likeness:
         base.free_autoencoder()
-    images = torch.from_numpy(people.crops).permute(0, 3, 1, 2)
-    traits = recognise(base, people, tell, all_crops=bool(config.likeness))
-    material = _Material(people, images, traits, latents, known)
+    material = Material(people, known)
     parameters = dict(model.named_parameters())
     averages = averages_of(parameters)
     optimizer, used = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
     described = _described(base, model, material, config, used, workers.count)
     plan = _plan(config, described)
     on = ExitStack()
+    one = torch.empty(1, *material.shape)
 
     def loss(generator: torch.Generator) -> Tensor:
-        on.enter_context(base.short_attention(latents[0]))
+        on.enter_context(base.short_attention(one))
         return _loss(base, model, material, config, workers, generator)
 
     def look(*seen: Any) -> None:
@@ -144,7 +141,7 @@ def _plan(config: PretrainConfig, of: str) -> Plan:
 def _described(
     base: Base,
     model: HyperNetwork,
-    material: _Material,
+    material: Material,
     config: PretrainConfig,
     optimizer: str,
     processes: int,
@@ -156,7 +153,7 @@ def _described(
     facts = {
         "base": f"{base.spec.name} {base.injected.weights_digest()[:8]}",
         "start": _digest(*model.state_dict().values()),
-        "people": f"{len(people.names)} {_digest(material.images, text=repr(whose))}",
+        "people": f"{len(people.names)} {_digest(text=repr((people.digest, whose)))}",
         "bank": "none" if bank is None else _digest(bank.down, bank.up),
         "optimizer": optimizer,
         "processes": processes,
@@ -175,73 +172,135 @@ def _digest(*tensors: Tensor, text: str = "") -> str:
     return whole.hexdigest()[:8]
 
 
-class _Material(NamedTuple):
-    """What training reads of N crops: the images (N, 3, S, S) uint8, a recogniser's numbers, and
-    latents, mirrored too."""
+class Material(NamedTuple):
+    """What training reads: people with their embeddings and latents, and the bank's theta of each.
+
+    Rows are read when they are asked for: a process reads those of its own part of a batch.
+    """
 
     people: People
-    images: Tensor
-    traits: Tensor  # (N, 128)
-    latents: Tensor  # (2, N, c, h, w)
     known: Theta | None  # the bank, person by person
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape (c, h, w) of a latent."""
+        return _needed(self.people.latents).shape[2:]
+
+    def images(self, rows: Tensor) -> Tensor:
+        """Return crops (B, 3, S, S) in -1..1."""
+        crops = torch.from_numpy(self.people.crops[rows.tolist()])
+        return crops.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def traits(self, rows: Tensor) -> Tensor:
+        """Return the recogniser's embeddings (B, 128)."""
+        return torch.from_numpy(_needed(self.people.traits)[rows.tolist()])
+
+    def latents(self, rows: Sequence[int]) -> Tensor:
+        """Return latents (B, 2, c, h, w) float16, of crops and of their mirror images."""
+        return torch.from_numpy(_needed(self.people.latents)[rows])
+
+
+def _needed(rows: Rows | None) -> Rows:
+    assert rows is not None, "people are to be encoded first: hdbcli.training.shards"
+    return rows
 
 
 def _loss(
     base: Base,
     model: HyperNetwork,
-    material: _Material,
+    material: Material,
     config: PretrainConfig,
     workers: Workers,
     generator: torch.Generator,
 ) -> Tensor:
-    """Return the loss of one batch, drawn from the generator."""
-    people, images, traits, latents, known = material
-    device = base.device
+    """Return the loss of one batch, drawn from the generator.
+
+    It is taken in `config.accumulate` parts. All but the last have left their gradients behind by
+    then, so that the memory of one part is needed.
+    """
     # Every process draws the batch of all and takes its part: N processes are one with N times the
     # batch.
-    whole = draw_batch(people, config.batch * workers.count, latents.shape[2:], generator)
-    batch = Batch(*(each[workers.rank :: workers.count] for each in whole))
+    whole = draw_batch(material.people, config.batch * workers.count, generator)
+    batch = whole.part(slice(workers.rank, None, workers.count))
+    served, weight = share_out(config.batch, workers, config.share)
+    before = torch.zeros((), device=base.device)
+    size = -(-config.batch // config.accumulate)
+    for first in range(0, config.batch, size):
+        part = batch.part(slice(first, first + size))
+        count = len(part.person)
+        some = min(max(served - first, 0), count)  # the first of all are served
+        share = some / served * weight if served else 0.0
+        value = _part_loss(base, model, material, config, part, some, share, config.batch)
+        if first + count < config.batch:
+            value.backward()
+            before += value.detach()
+    return value + before
+
+
+def _part_loss(
+    base: Base,
+    model: HyperNetwork,
+    material: Material,
+    config: PretrainConfig,
+    batch: Batch,
+    some: int,
+    share: float,
+    people: int,
+) -> Tensor:
+    """Return what some of a batch of so many `people` add to its loss.
+
+    The first `some` have portraits drawn and others left alone, which counts `share` of what the
+    whole batch's do.
+    """
+    device, precision = base.device, config.precision
     mirrored = batch.mirror < 0.5
-    faces = images[batch.read].float().to(device) / 127.5 - 1
-    faces = torch.where(mirrored.view(-1, 1, 1, 1).to(device), faces.flip(-1), faces)
+    counts = len(mirrored) / people
+    noise = batch.noises(material.shape)
+
+    def seen(rows: Tensor, turned: Tensor) -> Tensor:
+        images = material.images(rows)
+        return torch.where(turned.view(-1, 1, 1, 1), images.flip(-1), images).to(device)
+
     # Samples lie people fastest: the order in which the layer deals out identities.
-    with autocast(device, config.precision):
-        theta = model(Faces(faces, traits[batch.read].to(device)))
+    faces = Faces(seen(batch.read, mirrored), material.traits(batch.read).to(device))
+    with autocast(device, precision):
+        theta = model(faces)
 
     def samples(drawn: Tensor, captions: Sequence[str]) -> Samples:
-        count = len(drawn)
-        noise, t = batch.noise[:count].transpose(0, 1).flatten(0, 1), batch.t[:count].T.flatten()
-        clean = latents[mirrored[:count].long().repeat(DRAWS), drawn.T.flatten()]
-        prompts = [base.prompt(caption) for caption in captions]
-        return Samples(clean.float().to(device), prompts, noise.to(device), t.to(device))
+        count, rows = len(drawn), drawn.T.flatten()
+        both = material.latents(rows.tolist())
+        clean = both[torch.arange(len(rows)), mirrored[:count].long().repeat(DRAWS)]
+        return Samples(
+            clean.float().to(device),
+            [base.prompt(caption) for caption in captions],
+            noise[:count].transpose(0, 1).flatten(0, 1).to(device),
+            batch.t[:count].T.flatten().to(device),
+        )
 
-    jobs = diffusion_jobs(
-        base, samples(batch.drawn, people.caption(batch.drawn)), len(theta), config.precision
-    )
-    some, part = share_out(config.batch, workers, config.share)
+    own = material.people.caption(batch.drawn)
+    jobs = diffusion_jobs(base, samples(batch.drawn, own), len(theta), counts, precision)
     if some and config.prior:
         anybody, empty = batch.anybody[:some], batch.empty[:some].T.flatten()
         captions = [
             "" if each else unnamed(caption)
-            for each, caption in zip(empty, people.caption(anybody), strict=True)
+            for each, caption in zip(empty, material.people.caption(anybody), strict=True)
         ]
         nobody = samples(anybody, captions)
-        jobs += prior_jobs(base, nobody, some, part * config.prior, config.precision)
+        jobs += prior_jobs(base, nobody, some, share * config.prior, precision)
     if some and config.likeness:
-        own = batch.drawn[:some].T.flatten()
-        captions = [base.prompt(caption) for caption in people.caption(batch.drawn[:some])]
-        true = images[own].float().to(device) / 127.5 - 1
-        turned = mirrored[:some].repeat(DRAWS).view(-1, 1, 1, 1).to(device)
+        drawn = batch.drawn[:some]
+        rows = drawn.T.flatten()
         portraits = Portraits(
-            captions,
-            batch.noise[:some].transpose(0, 1).flatten(0, 1).to(device),
-            torch.where(turned, true.flip(-1), true),
-            traits[own].to(device),
+            [base.prompt(caption) for caption in material.people.caption(drawn)],
+            noise[:some].transpose(0, 1).flatten(0, 1).to(device),
+            seen(rows, mirrored[:some].repeat(DRAWS)),
+            material.traits(rows).to(device),
         )
-        jobs += likeness_jobs(base, portraits, some, part * config.likeness, config.precision)
+        jobs += likeness_jobs(base, portraits, some, share * config.likeness, precision)
     value = spread(theta, jobs)
-    if known is not None:
-        value = value + config.beta * weight_loss(theta, known[batch.person.to(device)]).mean()
+    if material.known is not None:
+        far = weight_loss(theta, material.known[batch.person.to(device)])
+        value = value + counts * config.beta * far.mean()
     return value
 
 
@@ -298,32 +357,3 @@ def _known(bank: Mapping[str, Theta], people: People, device: str) -> Theta:
         torch.cat([theta.down for theta in chosen]).to(device),
         torch.cat([theta.up for theta in chosen]).to(device),
     )
-
-
-def recognise(base: Base, people: People, tell: Tell, all_crops: bool = False) -> Tensor:
-    """Return what the face recogniser says of all photos (N, 128), on the CPU; 0 of other crops,
-    unless they are wanted too."""
-    groups = people.members + (people.styled if all_crops else ())
-    photos = [photo for group in groups for photo in group]
-    found = torch.zeros(len(people.crops), TRAITS)
-    for start in range(0, len(photos), 100):
-        part = photos[start : start + 100]
-        found[part] = base.faces(list(people.crops[part])).traits.cpu()
-        tell("recognise", start, len(photos))
-    return found
-
-
-@torch.no_grad()
-def encode_crops(base: Base, crops: np.ndarray, tell: Tell) -> Tensor:
-    """Encode crops and their mirror images once: (2, N, c, h, w) float16 on the CPU."""
-    both = []
-    for side in range(2):
-        parts = []
-        for start in range(0, len(crops), 100):
-            batch = base.images(list(crops[start : start + 100]))
-            batch = batch.flip(-1) if side else batch
-            with autocast(base.device):
-                parts.append(base.backbone.encode_images(batch).half().cpu())
-            tell("encode", side * len(crops) + start, 2 * len(crops))
-        both.append(torch.cat(parts))
-    return torch.stack(both)

@@ -20,7 +20,6 @@ from hdbcli.method.hypernet import HyperNetwork
 from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
 from hdbcli.training.evaluate import person_losses
-from hdbcli.training.hypernetwork import encode_crops
 from hdbcli.training.people import People
 from registry.files import write_beside
 
@@ -50,8 +49,9 @@ class Watch:
         self.picture = out.with_name(f"{out.stem}-run.png")
         # The photo that is read and the one that is tested on; with one photo they are the same.
         self.read = people.crops[[photos[0] for photos in people.members]]
-        tested = people.crops[[photos[-1] for photos in people.members]]
-        self.latents = encode_crops(base, tested, tell)[0].float().to(base.device)
+        assert people.latents is not None
+        tested = people.latents[[photos[-1] for photos in people.members]][:, 0]
+        self.latents = torch.from_numpy(tested).float().to(base.device)
         self.nobody = float(person_losses(base, None, self.latents, tell, PAIRS).mean())
 
     def look(self, step: int, training: float, model: HyperNetwork) -> Look:

@@ -58,8 +58,11 @@ class Portraits(NamedTuple):
 Job: TypeAlias = tuple[Tensor, Callable[[Theta], Tensor]]
 
 
-def diffusion_jobs(base: Base, samples: Samples, people: int, precision: str) -> list[Job]:
-    """Divide the mean diffusion loss among a few people at a time, as the memory plan asks."""
+def diffusion_jobs(
+    base: Base, samples: Samples, people: int, weight: float, precision: str
+) -> list[Job]:
+    """Divide the weighted mean diffusion loss among a few people at a time, as the memory plan
+    asks."""
     clean, prompts, noise, t = samples
 
     def loss(some: Tensor, worn: Theta) -> Tensor:
@@ -68,7 +71,7 @@ def diffusion_jobs(base: Base, samples: Samples, people: int, precision: str) ->
         with autocast(base.device, precision):
             theirs = [prompts[row] for row in rows.tolist()]
             losses = base.backbone.loss(clean[rows], theirs, noise[rows], t[rows])
-        return losses.sum() / len(clean)
+        return weight * losses.sum() / len(clean)
 
     return [(some, partial(loss, some)) for some in _parts(base, people)]
 

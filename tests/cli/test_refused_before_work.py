@@ -87,7 +87,7 @@ def test_what_a_training_lacks_is_told_before_the_photos(
     def read(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hdbcli.training.people.read_people", read)
+    monkeypatch.setattr("hdbcli.training.shards.list_people", read)
     out, gone = ("-o", tmp_path / "h.safetensors"), tmp_path / "gone.safetensors"
     train = "train", "hypernetwork", tmp_path, *out
     refused(*train, "--precision", "fp8", says="unknown precision 'fp8'; choose auto or fp32")

@@ -19,6 +19,7 @@ from hdbcli.model.base import Base
 from hdbcli.training.bank import build_bank, read_bank
 from hdbcli.training.objective import weight_loss
 from hdbcli.training.people import People, read_people
+from hdbcli.training.shards import encoded
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
 CONFIG = BankConfig(steps=2, batch=2, at_once=2)
@@ -38,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def people(folder: Path, tiny: Base) -> People:
-    return read_people(folder, tiny.spec, "*", False, quiet)
+    return encoded(tiny, read_people(folder, tiny.spec, "*", False, quiet))
 
 
 def test_a_cut_off_bank_goes_on(tiny: Base, people: People, tmp_path: Path) -> None:

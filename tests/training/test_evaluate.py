@@ -22,6 +22,7 @@ from hdbcli.model.tokens import Tokens, own_tokens
 from hdbcli.training.evaluate import _parts, evaluate, work_of
 from hdbcli.training.people import read_people
 from hdbcli.training.personalise import crop_photos, likeness_of
+from hdbcli.training.shards import encoded
 from registry.spec import BaseSpec, SampleSettings
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
@@ -37,7 +38,7 @@ def test_a_hypernetwork_is_tested_on_the_photo_that_was_not_read(
 ) -> None:
     for folder in sorted(HELD_OUT.iterdir())[:4]:
         shutil.copytree(folder, tmp_path / folder.name)
-    read = read_people(tmp_path, tiny.spec, "*", False, quiet)
+    read = encoded(tiny, read_people(tmp_path, tiny.spec, "*", False, quiet))
     (a, b), (c, d), *rest = read.members
     mixed = replace(read, members=((a, d), (c, b), *rest))  # two have each other's second photo
     model, _ = load_predictor(tiny)

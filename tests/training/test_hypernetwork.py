@@ -72,7 +72,7 @@ def test_pairs_are_two_photos_of_one_person() -> None:
     members = ((0, 1, 2), (3,), (4, 5))
     owner = {photo: person for person, photos in enumerate(members) for photo in photos}
     people = People(np.zeros((7, 8, 8, 3), np.uint8), ("a", "b", "c"), members, ())
-    batch = draw_batch(people, 200, (2, 4, 4), torch.Generator().manual_seed(0))
+    batch = draw_batch(people, 200, torch.Generator().manual_seed(0))
     pairs = list(zip(batch.read.tolist(), batch.drawn.tolist(), strict=True))
     assert [owner[read] for read, _ in pairs] == batch.person.tolist()
     assert {owner[read] for read, _ in pairs} == {0, 1, 2}
@@ -82,13 +82,13 @@ def test_pairs_are_two_photos_of_one_person() -> None:
         assert len(set(drawn)) == (2 if owner[read] == 0 else 1)
     anybody = set(batch.anybody.flatten().tolist())
     assert anybody == set(range(6))  # photo 6 is nobody's here: held out
-    assert all(len(each) == 200 for each in batch) and batch.noise.shape == (200, 2, 2, 4, 4)
+    assert all(len(each) == 200 for each in batch) and batch.seed.shape == (200, 2)
 
 
 def test_every_picture_of_every_person_can_get_any_noise() -> None:
     people = People(np.zeros((4, 8, 8, 3), np.uint8), ("a", "b"), ((0, 1), (2, 3)), ())
     generator = torch.Generator().manual_seed(0)
-    t = torch.stack([draw_batch(people, 32, (1, 1, 1), generator).t for _ in range(100)])
+    t = torch.stack([draw_batch(people, 32, generator).t for _ in range(100)])
     whole = torch.stack([draw_times(64, generator) for _ in range(100)])  # in order of time
     assert (t[0].flatten().sort().values - whole[0]).abs().max() < 0.2, "in equal parts still"
     for some in (t[..., 0], t[..., 1], t[:, :8]):  # plain, styled, and whom --share picks
@@ -110,7 +110,7 @@ def test_pictures_in_styles_are_drawn_with_their_captions_and_never_read(
     people = read_people(tmp_path, tiny.spec, "*", True, quiet)  # ann: bark, 0, 1; ben: all photos
     assert people.members == ((1, 2), (3, 4, 5)) and people.styled == ((0,), ())
     assert people.captions == {0: "a [V] face with bark skin"}
-    batch = draw_batch(people, 100, (2, 4, 4), torch.Generator().manual_seed(0))
+    batch = draw_batch(people, 100, torch.Generator().manual_seed(0))
     ann = batch.person == 0
     assert ann.any() and (batch.drawn[ann] == 0).tolist() == [[False, True]] * int(ann.sum())
     assert 0 not in batch.read and 0 not in batch.drawn[~ann]
@@ -122,7 +122,7 @@ def test_pictures_in_styles_are_drawn_with_their_captions_and_never_read(
     caption.write_bytes(b"\xff\xfe a [V] face")
     people = read_people(tmp_path, tiny.spec, "*", True, quiet)
     assert "cannot be read as a caption" in people.skipped[0] and people.styled == ((), ())
-    with pytest.raises(HdbError, match="all have captions"):
+    with pytest.raises(HdbError, match="all pictures of bark-0 have captions"):
         caption.write_text("a [V] face")
         read_people(tmp_path / "ann", tiny.spec, "bark*", True, quiet)
 

@@ -16,7 +16,7 @@ from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Theta, first_theta
 from hdbcli.model.base import Base
 from hdbcli.model.device import ALONE
-from hdbcli.training.hypernetwork import _known, _loss, _Material, recognise
+from hdbcli.training.hypernetwork import Material, _known, _loss
 from hdbcli.training.objective import DRAWS, weight_loss
 from hdbcli.training.people import People
 
@@ -24,14 +24,15 @@ STYLES = {2: "a [V] face with bark skin", 5: "A Pixar character of a [V] face"}
 
 
 @pytest.fixture
-def material() -> _Material:
+def material() -> Material:
     """Six crops of two people, each told by its left column, its traits and its latents."""
     members, styled = ((0, 1), (3, 4)), ((2,), (5,))
-    people = People(np.zeros((6, 8, 8, 3), np.uint8), ("a", "b"), members, (), styled, STYLES)
-    images = torch.zeros((6, 3, 8, 8), dtype=torch.uint8)
-    images[..., 0] = 10 * torch.arange(1, 7)[:, None, None]
-    latents = torch.arange(1.0, 7).view(1, 6, 1, 1, 1) * torch.tensor([1.0, -1]).view(2, 1, 1, 1, 1)
-    return _Material(people, images, torch.arange(6.0)[:, None].expand(6, 128), latents, None)
+    crops = np.zeros((6, 8, 8, 3), np.uint8)
+    crops[:, :, 0] = 10 * np.arange(1, 7)[:, None, None]
+    traits = np.repeat(np.arange(6, dtype=np.float32)[:, None], 128, 1)
+    latents = np.arange(1, 7).reshape(6, 1, 1, 1, 1) * np.array([1.0, -1]).reshape(1, 2, 1, 1, 1)
+    whole = crops, ("a", "b"), members, (), styled, STYLES, traits, latents
+    return Material(People(*whole), None)
 
 
 def shown(pictures: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def shown(pictures: Tensor) -> Tensor:
 
 
 def test_a_step_learns_each_face_from_pictures_of_that_person(
-    tiny: Base, material: _Material, monkeypatch: pytest.MonkeyPatch
+    tiny: Base, material: Material, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
 
@@ -72,22 +73,8 @@ def test_a_step_learns_each_face_from_pictures_of_that_person(
     assert "" in nobody and "a face" in nobody and not any("sks" in text for text in nobody)
 
 
-def test_the_recogniser_looks_at_styles_where_they_are_drawn(
-    tiny: Base, material: _Material, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ones = Faces(torch.zeros(0), torch.ones(1, 128))
-    monkeypatch.setattr(
-        Base, "faces", lambda _, crops: ones._replace(traits=torch.ones(len(crops), 128))
-    )
-    photos, everything = (
-        recognise(tiny, material.people, lambda *_: None, wanted)[:, 0].tolist()
-        for wanted in (False, True)
-    )
-    assert photos == [1, 1, 0, 1, 1, 0] and everything == [1] * 6
-
-
 def test_the_bank_pulls_everybody_to_their_own(
-    tiny: Base, material: _Material, monkeypatch: pytest.MonkeyPatch
+    tiny: Base, material: Material, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hdbcli.training.hypernetwork.diffusion_jobs", lambda *_: [])
     monkeypatch.setattr("hdbcli.training.hypernetwork.spread", lambda *_: torch.zeros(()))
