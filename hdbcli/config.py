@@ -9,7 +9,8 @@ from pathlib import Path
 DEVICES = ("cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw8bit", "adamw")
 PRECISIONS = ("auto", "fp32")
-MEMORIES = ("auto", "low", "normal")
+MEMORIES = ("auto", "low", "normal", "half", "recompute")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml")
 # Names of picture files; what is read is decided by content.
 PICTURES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".heic", ".heif", ".hif"),

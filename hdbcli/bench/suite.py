@@ -11,6 +11,7 @@ import torch
 
 from hdbcli.bench import derived, device
 from hdbcli.bench import size as bench_size
+from hdbcli.bench import train as bench_train
 from hdbcli.bench.harness import ROUNDS, Row, hdb, measured, paired, random_identity, scratch, timed
 from hdbcli.bench.random_model import target_shapes, write_random
 from hdbcli.compare.timing import step_seconds
@@ -123,6 +124,7 @@ BENCHMARKS: dict[str, Callable[[Path | None, Tell], Iterable[Row]]] = {
     "bank": _bank,
     "merge": _merge,
     "sd15": bench_size.run,
+    "train": bench_train.run,
     "derived": derived.run,
     "device": device.run,
 }

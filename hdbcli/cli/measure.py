@@ -172,8 +172,8 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="basis, people, bank, merge, sd15, device or derived; default: all, the last "
-            "only with --people."
+            help="basis, people, bank, merge, sd15, train, device or derived; default: all, the "
+            "last only with --people."
         ),
     ] = None,
     people: Annotated[

@@ -142,7 +142,10 @@ NewName = Annotated[str, typer.Argument(help="The new name.")]
 Steps = Annotated[int, typer.Option(min=1, help="Iterations of refinement.")]
 Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of the noise.")]
 Memory = Annotated[
-    str, typer.Option(help="auto (what fits into the free memory), low (the least) or normal.")
+    str,
+    typer.Option(
+        help="auto (what fits into the free memory), low (the least), normal, half or recompute."
+    ),
 ]
 Optimizer = Annotated[
     str, typer.Option(callback=known_optimizer, help=f"{' or '.join(OPTIMIZERS)}.")

@@ -36,6 +36,7 @@ from hdbcli.cli.options import (
 )
 from hdbcli.config import (
     PRECISIONS,
+    TRACKERS,
     BankConfig,
     PretrainConfig,
     Tell,
@@ -80,10 +81,10 @@ def train_prepare(
     from hdbcli.training import shards
 
     check_folder(out)
-    spec = spec_of(base)
+    spec = spec_with(base, None)
 
     def prepare(plan: MemoryPlan) -> None:
-        loaded = open_on(base, device, plan=plan)
+        loaded = open_on(spec, device, plan)
         start = time.perf_counter()
         with render.progress() as tell:
             done = shards.prepare(data, loaded, out, pattern, aligned, tell, processes)
@@ -156,6 +157,13 @@ Share = Annotated[
         help="Draw portraits of one in so many people of a step, and leave strangers alone.",
     ),
 ]
+Track = Annotated[
+    str | None,
+    typer.Option(
+        callback=one_of("tracker", TRACKERS),
+        help="Log the curves to tensorboard, wandb or another tracker that accelerate knows.",
+    ),
+]
 # Not "--start": torchrun takes that for one of its own, wherever it stands.
 Start = Annotated[
     Path | None,
@@ -209,6 +217,7 @@ def train_hypernetwork(
     save_seconds: SaveSeconds = PretrainConfig.save_seconds,
     look: Look = None,
     held_out: HeldOut = PretrainConfig.held_out,
+    track: Track = None,
     start: Start = None,
     targets: TargetSet = None,
     pattern: Pattern = "*",
@@ -255,7 +264,7 @@ def train_hypernetwork(
         if not workers.rank:
             render.show_skipped(people.skipped)
         with render.progress() as tell:
-            _learn(loaded, model, people, config, known, out, tell, workers)
+            _learn(loaded, model, people, config, known, out, tell, workers, track)
 
     within_memory(spec, device, memory, _work_of(spec, config), learn)
 
@@ -297,20 +306,26 @@ def _learn(
     out: Path,
     tell: Tell,
     workers: Workers,
+    track: str | None,
 ) -> None:
     """Train, and write the hypernetwork: in the first process, if there are several."""
     from hdbcli.model.hypernetwork_file import save_hypernetwork
     from hdbcli.training import hypernetwork as pretrain
-    from hdbcli.training.monitor import Watch
+    from hdbcli.training.monitor import Watch, open_tracker, tracked
 
     people, held = people.hold_out(config.held_out)
-    watch = Watch(loaded, held, out, tell) if held and not workers.rank else None
+    tracker = (
+        open_tracker(track, out.with_name(f"{out.stem}-runs"), asdict(config))
+        if (track and not workers.rank)
+        else None
+    )
+    watch = Watch(loaded, held, out, tell, tracker) if held and not workers.rank else None
     look_at = watch.look if watch else None
     steps = pretrain.pretrain(loaded, model, people, config, tell, known, workers, look_at)
     if workers.rank:
         deque(steps, maxlen=0)
         return
-    render.follow(steps, tell)
+    render.follow(tracked(steps, tracker) if tracker else steps, tell)
     save_hypernetwork(model, out)
     if watch:
         render.note(f"curves and portraits of people held out: {watch.picture}")

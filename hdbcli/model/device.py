@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,6 +64,8 @@ class Workers:
     count: int
     share: Callable[[list[Tensor]], None] | None  # averages tensors over the processes, in place
     meet: Callable[[], object] = bool  # waits for all of them
+    # Raises HdbError unless all are in the same run, which a text describes, at the same step.
+    agree: Callable[[str, int], None] | None = None
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -86,14 +90,38 @@ def join_workers(device: str) -> Workers:
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     accelerator = Accelerator(cpu=not device.startswith("cuda"), kwargs_handlers=[patience])
 
+    def together(work: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+        try:
+            return work(tensor)
+        except RuntimeError as error:
+            raise HdbError(
+                f"another process of the training was lost ({_line(error)}); start the same "
+                "command again: it goes on from the last checkpoint"
+            ) from error
+
     def share(tensors: list[Tensor]) -> None:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        flat = accelerator.reduce(flat, reduction="mean")
+        flat = together(partial(accelerator.reduce, reduction="mean"), flat)
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def agree(of: str, step: int) -> None:
+        digest = int.from_bytes(hashlib.sha256(of.encode()).digest()[:7], "big")
+        mine = torch.tensor([[digest, step]], device=accelerator.device)
+        for rank, (other, at) in enumerate(together(accelerator.gather, mine).tolist()):
+            if (other, at) != (digest, step):
+                what = f"step {at}, not {step}" if at != step else f"other data or settings ({of})"
+                raise HdbError(
+                    f"process {rank} starts with {what}: every node must see the same prepared "
+                    "people and the same checkpoint; put both on storage that all nodes share"
+                )
+
     return Workers(
-        accelerator.process_index, accelerator.num_processes, share, accelerator.wait_for_everyone
+        accelerator.process_index,
+        accelerator.num_processes,
+        share,
+        accelerator.wait_for_everyone,
+        agree,
     )
 
 

@@ -121,6 +121,8 @@ def choose(spec: BaseSpec, device: str, asked: str, work: Work, free: int | None
     needs = [estimate(size, plan, work) for plan in plans]
     if asked == "low":
         index = len(plans) - 1
+    elif asked not in ("auto", "normal"):
+        index = [plan.name for plan in plans].index(asked)
     elif asked == "normal" or free is None or not alone:
         index = 0
     else:

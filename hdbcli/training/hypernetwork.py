@@ -113,6 +113,7 @@ def pretrain(
         config.checkpoint,
         workers.share,
         writes=workers.rank == 0,
+        agree=workers.agree,
     )
     with base.injected.wearing(None):
         yield from _watched(

@@ -63,18 +63,21 @@ def fit(
     checkpoint: Path | None = None,
     share: Callable[[list[Tensor]], None] | None = None,
     writes: bool = True,
+    agree: Callable[[str, int], None] | None = None,
 ) -> Iterator[Step]:
     """Train `parameters` in place, yielding after every step.
 
     `loss` draws its own batch and noise from the generator it is handed, so that the whole run is a
     function of `plan.seed`. With `checkpoint`, a run that was cut off continues from the last one
-    saved. Of several processes each calls `share`, which averages the gradients in place, and one
-    `writes`.
+    saved. Of several processes each calls `share`, which averages the gradients in place, one
+    `writes`, and all `agree` on the run and its first step before they start.
     """
     generator = torch.Generator().manual_seed(plan.seed)
     first = 0
     if checkpoint and checkpoint.exists():
         first = _resume(checkpoint, plan, parameters, optimizer, generator, averages or {})
+    if agree is not None:
+        agree(plan.of, first)
     start = saved = time.perf_counter()
     for number in range(first, plan.steps):
         for group in optimizer.param_groups:

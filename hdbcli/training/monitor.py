@@ -8,21 +8,29 @@ below another's is the person; own below nobody's alone could be the mere look o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from hdbcli.config import PORTRAIT, Tell
+from hdbcli.errors import HdbError
 from hdbcli.measure.plot import Axes, Curve, save_chart
 from hdbcli.method.hypernet import HyperNetwork
 from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
 from hdbcli.training.evaluate import person_losses
+from hdbcli.training.loop import Step
 from hdbcli.training.people import People
 from registry.files import write_beside
 
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+LOGGED = 10  # steps
 PAIRS = 8  # (timestep, noise) pairs
 SHOWN = 6  # people in the picture
 AXES = Axes('diffusion loss of "a [V] face", held-out people', "steps", "loss")
@@ -43,8 +51,10 @@ class Watch:
     """Looks at a hypernetwork now and then; `OUT-run.jsonl` and `OUT-run.png` are whole at any
     time."""
 
-    def __init__(self, base: Base, people: People, out: Path, tell: Tell) -> None:
-        self.base, self.tell = base, tell
+    def __init__(
+        self, base: Base, people: People, out: Path, tell: Tell, tracker: GeneralTracker | None
+    ) -> None:
+        self.base, self.tell, self.tracker = base, tell, tracker
         self.log = out.with_name(f"{out.stem}-run.jsonl")
         self.picture = out.with_name(f"{out.stem}-run.png")
         # The photo that is read and the one that is tested on; with one photo they are the same.
@@ -74,7 +84,46 @@ class Watch:
         with write_beside(self.picture) as beside:
             rows = [list(self.read[:SHOWN]), [each.image for each in drawn]]
             save_chart(AXES, _curves(looks), rows, beside)
+        if self.tracker:
+            told = {f"held out: {key}": getattr(now, key) for key in ("own", "another", "base")}
+            self.tracker.log(told, step=step)
         return now
+
+
+def open_tracker(name: str, run: Path, facts: Mapping[str, object]) -> GeneralTracker:
+    """Open a tracker that accelerate knows, such as TensorBoard, for the curves of a run.
+
+    HdbError if its package is not installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name not in [str(each) for each in get_available_trackers()]:
+        raise HdbError(f"{name} is not installed; pip install {name}, or drop --track")
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    place = {"logging_dir": run.parent} if kind.requires_logging_directory else {}
+    tracker = kind(run.name, **place)
+    tracker.start()
+    plain = {key: value for key, value in facts.items() if isinstance(value, str | int | float)}
+    tracker.store_init_configuration(plain)
+    return tracker
+
+
+def tracked(steps: Iterator[Step], tracker: GeneralTracker) -> Iterator[Step]:
+    """Log the mean loss of every LOGGED steps, and how many steps a second there were."""
+    losses: list[float] = []
+    last = time.perf_counter()
+    try:
+        for step in steps:
+            losses.append(step.loss)
+            if step.number % LOGGED == 0 or step.number == step.steps:
+                now = time.perf_counter()
+                rate = len(losses) / (now - last)
+                values = {"loss": sum(losses) / len(losses), "steps a second": rate}
+                tracker.log(values, step=step.number)
+                losses, last = [], now
+            yield step
+    finally:
+        tracker.finish()
 
 
 def read_looks(log: Path) -> list[Look]:
