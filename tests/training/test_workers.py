@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +26,30 @@ from hdbcli.training.hypernetwork import Material, _described, new_hypernetwork,
 from hdbcli.training.people import read_people
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
+SCRIPT = """
+import os, torch
+from hdbcli.errors import HdbError
+from hdbcli.model.device import join_workers
+
+workers = join_workers("cpu")
+workers.agree("a run", 3)
+for of, step in (("a run", 10 + workers.rank), (f"run {workers.rank}", 3)):
+    try:
+        workers.agree(of, step)
+    except HdbError as error:
+        print(error)
+gradient = [torch.full((2,), float(workers.rank)), torch.ones(1)]
+workers.share(gradient)
+print("mean", gradient[0].tolist(), gradient[1].tolist())
+workers.meet()
+if workers.rank:
+    os._exit(9)
+try:
+    while True:
+        workers.share(gradient)
+except HdbError as error:
+    print(error)
+"""
 LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m")
 
 
@@ -83,6 +109,36 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert said.count("step 4/4") == 1  # one of the two speaks
     run(command(people, out=half, batch=2))  # the control: half of the batch is something else
     assert difference(both, whole) < 0.02 * difference(half, whole)
+
+
+def test_processes_agree_on_the_run_and_say_when_one_is_lost() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    first, second = (out.splitlines() for out, _ in outputs)
+    assert [process.returncode for process in both] == [0, 9], outputs
+    assert len(first) == 4 and len(second) == 3, outputs
+    assert "process 1 starts with step 11, not 10" in first[0]
+    assert "process 0 starts with step 10, not 11" in second[0]
+    assert "other data or settings" in first[1] and "other data or settings" in second[1]
+    assert first[2] == second[2] == "mean [0.5, 0.5] [1.0]"
+    assert "another process of the training was lost" in first[3]
 
 
 @pytest.mark.parametrize(
