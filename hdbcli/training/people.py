@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import os
 import signal
 import threading
 from collections import Counter, deque
@@ -259,7 +258,7 @@ def _serve() -> None:
     def follow() -> None:
         assert parent is not None
         parent.join()
-        os._exit(1)
+        signal.raise_signal(signal.SIGTERM)
 
     threading.Thread(target=follow, daemon=True).start()
 
