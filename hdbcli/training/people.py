@@ -152,7 +152,11 @@ def photos_by_person(folder: Path, pattern: str) -> tuple[dict[str, list[Path]],
     loose = photos(folder)
     if persons:
         why = f"lies beside the folders of people; put it into its person's folder in {folder}"
-        empty = [name for name, files in found.items() if not files]
+        empty = [  # but for what training itself put there
+            name
+            for name, files in found.items()
+            if not files and not any((folder / name).glob("*.safetensors"))
+        ]
         return persons, [
             *(f"{file.name} {why}" for file in loose),
             *(f"{folder / name} holds no photo that matches {pattern!r}" for name in empty),

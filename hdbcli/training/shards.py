@@ -116,8 +116,8 @@ def prepare(
     Files whose photos have not changed since are kept. HdbError if `out` was prepared for another
     base, if nobody is left, or if it cannot be written.
     """
-    if data.resolve() in (out.resolve(), *out.resolve().parents):
-        raise HdbError(f"{out} lies among the photos; give another place with --out")
+    if data.resolve() == out.resolve():
+        raise HdbError(f"{out} is the folder of the photos; give another place with --out")
     persons, loose = list_people(data, pattern)
     facts = facts_of(base)
     parts = _parts(persons, out, base.spec, facts, aligned)

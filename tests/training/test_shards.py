@@ -144,8 +144,8 @@ def test_nobody_left(tiny: Base, tmp_path: Path) -> None:
     Image.new("RGB", (200, 200)).save(tmp_path / "data/ann/0.png")
     with pytest.raises(HdbError, match=r"none of the 1 photos .* no face found"):
         made(tmp_path / "data", tiny, tmp_path / "out")
-    with pytest.raises(HdbError, match="lies among the photos"):
-        made(tmp_path / "data", tiny, tmp_path / "data/out")
+    with pytest.raises(HdbError, match="is the folder of the photos"):
+        made(tmp_path / "data", tiny, tmp_path / "data")
 
 
 def cut(out: Path) -> None:
