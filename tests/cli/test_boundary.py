@@ -38,7 +38,7 @@ from registry.stable_diffusion import backbone
 
 STOPPED = """
 import os, signal, sys
-from hdbcli import cli
+from hdbcli.cli import main as cli
 from registry import store
 if int(sys.argv[1]):  # whatever the shell that runs the tests wants, nohup for one
     signal.signal(int(sys.argv[1]), getattr(signal, sys.argv[3]))
