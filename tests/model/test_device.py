@@ -98,7 +98,7 @@ WINDOWS = """
 import sys
 from pathlib import Path
 sys.modules["resource"] = None
-from hdbcli import device
+from hdbcli.model import device
 assert device.peak_memory("cpu") != 0 or not Path("/proc/self/status").exists()
 device.Path = lambda name: Path("nowhere")
 assert device.peak_memory("cpu") == 0
