@@ -45,7 +45,7 @@ def test_refining_says_first_that_it_cannot_write(
     assert (
         hdb("refine", "alice", astronaut).exit_code == 130
     )  # the control: work is what comes next
-    monkeypatch.setattr("hdbcli.model.sample.write_beside", full)
+    monkeypatch.setattr("registry.files.write_beside", full)
     refused("refine", "alice", astronaut, says="no room")
 
 
