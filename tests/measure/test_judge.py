@@ -191,6 +191,8 @@ def test_a_picture_without_a_face_is_a_miss(astronaut: Path) -> None:
     people[7] = torch.nan  # a true photo without a face: nobody finds it, nobody is taken for it
     told = look_up(queries, people)
     assert told.first.tolist() == [float(i not in (4, 7)) for i in range(12)]
+    told = look_up(queries[3:6], people[3:6])  # among three, whom five hold all
+    assert told.five.tolist() == told.first.tolist() == [1.0, 0.0, 1.0]
     # several drawings of a person, in any order
     owners = torch.arange(12).repeat(2).flip(0)
     told = look_up(queries[owners], people, owners)
