@@ -38,8 +38,8 @@ def latents_of(base: Base) -> list[Tensor]:
 def exact_numbers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leave out bfloat16 products inside the block."""
     with monkeypatch.context() as patch:
-        for module in ("refine", "pretrain"):
-            patch.setattr(f"hdbcli.{module}.autocast", lambda *_, **__: nullcontext())
+        for module in ("refine", "objective"):
+            patch.setattr(f"hdbcli.training.{module}.autocast", lambda *_, **__: nullcontext())
         yield
 
 
@@ -101,7 +101,7 @@ def test_hypernetwork_in_parts_has_the_same_gradient(
             value = value + 2 * (answer - own).square().mean()
         else:
             base = replace(tiny, plan=plan)
-            jobs = objective.diffusion_jobs(base, samples, many, "fp32")
+            jobs = objective.diffusion_jobs(base, samples, many, 1.0, "fp32")
             jobs += objective.prior_jobs(base, samples, many, 2.0, "fp32")
             assert len(jobs) == 2 * (1 if plan == NORMAL else many)
             value = objective.spread(theta, jobs)
