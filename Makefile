@@ -12,7 +12,7 @@ PICTURE := $(RUN)/astronaut-pixar.png
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test sheet gpu-check clean
+.PHONY: run test test-all check sheet gpu-check clean
 .DELETE_ON_ERROR:
 
 # One photo in, a picture out; the last line is the picture's path. The store lies in build/run, so that
@@ -41,12 +41,18 @@ sheet: $(STAMP)
 	$(BIN)/python -m registry.tiny.recipe contact $(HELD) $(PHOTO) --drawn build/sheet --titles \
 	  photo portrait selfie "Pixar character" "bark skin" "rock star" "professional" --out docs/sheet.png
 
-# Lint, types, tests: the one check, and what CI runs. The tests come last, so their summary does too.
-test: $(STAMP)
+# Lint, types, tests: what CI runs, in minutes. The tests come last, so their summary does too.
+test: check
+	@$(BIN)/python -m pytest
+
+# The same and the tests marked `slow`: run it before a release.
+test-all: check
+	@$(BIN)/python -m pytest -m "not gpu and not network"
+
+check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest
 
 # What no test without a GPU can see: the same numbers there as on the CPU, seconds and memory of every
 # plan at Stable Diffusion 1.5's size. One table; it takes 3 GB of disk for a while.
