@@ -1,13 +1,15 @@
-"""The hypernetwork: a face picture in, the theta of that person out.
+"""The hypernetwork: a face in, the theta of that person out.
 
 HyperDreamBooth §3.3. A ViT encodes the face once into tokens. Each target has one weight token;
 face tokens and weight tokens are concatenated and a transformer decoder refines the weights over k
 iterations with additive deltas, theta_i = theta_(i-1) + T(f, theta_(i-1)), through a linear head of
 the target's own.
 
-Not in the paper: one more face token comes from a face recogniser, and every weight token gets it.
-The paper's encoder was trained on far more pictures than a hypernetwork sees; a recogniser brings
-that knowledge of what tells people apart, and of real photos where the training has renders.
+Not in the paper: the ViT reads the base model's own latents of the crop rather than its colours,
+since hair, glasses and complexion are laid out there as the base draws them. And one more face
+token comes from a face recogniser, and every weight token gets it. The paper's encoder was trained
+on far more pictures than a hypernetwork sees; a recogniser brings that knowledge of what tells
+people apart, and of real photos where the training has renders.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ TRAIT_SCALE = 25.0
 
 
 class Faces(NamedTuple):
-    """B aligned crops (B, 3, S, S) in -1..1 and what a face recogniser says of each (B, traits)."""
+    """B aligned crops (B, 3, S, S) in -1..1, what a face recogniser says of each (B, traits), and
+    the base model's latents of each (B, c, h, w)."""
 
     crops: Tensor
     traits: Tensor
+    latents: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,10 @@ class HyperConfig:
     base: str
     basis_digest: str
     rank: int = 1
-    resolution: int = 64  # px of the face crop it reads
-    patch: int = 8
+    resolution: int = 64  # px of the face crop
+    patch: int = 8  # px of a face token's side
+    scale: int = 1  # px of a cell: 1 where it reads the crop itself, 8 of latents
+    channels: int = 3  # of a cell
     width: int = 192
     heads: int = 4
     encoder_layers: int = 4
@@ -68,8 +74,9 @@ class HyperNetwork(nn.Module):
         self.config = c = config
         numbers = c.rank * (c.a + c.b)
         patches = (c.resolution // c.patch) ** 2
+        cells = c.patch // c.scale // 2
         self.stem = nn.Sequential(  # a convolutional stem trains faster than one patch projection
-            nn.Conv2d(3, c.width // 4, c.patch // 2, c.patch // 2),
+            nn.Conv2d(c.channels, c.width // 4, cells, cells),
             nn.GELU(),
             nn.Conv2d(c.width // 4, c.width, 2, 2),
         )
@@ -88,10 +95,11 @@ class HyperNetwork(nn.Module):
 
     def encode_face(self, faces: Faces) -> Tensor:
         """Encode faces into tokens (B, 1 + F, width); the first is the recogniser's."""
-        patches = self.stem(faces.crops).flatten(2).transpose(1, 2)
+        seen = faces.crops if self.config.scale == 1 else faces.latents
+        patches = self.stem(seen).flatten(2).transpose(1, 2)
         traits = self.trait_in(TRAIT_SCALE * faces.traits)[:, None]
-        seen = self.encoder(patches + self.face_position)
-        return self.face_norm(torch.cat([traits, seen], dim=1))
+        encoded = self.encoder(patches + self.face_position)
+        return self.face_norm(torch.cat([traits, encoded], dim=1))
 
     def decode(self, face: Tensor, iterations: int | None = None) -> Theta:
         """Refine theta from theta_0 for faces (B, 1 + F, width); 0 iterations give theta_0."""

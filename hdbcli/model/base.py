@@ -79,10 +79,11 @@ class Base:
         return (stacked.float() / 127.5 - 1).contiguous().to(self.device)
 
     def faces(self, crops: list[np.ndarray]) -> Faces:
-        """Return aligned crops as a hypernetwork reads them."""
+        """Return aligned crops, their embeddings and their latents: what a hypernetwork reads and
+        refinement learns from."""
         images = self.images(crops)
         with torch.no_grad():
-            return Faces(images, self.embed(images))
+            return Faces(images, self.embed(images), self.backbone.encode_images(images))
 
     @torch.no_grad()
     def through_autoencoder(self, crops: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -51,6 +51,9 @@ Watch = Callable[[int, float, HyperNetwork], object]
 def new_hypernetwork(base: Base, seed: int, rank: int = 1) -> HyperNetwork:
     """Build the untrained hypernetwork that fits a base."""
     injected = base.injected
+    side = base.spec.resolution
+    with torch.no_grad():
+        channels, cells = base.backbone.encode_images(torch.zeros(1, 3, side, side)).shape[1:3]
     config = HyperConfig(
         targets=len(injected.layers),
         a=base.spec.a,
@@ -59,8 +62,10 @@ def new_hypernetwork(base: Base, seed: int, rank: int = 1) -> HyperNetwork:
         base=base.spec.name,
         basis_digest=injected.fingerprint().digest,
         rank=rank,
-        resolution=base.spec.resolution,
-        patch=base.spec.resolution // 8,
+        resolution=side,
+        patch=side // 8,
+        scale=side // cells,
+        channels=channels,
     )
     with torch.random.fork_rng(devices=[]):  # built on the CPU; GPUs are not to be woken for it
         torch.default_generator.manual_seed(seed)
@@ -263,7 +268,12 @@ def _part_loss(
         return torch.where(turned.view(-1, 1, 1, 1), images.flip(-1), images).to(device)
 
     # Samples lie people fastest: the order in which the layer deals out identities.
-    faces = Faces(seen(batch.read, mirrored), material.traits(batch.read).to(device))
+    one, both = torch.arange(len(mirrored)), material.latents(batch.read.tolist())
+    faces = Faces(
+        seen(batch.read, mirrored),
+        material.traits(batch.read).to(device),
+        both[one, mirrored.long()].float().to(device),
+    )
     with autocast(device, precision):
         theta = model(faces)
 

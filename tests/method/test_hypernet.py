@@ -35,7 +35,8 @@ def network(**changes: int) -> HyperNetwork:
 
 
 def faces_of(count: int) -> Faces:
-    return Faces(torch.randn(count, 3, 16, 16), torch.randn(count, 128) * 0.04)
+    crops, traits = torch.randn(count, 3, 16, 16), torch.randn(count, 128) * 0.04
+    return Faces(crops, traits, torch.randn(count, 4, 8, 8))
 
 
 def test_zero_iterations_give_theta_0() -> None:
@@ -114,3 +115,14 @@ def test_no_photo_counts_more_than_another() -> None:
     turned = model.predict(Faces(*(each.flip(0) for each in pair))).up
     torch.testing.assert_close(both, turned, atol=1e-6, rtol=1e-4)
     assert (both - model.predict(Faces(*(each[1:] for each in pair))).up).abs().max() > 1e-5
+
+
+def test_it_reads_colours_or_latents() -> None:
+    colours, latents = network(), network(scale=2, channels=4)
+    faces = faces_of(2)
+    other = faces._replace(latents=torch.randn(2, 4, 8, 8))
+    assert torch.equal(colours(other).up, colours(faces).up)
+    assert not torch.equal(latents(other).up, latents(faces).up)
+    painted = faces._replace(crops=torch.randn(2, 3, 16, 16))
+    assert torch.equal(latents(painted).up, latents(faces).up)
+    assert not torch.equal(colours(painted).up, colours(faces).up)

@@ -124,7 +124,9 @@ def test_people_in_one_batch_are_as_alone(base: Base) -> None:
 def test_a_hypernetwork_learns_every_target(base: Base) -> None:
     model = new_hypernetwork(base, 0)
     assert model.config.targets == len(base.injected.layers)
-    faces = Faces(torch.randn(2, 3, 128, 128), torch.randn(2, TRAITS) / 25)
+    images = torch.randn(2, 3, 128, 128)
+    latents = base.backbone.encode_images(images)
+    faces = Faces(images, torch.randn(2, TRAITS) / 25, latents)
     loss(base, model(faces), 2).sum().backward()
     assert model.heads.grad is not None
     assert (model.heads.grad.abs().amax((1, 2)) > 0).all()
