@@ -56,8 +56,8 @@ Tell = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class RefineConfig:
     """How to refine. `batch` noises and timesteps are drawn a step, over all the crops, and
-    `likeness` weighs the distance of drawn portraits; None: as the base's spec says. With it styles
-    are held to those of the start, where that is `somebody` and not theta_0."""
+    `likeness` weighs the distance of drawn portraits; None: as the base's spec says. Styles are
+    held to those of the start where that is `predicted` and not theta_0."""
 
     steps: int = 40
     rank: int = 4
@@ -66,7 +66,7 @@ class RefineConfig:
     seed: int = 0
     optimizer: str = "adamw8bit"
     likeness: float | None = None
-    somebody: bool = True
+    predicted: bool = True
 
 
 @dataclass(frozen=True)

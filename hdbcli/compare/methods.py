@@ -30,7 +30,7 @@ from hdbcli.method.relax import relax, stack
 from hdbcli.model.base import Base
 from hdbcli.training.objective import Samples
 from hdbcli.training.personalise import settle
-from hdbcli.training.refine import Trial, lidb_trial, with_likeness
+from hdbcli.training.refine import Trial, lidb_trial, with_losses
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Contender:
     class_prompts: int = 1  # of "a face" alone, or of it in so many styles
     optimizer: str = RefineConfig.optimizer
     likeness: float | None = 0.0  # weight of what is drawn, None is the base's own
+    preserves: bool = False  # holds answers to other prompts, without pictures of a class
     rates: tuple[tuple[int, float], ...] = ()  # (steps, lr) of other schedules
     people: int | None = None  # learns only the first so many
 
@@ -79,6 +80,7 @@ _FULL = Contender(
     RefineConfig.lr,
     predicted=True,
     likeness=None,
+    preserves=True,
 )
 
 
@@ -212,7 +214,8 @@ def _drawn(contender: Contender, base: Base, trial: Trial, faces: Sequence[Faces
     """Let a trial of any steps learn from what it draws, as its contender weighs it."""
     if not contender.steps:
         return trial
-    return with_likeness(base, trial, faces, contender.likeness, contender.predicted)
+    how = contender.likeness, contender.predicted, contender.preserves
+    return with_losses(base, trial, faces, *how)
 
 
 @torch.no_grad()

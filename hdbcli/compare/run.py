@@ -29,7 +29,7 @@ from hdbcli.measure.metrics import FACE, FaceMetric, Judges
 from hdbcli.method.hypernet import HyperNetwork
 from hdbcli.model.base import Base, Worn
 from hdbcli.model.sample import generate
-from hdbcli.training import style_prior
+from hdbcli.training import preservation
 from hdbcli.training.likeness_loss import CONTRAST
 from hdbcli.training.people import People
 from hdbcli.training.refine import train, weight_of
@@ -103,7 +103,9 @@ def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
         weight = weight_of(arena.base.spec, contender.likeness)
         settings = f"{contender.name}-{contender.steps}-{contender.lr:g}-{weight:g}"
         if weight and contender.steps:  # what another loss made is not taken for its own
-            settings += f"-{CONTRAST:g}-{style_prior.WEIGHT * contender.predicted:g}"
+            settings += f"-{CONTRAST:g}"
+        if contender.preserves and contender.steps:
+            settings += f"-{preservation.WEIGHT:g}"
         stem = f"{settings}-{key}-{start:04d}-{len(persons)}"
         groups.append(_group(arena, contender, persons, folder / f"{stem}.safetensors"))
     return _joined(groups)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,19 +27,11 @@ from hdbcli.method.hypernet import Faces, HyperConfig, HyperNetwork
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from hdbcli.model.device import ALONE, Workers, autocast, make_optimizer
+from hdbcli.training import objective
 from hdbcli.training.batch import Batch, draw_batch
 from hdbcli.training.likeness_loss import check_drafts
-from hdbcli.training.loop import Plan, Step, averages_of, closing, fit, settle
-from hdbcli.training.objective import (
-    DRAWS,
-    Portraits,
-    Samples,
-    diffusion_jobs,
-    likeness_jobs,
-    prior_jobs,
-    spread,
-    weight_loss,
-)
+from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
+from hdbcli.training.objective import DRAWS, Portraits, Samples, weight_loss
 from hdbcli.training.people import People, Rows
 
 AVERAGE = 0.998
@@ -96,12 +88,11 @@ def pretrain(
     optimizer, used = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
     described = _described(base, model, material, config, used, workers.count)
     plan = _plan(config, described)
-    on = ExitStack()
     one = torch.empty(1, *material.shape)
 
-    def loss(generator: torch.Generator) -> Tensor:
-        on.enter_context(base.short_attention(one))
-        return _loss(base, model, material, config, workers, generator)
+    def losses(generator: torch.Generator) -> Iterator[Tensor]:
+        with base.short_attention(one):
+            yield from _losses(base, model, material, config, workers, generator)
 
     def look(*seen: Any) -> None:
         assert watch is not None
@@ -111,7 +102,7 @@ def pretrain(
 
     steps = fit(
         parameters,
-        loss,
+        losses,
         optimizer,
         plan,
         averages,
@@ -122,7 +113,7 @@ def pretrain(
     )
     with base.injected.wearing(None):
         yield from _watched(
-            closing(steps, on),
+            steps,
             lambda: _averaged(parameters, averages),
             model,
             config.look,
@@ -211,39 +202,30 @@ def _needed(rows: Rows | None) -> Rows:
     return rows
 
 
-def _loss(
+def _losses(
     base: Base,
     model: HyperNetwork,
     material: Material,
     config: PretrainConfig,
     workers: Workers,
     generator: torch.Generator,
-) -> Tensor:
-    """Return the loss of one batch, drawn from the generator.
-
-    It is taken in `config.accumulate` parts. All but the last have left their gradients behind by
-    then, so that the memory of one part is needed.
-    """
+) -> Iterator[Tensor]:
+    """Yield the parts of the loss of one batch, drawn from the generator: it is taken in
+    `config.accumulate` parts, each of which needs the memory of its own people alone."""
     # Every process draws the batch of all and takes its part: N processes are one with N times the
     # batch.
     whole = draw_batch(material.people, config.batch * workers.count, generator)
     batch = whole.part(slice(workers.rank, None, workers.count))
     served, weight = share_out(config.batch, workers, config.share)
-    before = torch.zeros((), device=base.device)
     size = -(-config.batch // config.accumulate)
     for first in range(0, config.batch, size):
         part = batch.part(slice(first, first + size))
-        count = len(part.person)
-        some = min(max(served - first, 0), count)  # the first of all are served
+        some = min(max(served - first, 0), len(part.person))  # the first of all are served
         share = some / served * weight if served else 0.0
-        value = _part_loss(base, model, material, config, part, some, share, config.batch)
-        if first + count < config.batch:
-            value.backward()
-            before += value.detach()
-    return value + before
+        yield from _part_losses(base, model, material, config, part, some, share)
 
 
-def _part_loss(
+def _part_losses(
     base: Base,
     model: HyperNetwork,
     material: Material,
@@ -251,16 +233,15 @@ def _part_loss(
     batch: Batch,
     some: int,
     share: float,
-    people: int,
-) -> Tensor:
-    """Return what some of a batch of so many `people` add to its loss.
+) -> Iterator[Tensor]:
+    """Yield what some people of a batch add to its loss.
 
     The first `some` have portraits drawn and others left alone, which counts `share` of what the
-    whole batch's do.
+    whole batch's do. Gradients gather at theta, and go through the hypernetwork once, at the end.
     """
     device, precision = base.device, config.precision
     mirrored = batch.mirror < 0.5
-    counts = len(mirrored) / people
+    counts = len(mirrored) / config.batch
     noise = batch.noises(material.shape)
 
     def seen(rows: Tensor, turned: Tensor) -> Tensor:
@@ -288,16 +269,17 @@ def _part_loss(
             batch.t[:count].T.flatten().to(device),
         )
 
-    own = material.people.caption(batch.drawn)
-    jobs = diffusion_jobs(base, samples(batch.drawn, own), len(theta), counts, precision)
+    leaf = Theta(*(core.detach().requires_grad_(True) for core in (theta.down, theta.up)))
+    own = samples(batch.drawn, material.people.caption(batch.drawn))
+    yield from objective.diffusion(base, leaf, own, counts, precision)
     if some and config.prior:
         anybody, empty = batch.anybody[:some], batch.empty[:some].T.flatten()
         captions = [
             "" if each else unnamed(caption)
             for each, caption in zip(empty, material.people.caption(anybody), strict=True)
         ]
-        nobody = samples(anybody, captions)
-        jobs += prior_jobs(base, nobody, some, share * config.prior, precision)
+        asked, weight = samples(anybody, captions), share * config.prior
+        yield from objective.prior(base, leaf[:some], asked, weight, precision)
     if some and config.likeness:
         drawn = batch.drawn[:some]
         rows = drawn.T.flatten()
@@ -307,12 +289,12 @@ def _part_loss(
             seen(rows, mirrored[:some].repeat(DRAWS)),
             material.traits(rows).to(device),
         )
-        jobs += likeness_jobs(base, portraits, some, share * config.likeness, precision)
-    value = spread(theta, jobs)
+        weight = share * config.likeness
+        yield from objective.likeness(base, leaf[:some], portraits, weight, precision)
     if material.known is not None:
-        far = weight_loss(theta, material.known[batch.person.to(device)])
-        value = value + counts * config.beta * far.mean()
-    return value
+        far = weight_loss(leaf, material.known[batch.person.to(device)])
+        yield counts * config.beta * far.mean()
+    torch.autograd.backward((theta.down, theta.up), (leaf.down.grad, leaf.up.grad))
 
 
 def share_out(batch: int, workers: Workers, share: int) -> tuple[int, float]:

@@ -12,7 +12,7 @@ a distilled model (Guo et al. 2024, §3.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,20 +58,20 @@ def likeness_loss(
 
 
 def portrait_likeness(
-    base: Base, faces: Sequence[Faces], shape: torch.Size, weight: float
-) -> Callable[[Theta | Factors | None, torch.Generator, int, int], Tensor]:
-    """Return what adds to the loss of a step for P people with latents of a shape (c, h, w), person
-    p wearing row p: the weighted distance of their portraits from the faces on their photos, in
-    turn.
+    base: Base, faces: Sequence[Faces], weight: float
+) -> Callable[[Theta | Factors | None, torch.Generator, int, int], Iterator[Tensor]]:
+    """Return what yields the loss of a step for P people, person p wearing row p: the weighted
+    distance of their portraits from the faces on their photos, in turn.
 
     It is handed what they wear, and the step's generator, batch and number; everybody's portraits
     start from the same noise.
     """
     check_drafts(base)
+    shape = faces[0].latents.shape[1:]
 
-    def loss(
+    def losses(
         worn: Theta | Factors | None, generator: torch.Generator, batch: int, turn: int
-    ) -> Tensor:
+    ) -> Iterator[Tensor]:
         count = max(1, batch // SHARE)
         own = [(each, (turn + k) % len(each.crops)) for k in range(count) for each in faces]
         noise = torch.randn((count, *shape), generator=generator).repeat_interleave(len(faces), 0)
@@ -83,20 +83,14 @@ def portrait_likeness(
                 torch.stack([each.crops[k] for each, k in own]),
                 torch.stack([each.traits[k] for each, k in own]),
             )
-        return weight * far.sum() / count
+            yield weight * far.sum() / count
 
-    return loss
-
-
-def latent_shape(base: Base, faces: Sequence[Faces]) -> torch.Size:
-    """Return the shape (c, h, w) of the latents that a picture like these has."""
-    return base.backbone.encode_images(faces[0].crops[:1]).shape[1:]
+    return losses
 
 
 def drafts(batch: int) -> int:
-    """Return how many passes of one sample such a step keeps for its gradient, with that of the
-    style prior."""
-    return max(1, batch // SHARE) * KEPT + 1
+    """Return how many passes of one sample such a step keeps for its gradient."""
+    return max(1, batch // SHARE) * KEPT
 
 
 def check_drafts(base: Base) -> Drafting:

@@ -8,8 +8,7 @@ and which loss is taken. Checkpoints are safetensors, never pickle.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from hdbcli.errors import HdbError
 from registry.checkpoints.tensors import save_tensors
 from registry.files import write_kept
 
-Loss = Callable[[torch.Generator], Tensor]
+# generator -> the parts of a step's loss, which is their sum
+Losses = Callable[[torch.Generator], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Step:
 
 def fit(
     parameters: Mapping[str, Tensor],
-    loss: Loss,
+    losses: Losses,
     optimizer: torch.optim.Optimizer,
     plan: Plan,
     averages: Mapping[str, Tensor] | None = None,
@@ -67,10 +67,12 @@ def fit(
 ) -> Iterator[Step]:
     """Train `parameters` in place, yielding after every step.
 
-    `loss` draws its own batch and noise from the generator it is handed, so that the whole run is a
-    function of `plan.seed`. With `checkpoint`, a run that was cut off continues from the last one
-    saved. Of several processes each calls `share`, which averages the gradients in place, one
-    `writes`, and all `agree` on the run and its first step before they start.
+    `losses` draws its own batch and noise from the generator it is handed, so that the whole run is
+    a function of `plan.seed`, and yields the parts of the loss one by one. The gradient of each is
+    taken before the next is asked for: no two of them are held in memory, and whatever the backward
+    pass of a part needs stays open. With `checkpoint`, a run that was cut off continues from the
+    last one saved. Of several processes each calls `share`, which averages the gradients in place,
+    one `writes`, and all `agree` on the run and its first step before they start.
     """
     generator = torch.Generator().manual_seed(plan.seed)
     first = 0
@@ -83,8 +85,10 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(number)
         optimizer.zero_grad(set_to_none=True)
-        value = loss(generator)
-        value.backward()
+        value = 0.0
+        for part in losses(generator):
+            part.backward()
+            value += part.item()
         if share is not None:
             share([p.grad for p in parameters.values() if p.grad is not None])
         if plan.clip is not None:
@@ -99,7 +103,7 @@ def fit(
             _save(checkpoint, state, parameters, optimizer, generator, averages or {})
             saved = now
         left = (now - start) / (number + 1 - first) * (plan.steps - number - 1)
-        yield Step(number + 1, plan.steps, value.item(), left)
+        yield Step(number + 1, plan.steps, value, left)
 
 
 def averages_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,15 +116,6 @@ def settle(parameters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> 
     """Put the averages in the place of the parameters, at the end."""
     for name, parameter in parameters.items():
         parameter.copy_(averages[name])
-
-
-def closing(steps: Iterator[Step], on: ExitStack) -> Iterator[Step]:
-    """Close after every step what its loss left open for the backward pass, which with gradient
-    checkpointing runs parts of the model again."""
-    with on:
-        for step in steps:
-            on.close()
-            yield step
 
 
 @torch.no_grad()

@@ -8,9 +8,8 @@ identities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,91 +53,59 @@ class Portraits(NamedTuple):
     traits: Tensor  # (P DRAWS, 128) embeddings of those pictures, mirrored or not
 
 
-# People, and the part of the loss that comes of their theta.
-Job: TypeAlias = tuple[Tensor, Callable[[Theta], Tensor]]
-
-
-def diffusion_jobs(
-    base: Base, samples: Samples, people: int, weight: float, precision: str
-) -> list[Job]:
-    """Divide the weighted mean diffusion loss among a few people at a time, as the memory plan
-    asks."""
+def diffusion(
+    base: Base, theta: Theta, samples: Samples, weight: float, precision: str
+) -> Iterator[Tensor]:
+    """Yield the weighted mean diffusion loss, of as many people at a time as the memory plan
+    allows."""
     clean, prompts, noise, t = samples
-
-    def loss(some: Tensor, worn: Theta) -> Tensor:
-        rows = _rows(some, people)
-        base.injected.wear(worn)
-        with autocast(base.device, precision):
-            theirs = [prompts[row] for row in rows.tolist()]
-            losses = base.backbone.loss(clean[rows], theirs, noise[rows], t[rows])
-        return weight * losses.sum() / len(clean)
-
-    return [(some, partial(loss, some)) for some in _parts(base, people)]
+    for some, rows in _parts(base, theta):
+        with base.injected.wearing(theta[some]):
+            with autocast(base.device, precision):
+                theirs = [prompts[row] for row in rows.tolist()]
+                losses = base.backbone.loss(clean[rows], theirs, noise[rows], t[rows])
+            yield weight * losses.sum() / len(clean)
 
 
-def prior_jobs(
-    base: Base, samples: Samples, people: int, weight: float, precision: str
-) -> list[Job]:
-    """Divide in the same way how far the answer to prompts that name nobody is from the base's own.
+def prior(
+    base: Base, theta: Theta, samples: Samples, weight: float, precision: str
+) -> Iterator[Tensor]:
+    """Yield, likewise, how far the answer to prompts that name nobody is from the base's own:
+    weight * mean || v(x_t, c; theta) - v(x_t, c) ||^2.
 
     DreamBooth compares with pictures that the base drew. Its answers themselves say the same
     without their noise.
     """
     clean, prompts, noise, t = samples
-
-    def loss(some: Tensor, worn: Theta) -> Tensor:
-        rows = _rows(some, people)
+    for some, rows in _parts(base, theta):
         asked = clean[rows], [prompts[row] for row in rows.tolist()], noise[rows], t[rows]
-        base.injected.wear(None)
-        with autocast(base.device, precision), torch.no_grad():
+        with base.injected.wearing(None), torch.no_grad(), autocast(base.device, precision):
             own = base.backbone.predict(*asked)
-        base.injected.wear(worn)  # exactly, as everywhere
-        with autocast(base.device, precision):
-            far = F.mse_loss(base.backbone.predict(*asked), own)
-        return weight * far * (len(rows) / len(clean))
-
-    return [(some, partial(loss, some)) for some in _parts(base, people)]
+        with base.injected.wearing(theta[some]):
+            with autocast(base.device, precision):
+                far = F.mse_loss(base.backbone.predict(*asked), own)
+            yield weight * far * (len(rows) / len(clean))
 
 
-def likeness_jobs(
-    base: Base, portraits: Portraits, people: int, weight: float, precision: str
-) -> list[Job]:
-    """Divide the mean likeness loss in the same way."""
+def likeness(
+    base: Base, theta: Theta, portraits: Portraits, weight: float, precision: str
+) -> Iterator[Tensor]:
+    """Yield, likewise, the weighted mean likeness loss."""
     prompts, noise, true, traits = portraits
-
-    def loss(some: Tensor, worn: Theta) -> Tensor:
-        rows = _rows(some, people)
+    for some, rows in _parts(base, theta):
         theirs = [prompts[row] for row in rows.tolist()]
-        base.injected.wear(worn)
-        far = likeness_loss(base, theirs, noise[rows], true[rows], traits[rows], precision)
-        return weight * far.sum() / len(noise)
-
-    return [(some, partial(loss, some)) for some in _parts(base, people)]
+        with base.injected.wearing(theta[some]):
+            far = likeness_loss(base, theirs, noise[rows], true[rows], traits[rows], precision)
+            yield weight * far.sum() / len(noise)
 
 
-def _parts(base: Base, people: int) -> tuple[Tensor, ...]:
-    return torch.arange(people).split(max(1, (base.plan.at_once or people * DRAWS) // DRAWS))
-
-
-def _rows(some: Tensor, people: int) -> Tensor:
-    """Return the samples of some of the people, all of whom lie people fastest."""
-    return (people * torch.arange(DRAWS)[:, None] + some).flatten()
-
-
-def spread(theta: Theta, jobs: Sequence[Job]) -> Tensor:
-    """Return the sum of the jobs' losses, with its gradient for theta.
-
-    The gradient of each job is taken at once, so that only one job's activations are held.
-    """
-    leaf = Theta(*(core.detach().requires_grad_(True) for core in (theta.down, theta.up)))
-    total = torch.zeros((), device=theta.up.device)
-    for some, loss in jobs:
-        part = loss(leaf[some])
-        part.backward()
-        total += part.detach()
-    assert leaf.down.grad is not None and leaf.up.grad is not None
-    slope = (theta.down * leaf.down.grad).sum() + (theta.up * leaf.up.grad).sum()
-    return slope + (total - slope).detach()
+def _parts(base: Base, theta: Theta) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield some people after the other, as many as the memory plan allows, and their samples, all
+    of which lie people fastest."""
+    people = len(theta)
+    size = max(1, (base.plan.at_once or people * DRAWS) // DRAWS)
+    for some in torch.arange(people).split(size):
+        yield some, (people * torch.arange(DRAWS)[:, None] + some).flatten()
 
 
 def weight_loss(predicted: Theta, bank: Theta) -> Tensor:

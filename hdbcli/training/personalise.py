@@ -66,12 +66,12 @@ def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: 
 
 
 def work_of(spec: BaseSpec, refines: bool, likeness: float | None) -> Work:
-    """Say what making an identity asks of a base; no plan can part what is drawn for likeness,
-    which is kept until the rest of the step has been taken."""
+    """Say what making an identity asks of a base: the losses of a step are taken one after the
+    other, and no plan can part what is drawn for likeness."""
     portraits = sample.work_of(min(len(LIKENESS_SEEDS), spec.batch), spec.resolution)
-    drawn = drafts(spec.batch) if refines and weight_of(spec, likeness) else 0
-    samples = spec.batch + drawn
-    return Work(samples, spec.resolution, trains=refines, least=1 + drawn, then=portraits)
+    drawn = drafts(spec.batch) if refines and weight_of(spec, likeness) else 1
+    samples = max(spec.batch, drawn)
+    return Work(samples, spec.resolution, trains=refines, least=drawn, then=portraits)
 
 
 def settle(
@@ -95,7 +95,7 @@ def settle(
         seed=seed,
         optimizer=optimizer,
         likeness=likeness,
-        somebody=predicted,
+        predicted=predicted,
     )
 
 

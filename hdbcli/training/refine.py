@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -23,14 +22,14 @@ from hdbcli.method.lidb import Factors, Theta, pack, unpack
 from hdbcli.model.base import Base, Worn
 from hdbcli.model.device import autocast, make_optimizer
 from hdbcli.model.tokens import Tokens
-from hdbcli.training.likeness_loss import latent_shape, portrait_likeness
-from hdbcli.training.loop import Plan, Step, closing, fit
+from hdbcli.training.likeness_loss import portrait_likeness
+from hdbcli.training.loop import Plan, Step, fit
 from hdbcli.training.objective import Samples
-from hdbcli.training.style_prior import style_prior
+from hdbcli.training.preservation import preservation
 from registry.spec import BaseSpec
 
-# (worn, generator, batch, step) -> a loss of what P people wear
-Beside: TypeAlias = Callable[[Worn | None, torch.Generator, int, int], Tensor]
+# (generator, batch, step) -> other losses of what P people wear
+Beside: TypeAlias = Callable[[torch.Generator, int, int], Iterator[Tensor]]
 
 PAIRS = 8  # times a step's batch: (timestep, noise) pairs that the loss is reported on
 PAIRS_SEED = 0
@@ -49,7 +48,7 @@ class Trial:
     parameters: Mapping[str, Tensor]
     worn: Callable[[], Worn | None]
     numbers: int
-    beside: Beside | None = None  # another loss of a step
+    beside: Beside | None = None  # other losses of a step
     prior: Callable[[torch.Generator, int], Samples] | None = None  # as many more, one person's
 
 
@@ -72,10 +71,10 @@ def refine(
     faces: Sequence[Faces] | None = None,
 ) -> Refined:
     """Train theta of P identities, person p on the latents (N_p, c, h, w) of their crops; with the
-    faces on them, for likeness too, as the config weighs it."""
+    faces on them, preserve other prompts too, and learn likeness as the config weighs it."""
     trial = lidb_trial(base, theta)
     if faces is not None:
-        trial = with_likeness(base, trial, faces, config.likeness, config.somebody)
+        trial = with_losses(base, trial, faces, config.likeness, config.predicted)
     _check(trial, latents)
     optimizer, label = optimizer_of(trial, config)
     start = portrait_loss(base, theta, latents)
@@ -108,38 +107,43 @@ def weight_of(spec: BaseSpec, likeness: float | None) -> float:
     return spec.likeness if likeness is None else likeness
 
 
-def with_likeness(
-    base: Base, trial: Trial, faces: Sequence[Faces], weight: float | None, somebody: bool = True
+def with_losses(
+    base: Base,
+    trial: Trial,
+    faces: Sequence[Faces],
+    likeness: float | None,
+    predicted: bool = True,
+    preserves: bool = True,
 ) -> Trial:
-    """Let a trial of thetas, plain factors or all weights learn from what it draws too, and keep
-    styles as they are, if it starts from `somebody`: nobody's would keep the person out of them.
+    """Let a trial of thetas, plain factors or all weights learn from what it draws too, and answer
+    other prompts as before; a trial of all weights has a prior of its own for that.
 
-    None weighs likeness as the base's spec says, which may be 0: then the trial stays what it was.
+    A likeness of None is weighed as the base's spec says, which may be 0. `predicted` says that it
+    starts from a prediction, whose styles are held.
     """
-    weight = weight_of(base.spec, weight)
-    if not weight:
-        return trial
+    weight = weight_of(base.spec, likeness)
 
-    def factors(worn: Worn | None) -> Factors | None:
+    def factors() -> Factors | None:
+        worn = trial.worn()
         assert not isinstance(worn, Tokens)
         return base.injected.factors(worn) if isinstance(worn, Theta) else worn
 
-    shape = latent_shape(base, faces)
-    likeness = portrait_likeness(base, faces, shape, weight)
-    prior = None
-    if somebody:
-        start = factors(trial.worn())
-        assert start is not None  # what is changed as a whole starts from nobody
-        prior = style_prior(base, start, len(faces), shape)
+    alike = portrait_likeness(base, faces, weight) if weight else None
+    start = factors() if preserves else None
+    kept = None
+    if start is not None:
+        photos = torch.stack([each.latents[0] for each in faces])
+        kept = preservation(base, start, photos, predicted)
+    if alike is None and kept is None:
+        return trial
 
-    def both(worn: Worn | None, generator: torch.Generator, batch: int, turn: int) -> Tensor:
-        now = factors(worn)  # once for both
-        far = likeness(now, generator, batch, turn)
-        if prior is None or now is None:
-            return far
-        return far + prior(now, generator, turn)
+    def beside(generator: torch.Generator, batch: int, turn: int) -> Iterator[Tensor]:
+        if alike is not None:
+            yield from alike(factors(), generator, batch, turn)
+        if kept is not None and (now := factors()) is not None:
+            yield from kept(now, generator, turn)
 
-    return replace(trial, beside=both)
+    return replace(trial, beside=beside)
 
 
 def train(
@@ -153,34 +157,28 @@ def train(
     _check(trial, latents)
     optimizer = optimizer or optimizer_of(trial, config)[0]
     batch = config.batch or base.spec.batch
-    on, turns = ExitStack(), itertools.count()
+    turns = itertools.count()
     size = _at_once(base, trial.people + (trial.prior is not None), batch)
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def losses(generator: torch.Generator) -> Iterator[Tensor]:
         noise = torch.randn((batch, *latents[0].shape[1:]), generator=generator)
         t = draw_times(batch, generator)
         turn = next(turns)
-        beside = trial.beside and trial.beside(trial.worn(), generator, batch, turn)
+        if trial.beside is not None:
+            yield from trial.beside(generator, batch, turn)
         prior = None if trial.prior is None else trial.prior(generator, batch)
-        past = torch.zeros(())
         for first in range(0, batch, size):
-            on.close()
-            on.enter_context(base.wearing(trial.worn()))
-            on.enter_context(base.short_attention(noise))
             part = slice(first, first + size)
             samples = _samples(base, latents, noise[part], t[part], turn + first)
             if prior is not None:
                 samples = samples.joined(prior.part(part))
-            with autocast(base.device, latents=samples.clean):
-                value = base.backbone.loss(*samples).sum() / batch
-            if first + size < batch:  # the gradients of the last part are left to the loop
-                value.backward()
-                past = past + value.detach().cpu()
-        value = value + past.to(value.device)
-        return value if beside is None else value + beside
+            with base.wearing(trial.worn()), base.short_attention(noise):
+                with autocast(base.device, latents=samples.clean):
+                    value = base.backbone.loss(*samples).sum() / batch
+                yield value
 
     plan = Plan(config.steps, config.lr, warmup=3, decay=0.5, clip=None, seed=config.seed)
-    yield from closing(fit(trial.parameters, loss, optimizer, plan), on)
+    yield from fit(trial.parameters, losses, optimizer, plan)
 
 
 def draw_times(count: int, generator: torch.Generator) -> Tensor:

@@ -115,7 +115,7 @@ def test_records_rest_on_what_predicted_and_on_the_loss(
     monkeypatch.setattr("hdbcli.compare.run._joined", lambda groups: groups)
     for version, seed, weight in (("1", 0, 1), ("1", 1, 1), ("2", 1, 1), ("2", 1, 2)):
         monkeypatch.setattr("hdbcli.compare.run.__version__", version)
-        monkeypatch.setattr("hdbcli.training.style_prior.WEIGHT", weight)
+        monkeypatch.setattr("hdbcli.training.preservation.WEIGHT", weight)
         arena = new_arena(tiny, new_hypernetwork(tiny, seed), two, Judges(), None, quiet)
         for name in ("one-pass", "lora"):
             compete(arena, CONTENDERS[name], tmp_path)

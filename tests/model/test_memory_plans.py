@@ -92,6 +92,7 @@ def test_hypernetwork_in_parts_has_the_same_gradient(
     found = []
     for plan in (None, NORMAL, PLANS[2]):
         theta = Theta(*(core.clone().requires_grad_(True) for core in (down, up)))
+        value = torch.zeros(())
         if plan is None:
             with tiny.wearing(theta):
                 value = tiny.backbone.loss(clean, prompts, noise, samples.t).mean()
@@ -99,16 +100,16 @@ def test_hypernetwork_in_parts_has_the_same_gradient(
             with torch.no_grad():
                 own = tiny.backbone.predict(clean, prompts, noise, samples.t)
             value = value + 2 * (answer - own).square().mean()
+            value.backward()
         else:
-            base = replace(tiny, plan=plan)
-            jobs = objective.diffusion_jobs(base, samples, many, 1.0, "fp32")
-            jobs += objective.prior_jobs(base, samples, many, 2.0, "fp32")
-            assert len(jobs) == 2 * (1 if plan == NORMAL else many)
-            value = objective.spread(theta, jobs)
-        value.backward()
+            base, count = replace(tiny, plan=plan), 0
+            for losses, weight in ((objective.diffusion, 1.0), (objective.prior, 2.0)):
+                for part in losses(base, theta, samples, weight, "fp32"):
+                    part.backward()
+                    value, count = value + part.detach(), count + 1
+            assert count == 2 * (1 if plan == NORMAL else many)
         assert theta.up.grad is not None and theta.down.grad is not None
         found.append((value.detach(), theta.up.grad, theta.down.grad))
-    tiny.injected.wear(None)
     for whole, one, parts in zip(*found, strict=True):
         torch.testing.assert_close(one, whole, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
@@ -164,6 +165,7 @@ def test_likeness_has_its_weight_whole_or_in_parts(tiny: Base) -> None:
     with torch.no_grad(), tiny.injected.wearing(theta):
         far = likeness_loss(tiny, prompts, noise, true, traits, "fp32").mean()
         for plan in (NORMAL, PLANS[2]):
-            jobs = objective.likeness_jobs(replace(tiny, plan=plan), portraits, 2, 3.0, "fp32")
-            assert len(jobs) == (1 if plan == NORMAL else 2)
-            torch.testing.assert_close(sum(job(theta[some]) for some, job in jobs), 3 * far)
+            base = replace(tiny, plan=plan)
+            parts = list(objective.likeness(base, theta, portraits, 3.0, "fp32"))
+            assert len(parts) == (1 if plan == NORMAL else 2)
+            torch.testing.assert_close(sum(parts), 3 * far)

@@ -25,11 +25,12 @@ from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import relax
 from hdbcli.model.base import Base, load_predictor
 from hdbcli.model.sample import generate
+from hdbcli.training import objective
 from hdbcli.training.batch import draw_batch
 from hdbcli.training.evaluate import person_losses
 from hdbcli.training.hypernetwork import new_hypernetwork
 from hdbcli.training.monitor import read_looks
-from hdbcli.training.objective import DRAWS, Samples, prior_jobs, spread
+from hdbcli.training.objective import DRAWS, Samples
 from hdbcli.training.people import People, read_people
 from hdbcli.training.personalise import describe
 from hdbcli.training.refine import draw_times, portrait_loss, refine
@@ -137,8 +138,7 @@ def test_what_names_nobody_is_taught_to_stay_as_it_is(tiny: Base) -> None:
     some = torch.randn(first.up.shape, generator=generator)
 
     def loss(up: Tensor) -> Tensor:
-        value = spread(Theta(first.down, up), prior_jobs(tiny, samples, 2, 3.0, "fp32"))
-        tiny.injected.wear(None)
+        (value,) = objective.prior(tiny, Theta(first.down, up), samples, 3.0, "fp32")
         return value
 
     assert loss(torch.zeros_like(some).requires_grad_()) == 0

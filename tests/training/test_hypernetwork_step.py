@@ -3,7 +3,7 @@ which prompt, and what is left alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Theta, first_theta
 from hdbcli.model.base import Base
 from hdbcli.model.device import ALONE
-from hdbcli.training.hypernetwork import Material, _known, _loss
+from hdbcli.training.hypernetwork import Material, _known, _losses
 from hdbcli.training.objective import DRAWS, weight_loss
 from hdbcli.training.people import People
 
@@ -46,25 +46,35 @@ def test_a_step_learns_each_face_from_pictures_of_that_person(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def jobs(kind: str) -> Callable:
-        return lambda _base, given, *_: seen.update({kind: given}) or []
+    def losses(kind: str) -> Callable:
+        def part(_base: Base, theta: Theta, given: Any, *_: object) -> Iterator[Tensor]:
+            seen[kind] = given
+            yield theta.up.sum() + theta.down.sum()
+
+        return part
 
     for kind in ("diffusion", "prior", "likeness"):
-        monkeypatch.setattr(f"hdbcli.training.hypernetwork.{kind}_jobs", jobs(kind))
-    monkeypatch.setattr("hdbcli.training.hypernetwork.spread", lambda *_: torch.zeros(()))
+        monkeypatch.setattr(f"hdbcli.training.objective.{kind}", losses(kind))
+    first = first_theta(1, 8, 4)
+    first.up.requires_grad_(True)
+    first.down.requires_grad_(True)
 
     def model(faces: Faces) -> Theta:
         seen["read"] = faces
-        return first_theta(1, 8, 4)[[0] * len(faces.crops)]
+        return first[[0] * len(faces.crops)]
 
     config = PretrainConfig(batch=16, likeness=1.0, share=1)
-    _loss(tiny, model, material, config, ALONE, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    draw = torch.Generator().manual_seed(0)
+    for part in _losses(tiny, model, material, config, ALONE, draw):  # type: ignore[arg-type]
+        part.backward()
+    assert (first.up.grad == 3 * 16).all()  # each of three losses of everybody
     read, drawn = shown(seen["read"].crops), seen["diffusion"].clean[:, 0, 0, 0]
     other = read.repeat(DRAWS)
     assert torch.equal(seen["read"].traits[:, 0], read.abs() - 1)
     assert torch.equal((drawn.abs() - 1) // 3, (other.abs() - 1) // 3)  # one person
     assert torch.equal(drawn.sign(), other.sign()) and len(set(drawn.sign().tolist())) == 2
     assert (drawn.abs() != other.abs()).all()  # never the picture that was read
+    assert torch.equal(seen["read"].latents[:, 0, 0, 0], read)
     told = [tiny.prompt(STYLES.get(abs(int(k)) - 1, PORTRAIT)) for k in drawn]
     assert seen["diffusion"].prompts == seen["likeness"].prompts == told and len(set(told)) == 3
     assert torch.equal(shown(seen["likeness"].true), drawn)
@@ -76,8 +86,7 @@ def test_a_step_learns_each_face_from_pictures_of_that_person(
 def test_the_bank_pulls_everybody_to_their_own(
     tiny: Base, material: Material, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hdbcli.training.hypernetwork.diffusion_jobs", lambda *_: [])
-    monkeypatch.setattr("hdbcli.training.hypernetwork.spread", lambda *_: torch.zeros(()))
+    monkeypatch.setattr("hdbcli.training.objective.diffusion", lambda *_: iter(()))
     generator = torch.Generator().manual_seed(0)
     a, b = (
         Theta(*(torch.randn(shape, generator=generator) for shape in ((1, 3, 1, 8), (1, 3, 4, 1))))
@@ -88,11 +97,18 @@ def test_the_bank_pulls_everybody_to_their_own(
     config = PretrainConfig(batch=16, prior=0.0, beta=0.5)
 
     def loss(turn: bool) -> float:  # traits say which photo, 0 to 2 of a and 3 to 5 of b
+        leaf = Theta(*(core.clone().requires_grad_(True) for core in (known.down, known.up)))
+
         def model(faces: Faces) -> Theta:
-            return known[((faces.traits[:, 0] >= 3) ^ turn).long()]
+            return leaf[((faces.traits[:, 0] >= 3) ^ turn).long()]
 
         draw = torch.Generator().manual_seed(0)
-        return float(_loss(tiny, model, material._replace(known=known), config, ALONE, draw))  # type: ignore[arg-type]
+        value = 0.0
+        for part in _losses(tiny, model, material._replace(known=known), config, ALONE, draw):  # type: ignore[arg-type]
+            part.backward()
+            value += float(part.detach())
+        assert leaf.up.grad is not None and bool(leaf.up.grad.abs().max() > 1e-4) is turn
+        return value
 
     far = 0.5 * weight_loss(known[[1, 0]], known)
     assert abs(loss(False)) < 1e-5 and float(far.min()) <= loss(True) <= float(far.max())

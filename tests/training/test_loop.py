@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,16 +22,16 @@ def problem(optimizer: str) -> tuple[dict[str, Tensor], Callable, torch.optim.Op
     torch.manual_seed(0)
     weights = torch.randn(5000).requires_grad_(True)
 
-    def loss(generator: torch.Generator) -> Tensor:
-        return (weights - torch.randn(5000, generator=generator)).pow(2).mean()
+    def losses(generator: torch.Generator) -> Iterator[Tensor]:
+        yield (weights - torch.randn(5000, generator=generator)).pow(2).mean()
 
-    return {"w": weights}, loss, make_optimizer(optimizer, [weights], PLAN.lr)[0]
+    return {"w": weights}, losses, make_optimizer(optimizer, [weights], PLAN.lr)[0]
 
 
 def run(optimizer: str, checkpoint: Path | None, steps: int = 12) -> tuple[Tensor, Tensor]:
-    parameters, loss, chosen = problem(optimizer)
+    parameters, losses, chosen = problem(optimizer)
     averages = {k: p.detach().clone() for k, p in parameters.items()}
-    for _ in islice(fit(parameters, loss, chosen, PLAN, averages, checkpoint), steps):
+    for _ in islice(fit(parameters, losses, chosen, PLAN, averages, checkpoint), steps):
         pass
     return parameters["w"].detach(), averages["w"]
 
@@ -56,17 +56,17 @@ def test_schedule_and_average() -> None:
 def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     run("adamw", path, steps=2)
-    parameters, loss, optimizer = problem("adamw")
+    parameters, losses, optimizer = problem("adamw")
     with pytest.raises(RegistryError, match="another model"):
-        next(fit({"other": parameters["w"]}, loss, optimizer, PLAN, None, path))
+        next(fit({"other": parameters["w"]}, losses, optimizer, PLAN, None, path))
     other = replace(PLAN, of="lr 1")
     with pytest.raises(RegistryError, match=r"another run \(unknown\), this is one of \(lr 1\)"):
-        next(fit(parameters, loss, optimizer, other, None, path))
+        next(fit(parameters, losses, optimizer, other, None, path))
     path.write_bytes(b"half")
     with pytest.raises(RegistryError, match="cannot resume"):
-        next(fit(parameters, loss, optimizer, PLAN, None, path))
+        next(fit(parameters, losses, optimizer, PLAN, None, path))
     path.unlink()
-    assert next(fit(parameters, loss, optimizer, PLAN, None, path)).number == 1
+    assert next(fit(parameters, losses, optimizer, PLAN, None, path)).number == 1
 
 
 def test_a_step_is_the_rate_times_the_clipped_gradient() -> None:
@@ -74,12 +74,23 @@ def test_a_step_is_the_rate_times_the_clipped_gradient() -> None:
     plan = Plan(steps=4, lr=0.1, warmup=2, decay=0.5, average=0.4)
     averages = averages_of({"w": weight})
     optimizer = torch.optim.SGD([weight], lr=9.0)
-    now = mean = torch.zeros(2)
+    now = mean = before = torch.zeros(2)
 
-    def loss(_: torch.Generator) -> Tensor:
-        return weight @ torch.tensor([3.0, 4.0])
+    opened: list[str] = []
 
-    for step in fit({"w": weight}, loss, optimizer, plan, averages):
+    def losses(_: torch.Generator) -> Iterator[Tensor]:
+        for part in ([3.0, 0.0], [0.0, 4.0]):
+            opened.append("open")
+            yield weight @ torch.tensor(part)
+            assert weight.grad is not None and weight.grad[int(part[0] == 0)] == sum(part)
+            opened.append("closed")
+
+    for step in fit({"w": weight}, losses, optimizer, plan, averages):
+        assert opened == ["open", "closed"] * 2 * step.number  # one part at a time
+        assert step.loss == pytest.approx(float(before @ torch.tensor([3.0, 4.0])))
+        before = now - 0.1 * min(1, step.number / 2) * (1 - (step.number - 1) / 4) ** 0.5 * (
+            torch.tensor([0.6, 0.8])
+        )
         rate = 0.1 * min(1, step.number / 2) * (1 - (step.number - 1) / 4) ** 0.5
         now = now - rate * torch.tensor([0.6, 0.8])  # of length 1
         keep = min(0.4, step.number / (step.number + 9))

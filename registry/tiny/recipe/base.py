@@ -113,7 +113,7 @@ def train_base(
     forward = torch.compile(unet) if compiled else unet
     clean_of = latents.values.to(device)
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def losses(generator: torch.Generator) -> Iterator[Tensor]:
         pick = latents.draw(batch, generator)
         ids = _captions(tokens, latents.captions(pick, generator), generator).to(device)
         # Drawn where it is needed: a GPU would wait for the numbers.
@@ -126,14 +126,14 @@ def train_base(
         with half(unet.device), short_attention(device, clean[0, 0].numel()):
             states = text_encoder(ids).last_hidden_state
             velocity = forward(a * clean + s * noise, t, states).sample
-        return F.mse_loss(velocity.float(), a * noise - s * clean)
+        yield F.mse_loss(velocity.float(), a * noise - s * clean)
 
     averages = averages_of(parameters)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=plan.lr, weight_decay=0.01, betas=(0.9, 0.99)
     )
     for step in fit(
-        parameters, loss, optimizer, plan, averages, build / f"base-{side}.safetensors"
+        parameters, losses, optimizer, plan, averages, build / f"base-{side}.safetensors"
     ):
         yield step
         if step.number % SHOWN_EVERY == 0 or step.number == step.steps:

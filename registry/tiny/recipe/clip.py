@@ -26,16 +26,16 @@ def train_clip(build: Path, plan: Plan, batch: int, device: str) -> Iterator[Ste
     model = InDomainClip(sorted({word for text in TEXTS for word in text.lower().split()}))
     model.to(device)
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def losses(generator: torch.Generator) -> Iterator[Tensor]:
         pick = torch.randint(len(pictures.pixels), (batch,), generator=generator)
         images = _worsened(to_unit(pictures.pixels[pick]), generator).to(device)
-        return F.cross_entropy(model(images, TEXTS), pictures.styles[pick].to(device))
+        yield F.cross_entropy(model(images, TEXTS), pictures.styles[pick].to(device))
 
     parameters = dict(model.named_parameters())
     averages = averages_of(parameters)
     optimizer = torch.optim.AdamW(parameters.values(), lr=plan.lr, weight_decay=0.05)
     yield from fit(
-        parameters, loss, optimizer, plan, averages, build / "clip-checkpoint.safetensors"
+        parameters, losses, optimizer, plan, averages, build / "clip-checkpoint.safetensors"
     )
     half = {name: value.half().cpu() for name, value in averages.items()}
     metadata = {"format": "pt", "words": json.dumps(model.words)}
