@@ -53,6 +53,13 @@ def photographs(options: argparse.Namespace) -> Iterator[str]:
             yield _progress(done, total, "photographs", seconds)
 
 
+def people(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.photographs import write_people
+
+    for done, total in write_people(options.build):
+        yield f"{done}/{total} files of photographs"
+
+
 def autoencoder(options: argparse.Namespace) -> Iterator[str]:
     from hdbcli.training.loop import Plan
     from registry.tiny.recipe.autoencoder import train_autoencoder
@@ -180,6 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--seed", type=int, default=0)
     step.add_argument("--worker", type=int, default=0, help="which of --workers this process is")
     step.add_argument("--workers", type=int, default=1)
+    step = steps.add_parser("people", help="write the painted photographs as a folder of people")
+    step.set_defaults(run=people)
     step = steps.add_parser("autoencoder", help="train pictures to latents and back")
     _trains(step, autoencoder, count=6000, lr=1e-3, batch=16)
     step.add_argument("--teacher", type=Path, required=True, help="folder of TAEF2's two files")

@@ -39,12 +39,14 @@ from registry.files import write_beside
 from registry.tiny import TEMPLATE
 from registry.tiny.recipe.paint import paint
 from registry.tiny.recipe.pictures import STYLES, Pictures
+from registry.tiny.recipe.styles import CAPTIONS
 from registry.tiny.recipe.subject import Reader, wide_crop
 
 SIDE = 128
 PER_SHARD = 64  # photographs
 HELD_PEOPLE, HELD_NOBODY = 100, 10  # people below the one, every so many-th nobody
 NOBODY = 100_000  # numbers of nobodies start here
+REAL = 500_000  # and those of all photographed people, as folders beside rendered ones
 # How a picture looks, which its captions tell: a photograph of a person, an image model's often
 # cinematic picture of nobody, a rendered head.
 KINDS = ("person", "nobody", "render")
@@ -180,3 +182,28 @@ def _pictures(source: Source, reader: Reader, seed: int, variants: int) -> list[
             drawn = paint(subject, style, np.random.default_rng(key), SIDE)
             rows.append((drawn.pixels, STYLES.index(style), *about, drawn.points))
     return rows
+
+
+def write_people(build: Path) -> Iterator[tuple[int, int]]:
+    """Write the photographs to train on as `BUILD/people/NNNNNN/STYLE-K.png`, a folder for each
+    person, as `hdb train` and the other steps read people; yield (done, of how many).
+
+    A picture in a style has its caption beside it, a portrait has none.
+    """
+    out = build / "people"
+    shards = sorted((build / "photographs").glob("train-*"))
+    if not shards:
+        raise RegistryError(f"no photographs in {build}; run the photographs step first")
+    for done, file in enumerate(shards, 1):
+        shard = load_file(file)
+        for pixels, style, person, photo in zip(
+            *(shard[key] for key in ("pixels", "styles", "people", "photos")), strict=True
+        ):
+            folder, name = out / f"{REAL + int(person):06d}", STYLES[int(style)]
+            folder.mkdir(parents=True, exist_ok=True)
+            number = sum(1 for _ in folder.glob(f"{name}-{int(photo)}*.png"))
+            stem = f"{name}-{int(photo)}" + (f"-{number}" if number else "")
+            cv2.imwrite(str(folder / f"{stem}.png"), pixels.numpy()[:, :, ::-1])
+            if name != "portrait":
+                (folder / f"{stem}.txt").write_text(f"{CAPTIONS[name]}\n")
+        yield done, len(shards)

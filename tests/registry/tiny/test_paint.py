@@ -12,7 +12,9 @@ import torch
 
 from hdbcli.faces.embedding import chip, load_embedding
 from hdbcli.faces.photo import find_faces, read_photo
+from hdbcli.training.people import read_people
 from registry.errors import RegistryError
+from registry.plugins import load_registry
 from registry.tiny import TEMPLATE
 from registry.tiny.recipe.assets import FACE_MESH, SELFIE, read_image
 from registry.tiny.recipe.paint import Painted, paint, pushed
@@ -22,8 +24,9 @@ from registry.tiny.recipe.photographs import (
     paint_photographs,
     read_photographs,
     sources,
+    write_people,
 )
-from registry.tiny.recipe.pictures import STYLES
+from registry.tiny.recipe.pictures import STYLES, read_pictures
 from registry.tiny.recipe.styles import CAPTIONS
 from registry.tiny.recipe.subject import (
     CANVAS,
@@ -237,3 +240,12 @@ def test_photographs_become_shards(reader: Reader, astronaut: Path, tmp_path: Pa
     assert kept.stat().st_mtime_ns == written and gone.read_bytes() == content
     with pytest.raises(RegistryError, match="people/NNNN"):
         sources(tmp_path / "nowhere")
+    # As a folder of people: for training with hdb's own command, and for the other steps.
+    assert list(write_people(build)) == [(1, 1)]
+    people = read_people(build / "people", load_registry().get("tiny"), "*", True, lambda *_: None)
+    assert people.names == ("500123", "600001") and not people.skipped
+    assert [len(each) for each in (*people.members, *people.styled)] == [1, 1, 8, 8]
+    assert set(people.captions.values()) == set(CAPTIONS.values()) - {CAPTIONS["portrait"]}
+    again = read_pictures(build / "people")
+    order = np.argsort([int(each) for each in again.styles[:9]])
+    assert (again.pixels[:9][order] == found.pixels[own]).all()
