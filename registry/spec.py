@@ -38,6 +38,28 @@ class SampleSettings:
     negative: str = ""
     size: int | None = None  # pixels; None is the resolution of the spec
     scheduler: str | None = None  # None is the scheduler of the base
+    trailing: bool = False  # space the steps from the last noise down, as few-step models expect
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """How a distilled model, or a base with a distilled LoRA, is to be sampled."""
+
+    kind: str  # such as Lightning
+    steps: int
+    guidance: float | None  # None is the base's own
+    scheduler: str
+
+    def of(self, settings: SampleSettings) -> SampleSettings:
+        """Return settings changed to these."""
+        guidance = settings.guidance if self.guidance is None else self.guidance
+        return replace(
+            settings,
+            steps=self.steps,
+            guidance=guidance,
+            scheduler=self.scheduler,
+            trailing=True,
+        )
 
 
 def _unchanged() -> None:
@@ -151,6 +173,7 @@ class BaseSpec:
     guidance: float = SampleSettings.guidance  # by default
     # Targets to choose from by name, such as attention and all; `targets` are the default.
     target_sets: Mapping[str, Targets] = field(default_factory=dict)
+    few_steps: FewSteps | None = None  # of a base that was distilled
 
     def with_targets(self, name: str) -> BaseSpec:
         """Return this spec with the target set of that name, and no other; RegistryError if it
@@ -164,7 +187,8 @@ class BaseSpec:
     @property
     def sampling(self) -> SampleSettings:
         """Return how `hdb gen` samples by default."""
-        return SampleSettings(guidance=self.guidance)
+        settings = SampleSettings(guidance=self.guidance)
+        return self.few_steps.of(settings) if self.few_steps else settings
 
     def __post_init__(self) -> None:
         """Raise RegistryError for a spec that could not work."""

@@ -20,6 +20,7 @@ from hdbcli.method import basis
 from hdbcli.method.lidb import Theta
 from hdbcli.model.files import DTYPES, Checkpoint, Place, tensor_of
 from registry.checkpoints.ldm import Renamed, layout_of, rename
+from registry.checkpoints.other_names import original_names
 from registry.checkpoints.safetensors import TensorInfo
 from registry.checkpoints.tensors import canonical
 
@@ -44,12 +45,17 @@ class Merge:
                 self.targets.setdefault((place.file, place.key), {})[name] = place
 
     def items(self, file: Path) -> list[Item]:
-        """List what becomes of a file's tensors, in its own order."""
+        """List what becomes of a file's tensors, in its own order; those of a single file get the
+        original names, which every reader knows."""
         tensors = self.checkpoint.headers[file].tensors
+        names = original_names(tensors) if self.checkpoint.single else {}
         order = sorted(tensors, key=lambda key: tensors[key].offsets)
         return [
             Item(
-                key, self._dtype(tensors[key]), tensors[key].shape, partial(self._chunks, file, key)
+                names.get(key, key),
+                self._dtype(tensors[key]),
+                tensors[key].shape,
+                partial(self._chunks, file, key),
             )
             for key in order
         ]

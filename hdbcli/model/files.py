@@ -19,6 +19,7 @@ from hdbcli.method.basis import Fingerprint, fingerprint
 from hdbcli.method.inject import digest_names, digest_weights, in_order
 from registry.checkpoints.contents import WEIGHTS, weight_files
 from registry.checkpoints.ldm import layers_of, layout_of
+from registry.checkpoints.other_names import original_names
 from registry.checkpoints.safetensors import Header, TensorInfo, read_header
 from registry.checkpoints.tensors import canonical
 from registry.spec import BaseSpec
@@ -154,9 +155,9 @@ def _places(
 ) -> Iterator[tuple[str, Place]]:
     """Yield every layer that could be a target with its place, in the order of the files."""
     if root.is_file():
-        layout = layout_of(family)
+        layout, names = layout_of(family), original_names(headers[root].tensors)
         for key, info in headers[root].tensors.items():
-            for layer in layers_of(key, layout):
+            for layer in layers_of(names[key], layout):
                 name = f"{layer.component}.{canonical(layer.component, layer.path)}"
                 if len(info.shape) in MATRICES:
                     n = info.shape[0] // layer.parts

@@ -21,6 +21,7 @@ from registry.bases.settings import (
 from registry.errors import RegistryError
 from registry.spec import BaseSpec
 from registry.stable_diffusion.families import FAMILIES
+from registry.stable_diffusion.few_steps import few_steps
 
 if TYPE_CHECKING:
     from registry.stable_diffusion.backbone import StableDiffusion
@@ -47,10 +48,12 @@ def spec_of(added: Added) -> BaseSpec:
             f"base model {added.name} is of family {added.family!r}; this hdb knows "
             f"{', '.join(FAMILIES)}; upgrade hdb, or hdb base rm {added.name}"
         )
+    few = few_steps(added.origin.partition("@")[0] or Path(added.path).stem)
+    title = f"{family.title} {few.kind}" if few else family.title
     return BaseSpec(
         name=added.name,
         family=family.name,
-        summary=f"{family.title}, {added.origin or added.path}",
+        summary=f"{title}, {added.origin or added.path}",
         licence="its own",
         targets=family.targets,
         a=family.a,
@@ -64,8 +67,9 @@ def spec_of(added: Added) -> BaseSpec:
         files=Path(added.path),
         check=partial(check, added),
         budget=family.budget,
-        guidance=family.guidance,
+        guidance=family.guidance if few is None or few.guidance is None else few.guidance,
         target_sets=family.target_sets,
+        few_steps=few,
     )
 
 

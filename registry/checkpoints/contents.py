@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.checkpoints.ldm import LAYOUTS, UNET, VAE
+from registry.checkpoints.other_names import original_names
 from registry.checkpoints.safetensors import TensorInfo, read_header
 from registry.errors import RegistryError
 
@@ -81,13 +82,15 @@ def _read_single(path: Path) -> Checkpoint:
         raise RegistryError(f"{path} does not end in .safetensors; rename it if it is one")
     header = read_header(path, LARGEST)
     components: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in header.tensors.items():
+    names = original_names(header.tensors)
+    for stored, info in header.tensors.items():
+        name = names[stored]
         prefix = next((p for p in PREFIXES if name.startswith(p)), None)
         if prefix and not name.startswith(UNUSED):
             components.setdefault(PREFIXES[prefix], {})[name.removeprefix(prefix)] = info
     if not components:  # for whoever asks what this is
         components[""] = header.tensors
-    told = {"modelspec.prediction_type": "v"} if PREDICTS_V in header.tensors else {}
+    told = {"modelspec.prediction_type": "v"} if PREDICTS_V in names.values() else {}
     return Checkpoint(path, components, (path,), {**told, **header.metadata})
 
 

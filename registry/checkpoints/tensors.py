@@ -3,7 +3,7 @@ file that is opened as a whole would lie in memory beside the model. And write t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,15 +31,26 @@ def canonical(component: str, path: str) -> str:
     return path
 
 
-def read_floats(files: Sequence[Path], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_floats(
+    files: Sequence[Path],
+    prefix: str,
+    dtype: torch.dtype,
+    renamed: Callable[[Iterable[str]], Mapping[str, str]] | None = None,
+) -> dict[str, Tensor]:
     """Return the tensors whose names start with `prefix`, as `dtype`; RegistryError for what is no
-    float."""
+    float.
+
+    `renamed` gives each tensor of a file the name that counts; position ids, of which old files
+    hold a row and new ones make it, are left out.
+    """
     found = {}
     for path in files:
         header = read_header(path, LARGEST)
+        names = renamed(header.tensors) if renamed else {}
         with path.open("rb") as file:
-            for name, info in header.tensors.items():
-                if not name.startswith(prefix):
+            for stored, info in header.tensors.items():
+                name = names.get(stored, stored)
+                if not name.startswith(prefix) or name.endswith(".position_ids"):
                     continue
                 if info.dtype not in FLOATS:
                     raise RegistryError(

@@ -239,6 +239,7 @@ class StableDiffusion:
         self.pipeline.scheduler = _spaced(
             _scheduler(settings, schedule.config) if settings.scheduler else schedule,
             settings.steps,
+            settings.trailing,
         )
         self.pipeline.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -356,7 +357,7 @@ def _scheduler(settings: SampleSettings, config: Mapping[str, Any]) -> Any:
     return getattr(diffusers, SCHEDULERS[name]).from_config(config, **more)
 
 
-def _spaced(scheduler: Any, steps: int) -> Any:
+def _spaced(scheduler: Any, steps: int, trailing: bool = False) -> Any:
     """Return a scheduler whose steps begin where the noise ends; RegistryError for too many steps.
 
     "Leading" spacing takes the multiples of T // steps from below: 4 of 1000 steps begin at 751,
@@ -369,7 +370,11 @@ def _spaced(scheduler: Any, steps: int) -> Any:
         raise RegistryError(
             f"--steps {steps} is more than the {last + 1} that this model was trained on; use fewer"
         )
-    if config.get("timestep_spacing") != "leading" or type(scheduler).__name__ == "LCMScheduler":
+    if type(scheduler).__name__ == "LCMScheduler":  # has a spacing of its own, from the last noise
+        return scheduler
+    if trailing and "timestep_spacing" in config:
+        return scheduler.from_config(config, timestep_spacing="trailing")
+    if config.get("timestep_spacing") != "leading":
         return scheduler
     probe = scheduler.from_config(config)
     probe.set_timesteps(steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from registry.checkpoints.contents import LARGEST, WEIGHTS, ZERO_SNR, variant_of, weight_files
-from registry.checkpoints.ldm import UNET, VAE
+from registry.checkpoints.contents import (
+    INDEX,
+    LARGEST,
+    WEIGHTS,
+    ZERO_SNR,
+    read_config,
+    variant_of,
+    weight_files,
+)
+from registry.checkpoints.ldm import LAYOUTS, UNET, VAE
+from registry.checkpoints.other_names import original_names
 from registry.checkpoints.safetensors import read_header
 from registry.checkpoints.tensors import read_floats
 from registry.errors import RegistryError
@@ -58,25 +67,17 @@ def load_single(
     from registry.stable_diffusion.tokenizer import clip_tokenizer
 
     names = ("tokenizer", "tokenizer_2")
-    tokenizers = {n: clip_tokenizer(pad) for n, pad in zip(names, family.pads, strict=False)}
-    options = {"torch_dtype": getattr(torch, dtype), "local_files_only": True}
-    configs = family.configs(prediction)
-    again = partial(_read_part, "vae", file, VAE, configs, options)
+    parts: dict[str, Any] = {
+        n: clip_tokenizer(pad) for n, pad in zip(names, family.pads, strict=False)
+    }
+    configs, number = family.configs(prediction), getattr(torch, dtype)
+    again = partial(_read_part, "vae", file, VAE, configs, number)
     with _reading(file):
-        unet = _read_part("unet", file, UNET, configs, options)
-        pipeline = _class(family.double).from_single_file(
-            file,
-            config=str(configs),
-            unet=unet,
-            vae=again(),
-            **options,
-            **tokenizers,
-            **_unused(family.double),
-        )
-    own: dict[str, Any] = {"prediction_type": prediction}
-    if ZERO_SNR in read_header(file, LARGEST).tensors:
-        own["rescale_betas_zero_snr"] = True
-    pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **own)
+        parts |= {"unet": _read_part("unet", file, UNET, configs, number), "vae": again()}
+        for component, text in LAYOUTS[family.name].text.items():
+            parts[component] = _read_part(component, file, text.prefix, configs, number)
+        parts["scheduler"] = _scheduler_of(file, configs, prediction)
+        pipeline = _class(family.double)(**parts, **_unused(family.double))
     return _backbone(pipeline, file, device, dtype, family.double, again)
 
 
@@ -92,15 +93,33 @@ def _read_unet(folder: Path, dtype: torch.dtype) -> Any:
     return unet
 
 
-def _read_part(
-    part: str, file: Path, prefix: str, configs: Path, options: Mapping[str, Any]
-) -> Any:
-    """Read UNet or VAE of a single file in the same way; diffusers knows the names."""
+def _read_part(part: str, file: Path, prefix: str, configs: Path, dtype: torch.dtype) -> Any:
+    """Read a component of a single file in the same way; diffusers knows the names."""
+    import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 
+    tensors = read_floats([file], prefix, dtype, original_names)
+    options = {"config": str(configs), "subfolder": part, "torch_dtype": dtype}
+    options["local_files_only"] = True
+    if part.startswith("text_encoder"):
+        index = read_config(configs / INDEX)
+        text: Any = getattr(transformers, index[part][1])
+        return create_diffusers_clip_model_from_ldm(text, tensors, **options)
     kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
-    tensors = read_floats([file], prefix, options["torch_dtype"])
-    return kind.from_single_file(tensors, config=str(configs), subfolder=part, **options)
+    return kind.from_single_file(tensors, **options)
+
+
+def _scheduler_of(file: Path, configs: Path, prediction: str) -> Any:
+    """Make the family's scheduler, for what the UNet predicts, up to the very end if the file says
+    that."""
+    import diffusers
+
+    config = read_config(configs / "scheduler" / "scheduler_config.json")
+    own: dict[str, Any] = {"prediction_type": prediction}
+    if ZERO_SNR in original_names(read_header(file, LARGEST).tensors).values():
+        own["rescale_betas_zero_snr"] = True
+    return getattr(diffusers, config["_class_name"]).from_config(config, **own)
 
 
 def _class(double: bool) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from registry.checkpoints.contents import Checkpoint, read_config
+from registry.checkpoints.ldm import LAYOUTS
 from registry.checkpoints.safetensors import TensorInfo
-from registry.errors import RegistryError
+from registry.errors import HdbWarning, RegistryError
 from registry.stable_diffusion.families import FAMILIES, PER_BLOCK, PER_LAYER, Family
+from registry.stable_diffusion.few_steps import few_steps
 
 Tensors = Mapping[str, TensorInfo]
 
@@ -32,6 +35,35 @@ OTHERS = {
     "double_blocks.": "Flux",
     "lora_": "a LoRA",
     "control_model.": "a ControlNet",
+    "time_stack.": "Stable Video Diffusion",
+    "motion_modules.": "an AnimateDiff motion module",
+}
+
+# One component alone: a part of its tensors' names.
+ALONE = {
+    "input_blocks.0.0.weight": "UNet",
+    "down_blocks.0.resnets.": "UNet",
+    "decoder.conv_out.weight": "autoencoder",
+    "text_model.encoder.layers.": "text encoder",
+    "transformer.resblocks.": "text encoder",
+}
+
+# What a UNet reads besides latents and text: a part of a tensor's name, in the original names and
+# in those of diffusers -> what kind of model that is, and what to give instead.
+_LCM = (
+    "is a distilled LCM, whose UNet reads how strong guidance is to be",
+    "give the model that it was distilled from, and add its LCM LoRA: hdb gen --lora",
+)
+_UNCLIP = (
+    "is an unCLIP model, whose UNet reads an embedding of a picture",
+    "give the Stable Diffusion that draws from text alone",
+)
+_GLIGEN = ("is a GLIGEN, whose UNet reads boxes", _UNCLIP[1])
+FURTHER_INPUTS = {
+    "time_embed.cond_proj.": _LCM,
+    "time_embedding.cond_proj.": _LCM,
+    "class_embedding.": _UNCLIP,
+    "position_net.": _GLIGEN,
 }
 
 
@@ -51,6 +83,7 @@ class Anatomy:
 
 def recognise(checkpoint: Checkpoint) -> Family:
     """Return the family; RegistryError for another architecture or a checkpoint not fit for use."""
+    _check_alone(checkpoint)
     found = _anatomy(checkpoint.components)
     nearest = min(FAMILIES.values(), key=found.far)
     needed = {"unet", "vae", *nearest.layers}
@@ -91,7 +124,7 @@ def prediction_of(checkpoint: Checkpoint, family: Family, asked: str | None) -> 
     config = read_config(folder / "scheduler" / "scheduler_config.json")
     told = str(config.get("prediction_type", "epsilon"))
     if checkpoint.single:
-        told = asked or checkpoint.metadata.get("modelspec.prediction_type", told)
+        told = asked or _said(checkpoint, family) or _assumed(checkpoint, family, told)
     if told not in PREDICTIONS or "beta_start" not in config:
         raise RegistryError(
             f"{checkpoint.path} is trained to predict {told!r} on the schedule of "
@@ -105,6 +138,41 @@ def prediction_of(checkpoint: Checkpoint, family: Family, asked: str | None) -> 
     return PREDICTIONS[told]
 
 
+def _said(checkpoint: Checkpoint, family: Family) -> str | None:
+    """Return what a single file says of itself: in so many words, by its architecture's name, or by
+    the name of a model of few steps, all of which predict noise."""
+    told = checkpoint.metadata.get("modelspec.prediction_type")
+    if told or not family.variants:
+        return told
+    layout = LAYOUTS[family.name]
+    architecture = checkpoint.metadata.get("modelspec.architecture")
+    if architecture in (layout.architecture, layout.epsilon):
+        return "epsilon" if architecture == layout.epsilon else "v_prediction"
+    return "epsilon" if few_steps(name_of(checkpoint)) else None
+
+
+def _assumed(checkpoint: Checkpoint, family: Family, usual: str) -> str:
+    """Return what most models of the family predict; where both are common, say so and what to do
+    if that is wrong."""
+    if family.variants:
+        other = next(short for short in ("epsilon", "v") if PREDICTIONS[short] != usual)
+        pixels = {p: resolution_of(family.configs(p)) for p in PREDICTIONS.values()}
+        warnings.warn(
+            f"{checkpoint.path.name} does not say what it predicts; {usual} at {pixels[usual]} px "
+            f"was assumed. If it draws noise, take {PREDICTIONS[other]} at "
+            f"{pixels[PREDICTIONS[other]]} px: hdb base rm NAME, then hdb base add with "
+            f"--prediction {other}",
+            HdbWarning,
+            stacklevel=3,
+        )
+    return usual
+
+
+def name_of(checkpoint: Checkpoint) -> str:
+    """Return by what names a checkpoint goes: its file's or folder's, and its title."""
+    return f"{checkpoint.path.stem} {checkpoint.metadata.get('modelspec.title', '')}"
+
+
 def _anatomy(components: Mapping[str, Tensors]) -> Anatomy:
     blocks = sum(bool(BLOCK.fullmatch(name)) for name in components.get("unet", ()))
     layers = {
@@ -115,13 +183,36 @@ def _anatomy(components: Mapping[str, Tensors]) -> Anatomy:
     return Anatomy(blocks, layers)
 
 
+def _check_alone(checkpoint: Checkpoint) -> None:
+    """Raise RegistryError for a file that is one component of a pipeline, and name it."""
+    if not checkpoint.single or set(checkpoint.components) - {"", "unet"}:
+        return
+    (tensors,) = checkpoint.components.values()
+    if _other(tensors):  # a LoRA has the names of a UNet too
+        return
+    for sign, component in ALONE.items():
+        if any(sign in name for name in tensors):
+            blocks = sum(bool(BLOCK.fullmatch(name)) for name in tensors)
+            alike = [f.title for f in FAMILIES.values() if f.blocks == blocks]
+            kind = f", as of {' or '.join(alike)}" if component == "UNet" and alike else ""
+            raise RegistryError(
+                f"{checkpoint.path} holds {'an' if component[0] in 'aeiou' else 'a'} {component} "
+                f"alone{kind}; hdb needs UNet, text encoder and autoencoder: give a checkpoint "
+                "that has them all, or a diffusers folder with this one in its place"
+            )
+
+
+def _other(names: Collection[str]) -> str:
+    """Return what else a single file is, empty if that is not known."""
+    return next((w for sign, w in OTHERS.items() if any(sign in n for n in names)), "")
+
+
 def _unknown(checkpoint: Checkpoint, found: Anatomy, nearest: Family) -> str:
     names = [name for tensors in checkpoint.components.values() for name in tensors]
-    signs = (what for sign, what in OTHERS.items() if any(sign in name for name in names))
     refiner = (
         "the refiner of Stable Diffusion XL" if list(found.layers) == ["text_encoder_2"] else ""
     )
-    called = repr(checkpoint.called) if checkpoint.called else refiner or next(signs, "")
+    called = repr(checkpoint.called) if checkpoint.called else refiner or _other(names)
     return (
         f"{checkpoint.path} is no Stable Diffusion that hdb knows"
         f"{f', but {called}' if called else ''}: {_count(found.blocks, found.layers)}; the nearest "
@@ -154,6 +245,10 @@ def _check_whole(checkpoint: Checkpoint, family: Family) -> None:
 def _check_input(checkpoint: Checkpoint, family: Family) -> None:
     """Raise RegistryError for a UNet that is fed with more than latents and these text encoders."""
     unet = checkpoint.components["unet"]
+    further = FURTHER_INPUTS | ({} if family.double else {"label_emb.": _UNCLIP})
+    for sign, (what, instead) in further.items():
+        if any(name.startswith(sign) for name in unet):
+            raise RegistryError(f"{checkpoint.path} {what} ({sign[:-1]}); {instead}")
     shape = next((unet[name].shape for name in INPUT if name in unet), ())
     if len(shape) != 4 or shape[1] != 4:
         kind = ", as of an inpainting model" if shape[1:2] == (9,) else ""
