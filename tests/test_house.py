@@ -47,7 +47,7 @@ LAYERS = (
         *("registry.identity_facts", "registry.fetch"),
     ),
     ("registry.checkpoints",),
-    ("registry.spec", "registry.metric", "registry.files", "registry.errors"),
+    ("registry.spec", "registry.metric", "registry.files", "registry.seeds", "registry.errors"),
 )
 METHOD = "hdbcli.method"
 RECIPE = "registry.tiny.recipe"  # alone in registry it may import hdbcli, and it does not ship

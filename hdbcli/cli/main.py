@@ -69,7 +69,6 @@ from hdbcli.config import UNPREDICTED_STEPS, RefineConfig
 from hdbcli.errors import HdbError
 from registry import store
 from registry.files import check_writable
-from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
     from hdbcli.interop.lora_stack import Stacked
@@ -193,7 +192,7 @@ def gen(
     prompt: Prompt,
     count: Count = 4,
     seed: FirstSeed = None,
-    steps: SamplingSteps = SampleSettings.steps,
+    steps: SamplingSteps = None,
     guidance: Guidance = None,
     negative: Negative = "",
     strength: Strength = 1.0,
@@ -226,8 +225,17 @@ def gen(
     targets = outputs.plan_outputs(out, [f"{path.stem}-{number}" for path, number in jobs], grid)
     loras = [lora_stack.read(each) for each in lora or []]  # a bad one is told before the work
     spec = spec_of(base or load(paths[0]).base)
-    cfg = spec.guidance if guidance is None else guidance
-    settings = SampleSettings(steps, cfg, negative, size, scheduler)
+    settings, said = lora_stack.sampling(spec, loras)
+    given: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+        "size": size,
+    }
+    given = {option: value for option, value in given.items() if value is not None}
+    settings = replace(settings, negative=negative, **given)  # what was asked for comes first
+    if said:
+        render.note(said)
     if "[V]" not in prompt:
         render.note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
     kept = outputs.Album(names, targets, prompt, settings, spec.name, strength)

@@ -18,6 +18,7 @@ from hdbcli.errors import HdbError
 from hdbcli.faces.source import KINDS, STDIN, refuse_url
 from registry import store
 from registry.files import check_writable
+from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
     from hdbcli.identity.file import Weights
@@ -116,7 +117,14 @@ Likeness = Annotated[
 FirstSeed = Annotated[
     int | None, typer.Option(min=0, max=SEEDS, help="First seed; default: random.")
 ]
-SamplingSteps = Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")]
+SamplingSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1000,
+        help=f"Sampling steps; default: {SampleSettings.steps}, or what a few-step model needs.",
+    ),
+]
 Guidance = Annotated[
     float | None,
     typer.Option(min=0, callback=finite, help="CFG scale; default: the base's, as base show says."),

@@ -15,7 +15,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,6 +35,8 @@ from registry.checkpoints.ldm import original_layer
 from registry.checkpoints.lora_formats import PEFT, architecture, lora_style, other_adapter, split
 from registry.checkpoints.safetensors import SHA256, Header, read_header
 from registry.checkpoints.tensors import canonical
+from registry.spec import BaseSpec, FewSteps, SampleSettings
+from registry.stable_diffusion.few_steps import few_steps
 from registry.store import shown
 
 LARGEST = 2**34  # bytes of a file; a LoRA of Stable Diffusion XL has up to 2e9
@@ -58,6 +60,7 @@ class Lora:
     digest: str  # twelve hex digits, as A1111 writes them
     tensors: Mapping[str, Tensor]
     adapter: Mapping[str, Any]
+    few_steps: FewSteps | None = None  # how a base with it is sampled, by the names that it has
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +112,39 @@ def read(text: str) -> Lora:
             HdbWarning,
             stacklevel=2,
         )
-    return Lora(path, strength, _digest(path, header), _load(path), adapter)
+    few = _few_steps(path, header.metadata)
+    return Lora(path, strength, _digest(path, header), _load(path), adapter, few)
+
+
+def _few_steps(path: Path, metadata: Mapping[str, str]) -> FewSteps | None:
+    """Return how a base with this file is to be sampled, by the file's name, or its folder's where
+    a trainer named the file, or what it says of itself."""
+    own = path.absolute()
+    names = [own.stem] if own.name not in FILES else [own.parent.name, *_repository(own)]
+    names += [metadata.get(key, "") for key in ("modelspec.title", "ss_output_name")]
+    return next((few for few in map(few_steps, names) if few), None)
+
+
+def _repository(path: Path) -> list[str]:
+    """Return the name of the model that a file in the hub's cache belongs to."""
+    folders = [part for part in path.parts if part.startswith("models--")]
+    return [folders[-1].replace("--", "/")] if folders else []
+
+
+def sampling(spec: BaseSpec, loras: Sequence[Lora]) -> tuple[SampleSettings, str]:
+    """Return how the base draws by default with these files, and a line that says so where a
+    few-step model decides it; of several the last one does."""
+    few, whose = spec.few_steps, f"base model {spec.name}"
+    for lora in loras:
+        if lora.few_steps and lora.strength:
+            few, whose = lora.few_steps, shown(lora.path)
+    if few is None:
+        return spec.sampling, ""
+    settings = few.of(replace(spec.sampling, guidance=spec.guidance))
+    return settings, (
+        f"{whose} is {few.kind}: {settings.steps} steps, guidance {settings.guidance:g}, "
+        f"{settings.scheduler}, trailing; --steps, --guidance and --scheduler override"
+    )
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ hand."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from registry.bases.settings import customised
 from registry.plugins import load_registry
 from registry.spec import Backbone, BaseSpec, Frugal
 
+_MARK = re.escape(PLACEHOLDER)
+
 Worn: TypeAlias = Theta | Factors | Tokens
 
 
@@ -43,8 +46,10 @@ class Base:
     notes: tuple[str, ...] = ()  # what of the plan could not be done
 
     def prompt(self, text: str) -> str:
-        """Put the base's rare token where the user wrote [V]."""
-        return text.replace(PLACEHOLDER, self.spec.identifier)
+        """Put the base's rare token where the user wrote [V], as a word of its own: in "a [V]man"
+        it would be part of another."""
+        apart = re.sub(rf"(?<=[\w\]])(?={_MARK})|(?<={_MARK})(?=\w)", " ", text)
+        return apart.replace(PLACEHOLDER, self.spec.identifier)
 
     def first_theta(self, rank: int = 1, people: int = 1) -> Theta:
         """Return theta_0 of so many people, all alike."""

@@ -125,6 +125,7 @@ def parameters_text(
         "Size": f"{width}x{height}",
         "Model": base,
         "Identity": identity,
+        **({"Spacing": "trailing"} if settings.trailing else {}),
         **(more or {}),
         "Version": f"hdb {__version__}",
     }

@@ -19,6 +19,7 @@ from torch import Tensor
 from hdbcli.errors import HdbError
 from registry.checkpoints.tensors import save_tensors
 from registry.files import write_kept
+from registry.seeds import generator_of
 
 # generator -> the parts of a step's loss, which is their sum
 Losses = Callable[[torch.Generator], Iterable[Tensor]]
@@ -74,7 +75,7 @@ def fit(
     last one saved. Of several processes each calls `share`, which averages the gradients in place,
     one `writes`, and all `agree` on the run and its first step before they start.
     """
-    generator = torch.Generator().manual_seed(plan.seed)
+    generator = generator_of(plan.seed)
     first = 0
     if checkpoint and checkpoint.exists():
         first = _resume(checkpoint, plan, parameters, optimizer, generator, averages or {})

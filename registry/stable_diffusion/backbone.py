@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from registry.checkpoints.tensors import canonical, save_tensors
 from registry.errors import RegistryError
+from registry.seeds import generator_of
 from registry.spec import SampleSettings
 from registry.stable_diffusion.uncompiled import without_compiler
 
@@ -95,12 +96,13 @@ class StableDiffusion:
 
     def unread(self, prompt: str) -> str:
         from registry.stable_diffusion.loading import quiet
+        from registry.stable_diffusion.tokenizer import text_of
 
         tokenizer: Any = self.pipeline.tokenizer
         room = tokenizer.model_max_length - 2  # a token each says where a text starts and ends
         with quiet():
             words = tokenizer.tokenize(prompt)
-        return "".join(words[room:]).replace("</w>", " ").strip()  # as CLIP marks ends of words
+        return text_of(words[room:])
 
     def save_memory(self, recompute: bool) -> None:
         from registry.stable_diffusion.loading import quiet
@@ -242,7 +244,7 @@ class StableDiffusion:
             settings.trailing,
         )
         self.pipeline.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [generator_of(seed) for seed in seeds]
 
         def told(_pipeline: Any, step: int, _t: Any, kept: dict[str, Any]) -> dict[str, Any]:
             progress(step + 1, settings.steps)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from registry.errors import RegistryError
+
 T = TypeVar("T")
 NAME = "torch._dynamo"
 MARKED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")  # of an Optimizer
@@ -25,7 +27,8 @@ MARKED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")  # of
 @contextmanager
 def without_compiler() -> Iterator[None]:
     """Import libraries, and load models with them, inside the block without torch's compiler,
-    unless it is loaded already."""
+    unless it is loaded already; RegistryError where Python has left out what they need."""
+    _check_docstrings()
     if NAME in sys.modules:
         yield
         return
@@ -62,6 +65,16 @@ def light_optimizers() -> None:
 
 class _Compiled:
     """What a compiled module would be: none is."""
+
+
+def _check_docstrings() -> None:
+    """Raise RegistryError where Python strips docstrings: diffusers and transformers put theirs
+    together when they are imported, and fail on none."""
+    if sys.flags.optimize > 1:
+        raise RegistryError(
+            "Python runs with -OO (or PYTHONOPTIMIZE=2) and leaves out docstrings, without which "
+            "diffusers and transformers do not load; use -O, or neither"
+        )
 
 
 def _as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:

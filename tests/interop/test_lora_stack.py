@@ -89,6 +89,48 @@ def test_few_steps_and_what_is_recorded(people: None, tmp_path: Path) -> None:
     assert "Lora" not in Image.open(out).text["parameters"]
 
 
+def test_a_few_step_file_chooses_how_to_sample(people: None, tmp_path: Path) -> None:
+    """By its own name, its folder's or its title; what was asked for comes first."""
+    tensors = {"lora_unet_x.lora_up.weight": torch.zeros(1)}
+    hub = tmp_path / "models--latent-consistency--lcm-lora-sdv1-5" / "snapshots" / "c0ffee"
+    (tmp_path / "lightning").mkdir()
+    hub.mkdir(parents=True)
+    files: dict[Path, tuple[dict[str, str], SampleSettings]] = {
+        tmp_path / "sdxl_lightning_2step_lora.safetensors": (
+            {},
+            SampleSettings(2, 1.0, scheduler="euler", trailing=True),
+        ),
+        hub / "pytorch_lora_weights.safetensors": (
+            {},
+            SampleSettings(4, 1.0, scheduler="lcm", trailing=True),
+        ),
+        tmp_path / "renamed.safetensors": (
+            {"modelspec.title": "Hyper-SD15 8-steps CFG"},
+            SampleSettings(8, 3.0, scheduler="ddim", trailing=True),
+        ),
+        tmp_path / "lightning" / "style.safetensors": ({}, SampleSettings(25, 3.0)),
+    }
+    spec = load_registry().get("tiny")
+    for path, (metadata, wanted) in files.items():
+        save_file(tensors, path, metadata)
+        found, said = lora_stack.sampling(spec, [lora_stack.read(str(path))])
+        assert found == wanted and bool(said) == wanted.trailing
+        assert lora_stack.sampling(spec, [lora_stack.read(f"{path}=0")])[0] == spec.sampling
+    few, _, other, _ = files
+    both = [lora_stack.read(str(each)) for each in (few, other)]
+    assert lora_stack.sampling(spec, both)[0].steps == 8  # the last one
+
+    ok("export", "alice", "-o", few, "--force")
+    plain = ok("gen", "bob", "a [V] face", "-n", 1, "--lora", few, "-o", tmp_path / "a.png")
+    assert "2 steps, guidance 1, euler, trailing" in plain.stderr
+    text = Image.open(tmp_path / "a.png").text["parameters"]
+    assert "Steps: 2, Sampler: euler, CFG scale: 1.0" in text and "Spacing: trailing" in text
+    asked = ("--steps", 3, "--guidance", 2, "--scheduler", "ddim", "-o", tmp_path / "b.png")
+    ok("gen", "bob", "a [V] face", "-n", 1, "--lora", few, *asked)
+    text = Image.open(tmp_path / "b.png").text["parameters"]
+    assert "Steps: 3, Sampler: ddim, CFG scale: 2.0" in text
+
+
 def test_lcm_takes_more_steps_than_it_was_distilled_on(tiny: Base) -> None:
     config = tiny.backbone.pipeline.scheduler.config
     for steps in (4, 60):

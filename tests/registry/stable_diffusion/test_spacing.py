@@ -42,6 +42,19 @@ def test_four_steps_are_those_that_few_step_models_know() -> None:
     assert plain.timesteps.tolist() == [751, 501, 251, 1]
 
 
+def test_trailing_spacing_of_a_few_step_model_is_exact_for_any_steps() -> None:
+    """Also where a scheduler's own spacing reaches the last noise, as Euler's linear one does."""
+    euler = _scheduler(SampleSettings(scheduler="euler"), SD1)
+    wanted = {1: [999], 2: [999, 499], 8: [999, 874, 749, 624, 499, 374, 249, 124]}
+    for steps, times in wanted.items():
+        schedule = _spaced(euler, steps, trailing=True)
+        schedule.set_timesteps(steps)
+        assert schedule.timesteps.tolist() == times
+    schedule = _spaced(euler, 2)  # the control
+    schedule.set_timesteps(2)
+    assert schedule.timesteps.tolist() == [999, 0]
+
+
 def test_more_steps_than_there_are_is_one_line() -> None:
     with pytest.raises(HdbError, match="--steps 1001 is more than the 1000"):
         _spaced(own("own"), 1001)

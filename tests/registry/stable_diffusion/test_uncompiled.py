@@ -29,6 +29,8 @@ twice = torch.compile(lambda x: 2 * x, backend="eager")(numbers)
 result = [drawn, stepped, loaded(), name, float(numbers[0]), float(twice[0])]
 print(json.dumps(result))
 """
+# What is asked needs nothing of torch, which takes seconds to import.
+STUB = "import sys, types; sys.modules['torch'] = types.ModuleType('torch'); "
 
 
 def test_neither_drawing_nor_a_step_loads_the_compiler() -> None:
@@ -52,3 +54,17 @@ def test_what_is_loaded_already_stays() -> None:
     before = torch.compile, torch._disable_dynamo, sys.modules["torch._dynamo"]
     with without_compiler():
         assert (torch.compile, torch._disable_dynamo, sys.modules["torch._dynamo"]) == before
+
+
+def test_python_without_docstrings_is_named_as_the_reason() -> None:
+    """diffusers puts docstrings together when it is imported: `-OO` leaves none."""
+    script = "from registry.stable_diffusion.uncompiled import _check_docstrings as c; c()"
+    runs = {
+        flag: subprocess.run(
+            [sys.executable, flag, "-c", STUB + script], capture_output=True, text=True, check=False
+        )
+        for flag in ("-OO", "-O")
+    }
+    assert runs["-O"].returncode == 0, runs["-O"].stderr
+    assert "-OO" in runs["-OO"].stderr.splitlines()[-1]
+    assert "RegistryError" in runs["-OO"].stderr or "HdbError" in runs["-OO"].stderr
