@@ -44,7 +44,7 @@ def new_unet() -> UNet2DConditionModel:
         sample_size=16,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=(128, 192, 256),
+        block_out_channels=(96, 160, 224),
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
