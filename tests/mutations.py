@@ -1,0 +1,225 @@
+"""Feed damaged files to whatever reads files from outside: HdbError is allowed, and nothing else.
+
+    python tests/mutations.py --identities 200000 --loras 20000 --photos 5000
+
+prints a line for each kind: how many were read after all, the slowest, the peak of memory, and the
+seeds of files that raise anything else; then the exit code is 1. Every file is a function of its
+seed. `test_mutations.py` runs a few of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import resource
+import struct
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+SLOWEST = 10.0  # seconds of one file
+LARGEST = 2e9  # bytes of memory
+# What a hand, a bug or an attacker writes where something else belongs.
+ODD = (
+    *(None, True, "", "x" * 300, [], {}, [[]], "../../etc/passwd", "NaN", "\u202e\x00"),
+    *(-1, 0, 1, 2**31, 2**63, 10**400, 1e308, -0.0),
+)
+
+
+@dataclass
+class Outcome:
+    """What became of the files of one kind."""
+
+    files: int = 0
+    read: int = 0
+    slowest: float = 0.0
+    failures: dict[int, str] = field(default_factory=dict)  # seed -> what was raised
+
+    @property
+    def good(self) -> bool:
+        return not self.failures and self.slowest < SLOWEST and peak() < LARGEST
+
+
+def peak() -> float:
+    """Return the most memory that this process ever held, in bytes."""
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def damaged(whole: bytes, seed: int) -> bytes:
+    """Damage a file in one to three ways: bits, bytes, runs, its end, or its header's JSON."""
+    rng = np.random.default_rng(seed)
+    content = bytearray(whole)
+    for _ in range(rng.integers(1, 4)):
+        _WAYS[rng.integers(len(_WAYS))](content, rng)
+    return bytes(content)
+
+
+def run(read: Callable[[Path], object], sound: Sequence[bytes], count: int, suffix: str) -> Outcome:
+    """Let `read` read `count` damaged copies of some files in turn."""
+    from registry.errors import HdbError
+
+    outcome = Outcome()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"damaged{suffix}"
+        for seed in range(count):
+            path.write_bytes(damaged(sound[seed % len(sound)], seed))
+            start = time.perf_counter()
+            try:
+                read(path)
+                outcome.read += 1
+            except HdbError as error:
+                if "\n" in str(error):
+                    outcome.failures[seed] = f"more than a line: {error!r}"
+            except Exception as error:
+                outcome.failures[seed] = f"{type(error).__name__}: {error}"
+            outcome.slowest = max(outcome.slowest, time.perf_counter() - start)
+            outcome.files += 1
+    return outcome
+
+
+def readers() -> Mapping[str, tuple[Callable[[Path], object], str]]:
+    """Return what reads each kind of file, and the suffix of its name."""
+    from hdbcli.faces.reading import read_photo
+    from hdbcli.identity.file import load
+    from hdbcli.interop.lora_stack import read
+
+    return {
+        "identities": (load, ".safetensors"),
+        "loras": (lambda path: read(str(path)), ".safetensors"),
+        "photos": (read_photo, ".png"),
+    }
+
+
+def _flip(content: bytearray, rng: np.random.Generator) -> None:
+    for _ in range(rng.integers(1, 9)):
+        if content:
+            content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+
+
+def _early(content: bytearray, rng: np.random.Generator) -> None:
+    """Damage the first bytes, where formats say what follows."""
+    for _ in range(rng.integers(1, 5)):
+        if content:
+            content[rng.integers(min(len(content), 64))] = rng.integers(256)
+
+
+def _cut(content: bytearray, rng: np.random.Generator) -> None:
+    del content[rng.integers(len(content) + 1) :]
+
+
+def _insert(content: bytearray, rng: np.random.Generator) -> None:
+    at = rng.integers(len(content) + 1)
+    content[at:at] = rng.bytes(rng.integers(1, 65))
+
+
+def _repeat(content: bytearray, rng: np.random.Generator) -> None:
+    first = rng.integers(len(content) + 1)
+    content[first:first] = content[first : first + rng.integers(1, 257)]
+
+
+def _header(content: bytearray, rng: np.random.Generator) -> None:
+    """Put something odd in one place of a safetensors header, which stays JSON."""
+    if len(content) < 8:
+        return
+    (length,) = struct.unpack("<Q", content[:8])
+    try:
+        header = json.loads(bytes(content[8 : 8 + length]))
+        holder, key = _place(header, rng)
+    except (ValueError, IndexError, RecursionError):
+        return _flip(content, rng)
+    odd = ODD[rng.integers(len(ODD))]
+    if isinstance(holder, dict) and rng.random() < 0.2:
+        holder[f"{key}x"] = holder.pop(key)
+    else:
+        holder[key] = odd
+    text = json.dumps(header).encode()
+    content[: 8 + length] = struct.pack("<Q", len(text)) + text
+
+
+def _place(value: object, rng: np.random.Generator) -> tuple[dict | list, str | int]:
+    """Return a container inside a JSON value and one of its keys."""
+    while True:
+        keys: list = list(value) if isinstance(value, dict) else list(range(len(value)))  # type: ignore[arg-type]
+        key = keys[rng.integers(len(keys))]
+        inner = value[key]  # type: ignore[index]
+        if not isinstance(inner, dict | list) or not inner or rng.random() < 0.1:
+            return value, key  # type: ignore[return-value]
+        value = inner
+
+
+_WAYS = (_flip, _early, _cut, _insert, _repeat, _header, _header)
+
+
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "HEIF", "JPEG2000", "MPO")
+
+
+def photos() -> list[bytes]:
+    """Return one photo in many formats."""
+    from PIL import Image
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    photo = Image.open(Path(__file__).parent / "data" / "astronaut.png").convert("RGB")
+    photo = photo.resize((128, 128))
+    found = []
+    for name in FORMATS:
+        buffer = io.BytesIO()
+        photo.save(buffer, name)
+        found.append(buffer.getvalue())
+    return found
+
+
+def examples(folder: Path) -> dict[str, list[bytes]]:
+    """Return sound files of each kind: an identity, its LoRA, and photos."""
+    from commands import QUICK, ok
+
+    from registry import store
+
+    photo = Path(__file__).parent / "data" / "astronaut.png"
+    ok("new", photo, "alice", *QUICK, "--yes")
+    ok("export", "alice", "--out", folder / "lora.safetensors")
+    identity = store.path_of("alice").read_bytes()
+    return {
+        "identities": [identity],
+        "loras": [(folder / "lora.safetensors").read_bytes()],
+        "photos": photos(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    for kind in ("identities", "loras", "photos"):
+        parser.add_argument(f"--{kind}", type=int, default=1000)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    good = True
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HDB_HOME"] = folder
+        sound = examples(Path(folder))
+        for kind, (read, suffix) in readers().items():
+            outcome = run(read, sound[kind], getattr(options, kind), suffix)
+            good = good and outcome.good
+            print(
+                f"{kind}: {outcome.files:,} damaged files, {outcome.read:,} read after all, "
+                f"{len(outcome.failures)} failures, slowest {outcome.slowest:.2f} s, "
+                f"memory {peak() / 1e9:.2f} GB",
+                flush=True,
+            )
+            for seed, what in list(outcome.failures.items())[:20]:
+                print(f"  seed {seed}: {what[:300]}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    sys.exit(main())

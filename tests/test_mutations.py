@@ -1,0 +1,39 @@
+"""Damaged files of every kind end in one line, not in a traceback: a few of each, see mutations."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import mutations
+import pytest
+
+from hdbcli.errors import HdbError
+
+
+@pytest.mark.parametrize("kind", ["identities", "photos"])
+def test_damaged_files_are_refused(kind: str, made: Path) -> None:
+    sound = mutations.photos() if kind == "photos" else [made.read_bytes()]
+    read, suffix = mutations.readers()[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcome = mutations.run(read, sound, 100, suffix)
+    assert outcome.files == 100 and not outcome.failures
+    assert outcome.read < 60  # a photo with a wrong pixel is still one
+
+
+def test_damage_is_found_and_told(made: Path) -> None:
+    """The control: a reader that falls over, and one that says two lines."""
+
+    def falls(_: Path) -> None:
+        raise KeyError("hdb.down")
+
+    def talks(_: Path) -> None:
+        raise HdbError("one\ntwo")
+
+    for reader in (falls, talks):
+        outcome = mutations.run(reader, [made.read_bytes()], 3, ".safetensors")
+        assert sorted(outcome.failures) == [0, 1, 2] and not outcome.good
+    whole = made.read_bytes()
+    assert all(mutations.damaged(whole, seed) != whole for seed in range(50))
+    assert mutations.damaged(whole, 7) == mutations.damaged(whole, 7)
