@@ -19,7 +19,7 @@ from typing import Any
 from registry.checkpoints.safetensors import read_header
 from registry.errors import RegistryError
 from registry.files import move_to_new, write_beside
-from registry.identity_facts import Facts, read_facts
+from registry.identity_facts import Facts, read_content, read_facts
 from registry.spec import NAME_PATTERN
 
 SUFFIX = ".safetensors"
@@ -166,6 +166,13 @@ def describe(path: Path) -> Entry:
     return Entry(path.stem, path, header.bytes, read_facts(path, header))
 
 
+def check(path: Path) -> None:
+    """Raise RegistryError for a file that is no identity, or is not what it was when written."""
+    header = read_header(path)
+    read_facts(path, header)
+    read_content(path, header)
+
+
 def copy(source: Path, target: Path, new: bool = False) -> Path:
     """Copy an identity's bytes; `target` appears whole or not at all, and takes the place of
     nothing if it is to be `new`."""
@@ -212,6 +219,12 @@ def entries() -> list[Entry]:
                 size = path.lstat().st_size
             found.append(Entry(path.stem, path, size, None, str(error)))
     return found
+
+
+def made_on(base: str) -> list[str]:
+    """Name the identities that were made on a base model."""
+    base = base.casefold()
+    return [e.name for e in entries() if e.facts and e.facts.base.casefold() == base]
 
 
 def composed_of(name: str) -> list[str]:

@@ -9,6 +9,8 @@ from typer.testing import CliRunner, Result
 
 from hdbcli.cli.main import app
 from registry import store
+from registry.checkpoints.safetensors import TensorInfo
+from registry.identity_facts import content_digest
 
 QUICK = ["--steps", "2"]
 
@@ -38,6 +40,32 @@ def refused(*words: object, says: str) -> str:
     assert says in result.stderr and not result.stdout, result.output
     assert _kept() == before
     return result.stderr
+
+
+def store_identity(name: str, whole: bool = False) -> None:
+    """Write the smallest identity by hand, as this must work, and be read, without torch; `whole`
+    with the right digest of its content."""
+    texts = "base family base_digest targets_digest basis_scheme basis_digest identifier optimizer"
+    facts = dict.fromkeys(texts.split(), "x")
+    facts |= dict.fromkeys(["version", "targets", "a", "b", "rank"], "1")
+    facts |= {"kind": "identity", "content": "0" * 64, "dtype": "fp32", "hypernetwork": ""}
+    facts |= {"basis_seed": "0", "steps": "0", "basis_probes": "[]", "lineage": "[]"}
+    facts |= {"likeness": "null", "created": "2026-01-01T00:00:00+00:00"}
+    number = {"dtype": "F32", "shape": [1, 1, 1]}
+    header: dict[str, Any] = {"__metadata__": {f"hdb.{key}": value for key, value in facts.items()}}
+    header |= {"down": {**number, "data_offsets": [0, 4]}, "up": {**number, "data_offsets": [4, 8]}}
+    if whole:
+        metadata = header["__metadata__"]
+        infos = {
+            "down": TensorInfo("F32", (1, 1, 1), (0, 4)),
+            "up": TensorInfo("F32", (1, 1, 1), (4, 8)),
+        }
+        metadata["hdb.content"] = content_digest(metadata, infos, bytes(8))
+    text = json.dumps(header).encode()
+    path = store.path_of(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    assert store.describe(path).facts, "the format has changed"
 
 
 def _kept() -> dict[str, bytes]:

@@ -12,13 +12,15 @@ from hdbcli.cli import render
 from hdbcli.cli.boundary import new_app
 from hdbcli.cli.options import Json, added_of, base_name, bases, open_on, spec_of, spec_with
 from hdbcli.errors import HdbError
-from registry.store import check_name
+from registry.store import check_name, made_on
 
 if TYPE_CHECKING:
     from registry.plugins import Registry
     from registry.spec import BaseSpec
 
 base_app = new_app("The base models that hdb knows.")
+
+NAMED = 5  # identities in a message
 
 Name = Annotated[str, typer.Argument(help="Name of a base model.")]
 
@@ -123,6 +125,12 @@ def base_rm(name: Name, as_json: Json = False) -> None:
         render.document({"name": added.name, "path": added.path})
     else:
         render.say(f"forgot {added.name}; its files stay at {added.path}")
+    if needed := made_on(added.name):
+        more = f" and {len(needed) - NAMED} more" if len(needed) > NAMED else ""
+        render.note(
+            f"note: {', '.join(needed[:NAMED])}{more} need it to be drawn: "
+            f"hdb base add {added.name} {added.origin.partition('@')[0] or added.path}"
+        )
 
 
 @base_app.command("verify")
@@ -150,11 +158,15 @@ def base_set_hypernetwork(
 ) -> None:
     """Let a base model predict with another hypernetwork, after checking that it fits."""
     from registry.bases.settings import set_hypernetwork
+    from registry.checkpoints.contents import LARGEST
+    from registry.checkpoints.safetensors import read_header
 
     if reset == (file is not None):
         raise HdbError("give either the file of a hypernetwork or --reset")
     spec = bases().get(name)
     if file:
+        if read_header(file, LARGEST).metadata.get("hdb.kind") != "hypernetwork":
+            raise HdbError(f"{file} is no hypernetwork; give what hdb train hypernetwork has made")
         from hdbcli.model.base import load_predictor
         from hdbcli.model.hypernetwork_file import targets_of
 

@@ -131,7 +131,6 @@ def new(
     name = name_for(photo, name)
     path = new_path(name, force)
     check_crop(crop, photos)
-    _ask_consent(yes)
     given: dict[str, Any] = {"steps": steps, "rank": rank, "likeness": likeness}
     given |= {"seed": seed, "optimizer": optimizer}
     if no_refine:
@@ -142,7 +141,9 @@ def new(
     wanted = partial(settle, **given)
     spec = spec_with(base, targets)
     config = None if no_refine else wanted
-    created = _make(spec, device, memory, photos, face, likeness, config, crop_file=crop)
+    created = _make(
+        spec, device, memory, photos, face, likeness, config, None, crop, lambda: _ask_consent(yes)
+    )
     _store(created, name, path, spec.budget, as_json, new=not force)
 
 
@@ -234,20 +235,22 @@ def gen(
     }
     given = {option: value for option, value in given.items() if value is not None}
     settings = replace(settings, negative=negative, **given)  # what was asked for comes first
-    if said:
-        render.note(said)
+    for line in [said, *sample.doubts(spec, settings, strength)]:
+        if line:
+            render.note(line)
     if "[V]" not in prompt:
         render.note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
     kept = outputs.Album(names, targets, prompt, settings, spec.name, strength)
 
     def draw(plan: MemoryPlan) -> list[Stacked]:
-        loaded, people = wear(paths, spec.name, device, plan)
-        stacked = stack(loaded, loras)
-        kept.more = lora_stack.parameters(stacked)
-        theta = people.scaled(strength)
-        if len(paths) > 1:  # each wears their own; one person alone serves all pictures
-            theta = theta[[i for i in range(len(paths)) for _ in range(count)]]
         with render.progress() as tell:
+            tell("load", 0, 1)
+            loaded, people = wear(paths, spec.name, device, plan)
+            stacked = stack(loaded, loras)
+            kept.more = lora_stack.parameters(stacked)
+            theta = people.scaled(strength)
+            if len(paths) > 1:  # each wears their own; one person alone serves all pictures
+                theta = theta[[i for i in range(len(paths)) for _ in range(count)]]
             sample.generate(loaded, theta, prompt, seeds, settings, tell, kept.keep)
         return stacked
 
@@ -268,8 +271,8 @@ def list_identities(
     if as_json:
         render.document([entry.as_dict() for entry in entries])
     elif quiet:
-        for entry in entries:
-            render.say(entry.name)
+        for name in store.names():  # what commands take
+            render.say(name)
     elif entries:
         render.show_entries(entries)
     else:
@@ -300,8 +303,9 @@ app.add_typer(train_app, name="train", rich_help_panel=LOOK)
 
 
 def _ask_consent(yes: bool) -> None:
-    """Ask once, before the first identity of a store, and only where there is somebody to ask."""
-    if yes or store.names() or not sys.stdin.isatty():
+    """Ask for every new person, once the photo is known to be usable, where there is somebody to
+    ask: a script answers with --yes, or is taken to have asked."""
+    if yes or not sys.stdin.isatty():
         return
     ask("Faces belong to people. Does this person agree?")
 
@@ -316,10 +320,12 @@ def _make(
     config: Callable[[Base], RefineConfig] | None,
     identity: Any = None,
     crop_file: Path | None = None,
+    agreed: Callable[[], None] = lambda: None,
 ) -> Created:
     """Crop before loading, since a bad photo should be told at once; then create or refine.
 
-    `config` may depend on the base; None keeps the prediction.
+    `config` may depend on the base; None keeps the prediction. `agreed` ends the command if the
+    person does not agree.
     """
     from hdbcli.model import sample
     from hdbcli.model.hypernetwork_file import targets_of
@@ -329,10 +335,11 @@ def _make(
     with render.progress() as tell:
         crops = personalise.crop_photos(photos, spec, face, tell)
     render.show_doubts(crops)
+    cropped = time.perf_counter() - start
+    agreed()
+    start = time.perf_counter() - cropped  # nobody's thinking counts
     if crop_file is not None:
         sample.save_crops([crop.image for crop in crops], crop_file)
-    cropped = time.perf_counter() - start
-
     digest = identity.targets_digest if identity else targets_of(spec.hypernetwork)
 
     def make(plan: MemoryPlan) -> Created:

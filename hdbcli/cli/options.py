@@ -194,7 +194,7 @@ def chosen_name(name: str) -> str:
 
 def name_for(photo: Path, name: str | None) -> str:
     """Return the name of a new identity: the one given, or that of the photo's file."""
-    if name:
+    if name is not None:
         return chosen_name(name)
     if str(photo) == STDIN:
         raise HdbError("a photo from standard input has no name; give one: hdb new - NAME")

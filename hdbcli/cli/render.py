@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from registry.spec import BaseSpec
     from registry.store import Entry
 
+COUNTS = {"bytes": True, "budget": True, "numbers": False}  # names of counts -> whether of bytes
 NAMED = 3  # pairs of names in a message; the report has all
 
 STAGES = {
@@ -89,6 +90,9 @@ def progress() -> Iterator[Tell]:
         tasks: dict[str, Any] = {}
 
         def tell(stage: str, done: int, total: int) -> None:
+            for other, task in tasks.items():  # what has begun to be followed by another is done
+                if other != stage and not bar.tasks[task].finished:
+                    bar.update(task, completed=bar.tasks[task].total)
             if stage not in tasks or bar.tasks[tasks[stage]].finished:
                 tasks[stage] = bar.add_task(STAGES.get(stage, stage), total=total)
             bar.update(tasks[stage], completed=done, total=total)
@@ -149,7 +153,22 @@ def facts(values: Mapping[str, object]) -> None:
     """Print names and values in two columns."""
     width = max(map(len, values))
     for key, value in values.items():
-        say(f"{key.ljust(width)}  {'-' if value is None else value}")
+        say(f"{key.ljust(width)}  {_cell(key, value)}")
+
+
+def _cell(name: str, value: object) -> str:
+    """Return a value as a person reads it: a list with commas, thousands apart, bytes as such."""
+    if value is None or (isinstance(value, str | Sequence | Mapping) and not value):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {_cell(key, each)}" for key, each in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_cell(name, each) for each in value)
+    if isinstance(value, int) and name in COUNTS:
+        return f"{value:,}{' bytes' if COUNTS[name] else ''}"
+    return str(value)
 
 
 def created_facts(name: str, path: str, size: int, dtype: str, created: Created) -> dict[str, Any]:

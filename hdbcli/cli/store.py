@@ -31,7 +31,7 @@ def import_identity(
     from hdbcli.identity import verification
 
     identity = verification.read_foreign(file)
-    path = new_path(name or store.name_from_stem(file.stem), force)
+    path = new_path(store.name_from_stem(file.stem) if name is None else name, force)
     verified, warning = verification.fits_here(weights_of)(identity)
     if warning:
         render.note(f"warning: {path.stem}: {warning}")
@@ -41,10 +41,8 @@ def import_identity(
 
 def cp(name: Identity, new_name: NewName, force: Force = False, as_json: Json = False) -> None:
     """Copy an identity under another name."""
-    from hdbcli.identity.file import load
-
     source = store.resolve(name)
-    load(source)  # what is damaged is not copied
+    store.check(source)  # what is damaged is not copied
     _tell(store.copy(source, new_path(new_name, force), new=not force), as_json)
 
 
@@ -53,7 +51,10 @@ def mv(name: Identity, new_name: NewName, force: Force = False, as_json: Json = 
     source = store.resolve(store.check_name(name))
     same = store.path_of(new_name) == source  # a change of case alone
     target = source.with_name(new_name + store.SUFFIX) if same else new_path(new_name, force)
-    _tell(store.rename(source, target, new=not (force or same)), as_json)
+    moved = store.rename(source, target, new=not (force or same))
+    if not as_json:
+        render.say(f"{source.stem} is now {moved.stem}")
+    _tell(moved, as_json, was=source.stem)
 
 
 def rm(

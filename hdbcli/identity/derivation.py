@@ -23,7 +23,9 @@ SAME = ("family", "base_digest", "targets_digest", "basis", "identifier")  # to 
 
 
 def relaxed(identity: Identity, rank: int) -> Identity:
-    """Give an identity more ranks; it generates what it did."""
+    """Give an identity more ranks; it generates what it did. HdbError for the rank that it has."""
+    if rank == identity.rank:
+        raise HdbError(f"the identity has rank {rank} already, so nothing was written")
     theta = relax(theta_of(identity), rank)
     return _made(identity, theta, f"relaxed from rank {identity.rank} to {rank}")
 

@@ -103,6 +103,11 @@ def check_folder(out: Path, force: bool) -> None:
     """Raise HdbError now if the merged model could not be written to `out`."""
     if out.exists() and not out.is_dir():
         raise HdbError(f"{out} is a file; give a folder")
+    if out.suffix.casefold() in WEIGHTS and not out.is_dir():
+        raise HdbError(
+            f"{out} is named like a file, and would be a folder; one file is named .safetensors, "
+            "the one kind that hdb writes"
+        )
     if out.resolve() == Path.cwd() or os.path.ismount(out):  # cannot be renamed away
         raise HdbError(f"{out} cannot be replaced as a whole; give a folder inside it")
     if out.exists() and any(out.iterdir()):

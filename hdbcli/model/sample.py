@@ -18,8 +18,9 @@ from hdbcli.errors import HdbWarning
 from hdbcli.model.base import Base, Worn
 from hdbcli.model.memory import Work
 from registry.files import write_kept
-from registry.spec import Limited, SampleSettings
+from registry.spec import BaseSpec, Limited, SampleSettings
 
+STRONG, GUIDED, SCALED = 3.0, 30.0, 2.0  # beyond these pictures come apart
 AT_ONCE = 4  # pictures of 512 px in one pass, more of smaller ones: memory stays bounded
 
 
@@ -77,6 +78,19 @@ def _warn_of_cut(base: Base, text: str) -> None:
     if end:
         lost = ", and the person with it" if base.spec.identifier in end.split() else ""
         warnings.warn(f"the prompt is too long; {end!r} is cut off{lost}", HdbWarning, stacklevel=3)
+
+
+def doubts(spec: BaseSpec, settings: SampleSettings, strength: float) -> list[str]:
+    """Say which settings lie so far from usual ones that pictures will hardly show a person."""
+    said = []
+    if abs(strength) > STRONG:
+        said.append(f"--strength {strength:g} is far from 1, what the identity was made for")
+    if settings.guidance > GUIDED:
+        said.append(f"--guidance {settings.guidance:g} is far above the base's {spec.guidance:g}")
+    ratio = (settings.size or spec.resolution) / spec.resolution
+    if not 1 / SCALED <= ratio <= SCALED:
+        said.append(f"--size {settings.size} is far from the {spec.resolution} px that it draws")
+    return [f"hint: {each}; expect a poor picture" for each in said]
 
 
 def work_of(pictures: int, side: int, exact: bool = False) -> Work:

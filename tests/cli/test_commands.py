@@ -61,29 +61,29 @@ def test_new_without_refining_and_with_more_photos(hdb_home: Path, astronaut: Pa
         refused("new", astronaut, "no", "--no-refine", option, value, says=f"it or {option}")
 
 
-def test_consent_is_asked_for_once(
-    hdb_home: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+def test_consent_is_asked_for_every_person_whose_photo_can_be_used(
+    alice: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def new(name: str, answer: str, *more: str) -> tuple[int, bool]:
+    def new(photo: Path, answer: str, *more: str) -> tuple[int, bool]:
         """Return the exit code, and whether a question was asked."""
-        words = ["new", str(astronaut), name, "--no-refine", *more]
+        words = ["new", str(photo), "bob", "--no-refine", *more]
         done = CliRunner().invoke(main.app, words, input=answer)
         return done.exit_code, "Does this person agree?" in done.stderr
 
     def work(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("hdbcli.training.personalise.crop_photos", work)
-        assert new("alice", "") == (130, False)  # nobody is there to ask
-        terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
-        monkeypatch.setattr(main, "sys", terminal)
-        assert new("alice", "n\n") == (1, True) == new("alice", "")
-        assert store.names() == []
-        assert new("alice", "", "--yes") == (130, False)
-    assert new("alice", "y\n") == (0, True) and store.names() == ["alice"]
-    monkeypatch.setattr("hdbcli.training.personalise.crop_photos", work)
-    assert new("bob", "") == (130, False)  # the first answer stands
+    nobody = tmp_path / "nobody.png"
+    Image.new("RGB", (128, 128)).save(nobody)
+    monkeypatch.setattr("hdbcli.training.personalise.create", work)
+    assert new(astronaut, "") == (130, False)  # nobody is there to ask
+    terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(main, "sys", terminal)
+    assert new(nobody, "y\n") == (1, False)
+    assert new(astronaut, "n\n") == (1, True) == new(astronaut, "")
+    assert new(astronaut, "y\n") == (130, True)
+    assert new(astronaut, "", "--yes") == (130, False)
+    assert store.names() == ["alice"]
 
 
 def test_refine_goes_on(alice: Path, astronaut: Path) -> None:

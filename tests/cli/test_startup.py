@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import refused, store_identity
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # Runs the console script's own function, then tells which top-level packages the process loaded.
 PROBE = """
 import sys
-from hdbcli.cli.main import main
+from hdbcli.__main__ import main
 try:
     main()
 except SystemExit as end:
     assert not end.code, end.code
 print("LOADED", *sorted({name.partition(".")[0] for name in sys.modules}))
 """
-
-
-def store_identity(name: str) -> None:
-    """Write the smallest identity by hand, as this must work, and be read, without torch."""
-    from registry.store import describe, path_of
-
-    texts = "base family base_digest targets_digest basis_scheme basis_digest identifier optimizer"
-    facts = dict.fromkeys(texts.split(), "x")
-    facts |= dict.fromkeys(["version", "targets", "a", "b", "rank"], "1")
-    facts |= {"kind": "identity", "content": "0" * 64, "dtype": "fp32", "hypernetwork": ""}
-    facts |= {"basis_seed": "0", "steps": "0", "basis_probes": "[]", "lineage": "[]"}
-    facts |= {"likeness": "null", "created": "2026-01-01T00:00:00+00:00"}
-    number = {"dtype": "F32", "shape": [1, 1, 1]}
-    header = {"__metadata__": {f"hdb.{key}": value for key, value in facts.items()}}
-    header |= {"down": {**number, "data_offsets": [0, 4]}, "up": {**number, "data_offsets": [4, 8]}}
-    text = json.dumps(header).encode()
-    path = path_of(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    assert describe(path).facts, "the format has changed"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["list"], ["--version"]], ids=" ".join)
@@ -55,6 +35,53 @@ def test_light_commands_load_no_torch(words: list[str], hdb_home: Path) -> None:
     assert {"hdbcli", "typer"} <= loaded  # the probe sees what is loaded
     assert ("alice" in done.stdout) == (words == ["list"])
     assert not loaded & {"torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "cv2"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["cp", "alice", "bob"], "bob.safetensors"),
+        (["mv", "alice", "bob"], "alice is now bob"),
+        (["rm", "alice", "--yes"], "deleted alice"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
+)
+def test_files_are_looked_after_without_torch(words: list[str], says: str, hdb_home: Path) -> None:
+    path = hdb_home / "identities" / "alice.safetensors"
+    store_identity("alice", whole=True)
+    before = path.read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+    assert not set(done.stdout.rpartition("LOADED")[2].split()) & {"torch", "diffusers"}
+    kept = {p.stem: p.read_bytes() for p in path.parent.iterdir()}
+    assert (
+        kept == {"cp": {"alice": before, "bob": before}, "mv": {"bob": before}, "rm": {}}[words[0]]
+    )
+
+
+def test_what_is_damaged_is_not_copied(hdb_home: Path) -> None:
+    store_identity("alice")  # its digest is none
+    refused("cp", "alice", "bob", says="digest does not agree")
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line() -> None:
+    stop = (
+        "import sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'hdbcli.cli.main': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from hdbcli.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", stop], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 130 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "interrupted" in done.stderr
 
 
 def test_light_commands_start_fast(

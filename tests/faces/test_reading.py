@@ -15,12 +15,16 @@ import cv2
 import numpy as np
 import pillow_heif
 import pytest
+import torch
 from PIL import Image, ImageCms, ImageOps
 from profiles import SPACES, cmyk_profile, grey_profile, in_space, rgb_profile
 
 from hdbcli.errors import HdbError
 from hdbcli.faces import colour
+from hdbcli.faces.embedding import embed_aligned, likeness
+from hdbcli.faces.photo import crop_face
 from hdbcli.faces.reading import read_photo
+from registry.tiny import TEMPLATE
 
 pillow_heif.register_heif_opener()
 
@@ -429,7 +433,10 @@ READ = """
 import sys
 from pathlib import Path
 from hdbcli.errors import HdbError
+from hdbcli.faces.embedding import embed_aligned, likeness
+from hdbcli.faces.photo import crop_face
 from hdbcli.faces.reading import read_photo
+from registry.tiny import TEMPLATE
 try:
     print(read_photo(Path(sys.argv[1])).sum())
 except HdbError as error:
@@ -515,3 +522,35 @@ def test_damage_never_ends_in_a_traceback(
             assert "\n" not in str(error)
     assert refused >= 20
     assert not capfd.readouterr().err
+
+
+def test_a_face_has_one_likeness_in_every_format_and_profile(
+    tmp_path: Path, astronaut: Path
+) -> None:
+    """A portrait is as alike as to the PNG within 0.01: here the face itself, flat and mirrored,
+    stands for one."""
+    image = Image.open(astronaut).convert("RGB").crop((96, 0, 352, 256))
+    template = np.array(TEMPLATE)
+    paths = {"png": saved(tmp_path / "photo.png", image, "PNG")}
+    for form in ("jpeg", "webp", "heic", "avif", "tiff", "big tiff", "mpo", "apng"):
+        kind, options, _ = FORMATS[form]
+        paths[form] = saved(tmp_path / form, image, kind, **options)
+    for form in ("bmp", "ppm"):
+        paths[form] = saved(tmp_path / form, image, PLAIN[form][0])
+    paths["jpeg 2000"] = saved(tmp_path / "photo.jp2", image, "JPEG2000")
+    for space in SPACES:
+        profile = rgb_profile(space)
+        moved = in_space(np.asarray(image), profile)
+        paths[space] = saved(tmp_path / f"{space}.png", moved, "PNG", icc_profile=profile)
+    bare = in_space(np.asarray(image), rgb_profile("ProPhoto"))
+    paths["bare"] = saved(tmp_path / "bare.png", bare, "PNG")
+
+    crops = {name: crop_face(path, template, 128).image for name, path in paths.items()}
+    portrait = np.ascontiguousarray(crops["png"][:, ::-1]) // 2 + 64
+    stacked = torch.from_numpy(np.stack([portrait, *crops.values()])).permute(0, 3, 1, 2)
+    drawn, *photos = embed_aligned(stacked.float() / 127.5 - 1, template)
+    alike = {name: likeness(drawn, photo) for name, photo in zip(crops, photos, strict=True)}
+    control = alike.pop("bare")  # the same numbers without their profile
+    assert len(alike) == 12 + len(SPACES) and alike["png"] > 0.5
+    assert max(abs(each - alike["png"]) for each in alike.values()) < 0.01, alike
+    assert abs(control - alike["png"]) > 0.01

@@ -76,6 +76,9 @@ def test_relax_keeps_what_it_draws(keep: Keep) -> None:
     assert wide.lineage[-1] == "relaxed from rank 2 to 4" and wide.likeness is None
     assert alice.read_bytes() == bytes_before
     says(hdb("relax", "alice", "--rank", 9), "from rank 2 to 9", "2 to 6")
+    says(hdb("relax", "alice", "--rank", 2), "has rank 2 already")
+    says(hdb("relax", "alice", "--rank", 2, "--as", "same"), "has rank 2 already")
+    assert alice.read_bytes() == bytes_before
     says(hdb("relax", "alice", "--rank", 4, "--as", "Wide"), "wide exists already")
     assert hdb("relax", "alice", "--rank", 3).exit_code == 0
     assert load(alice).rank == 3  # without --as it replaces
@@ -203,7 +206,7 @@ def test_copy_and_rename(keep: Keep) -> None:
     assert store.path_of("bob").read_bytes() == content == alice.read_bytes()
     says(hdb("cp", "alice", "bob"), "bob exists already")
     says(hdb("cp", "alice", "../bob"), "..")
-    assert hdb("mv", "bob", "carol").exit_code == 0
+    assert "bob is now carol" in hdb("mv", "bob", "carol").stdout
     assert not store.path_of("bob").exists() and store.path_of("carol").read_bytes() == content
     says(hdb("mv", "nobody", "x"), "nobody")
     says(hdb("mv", "alice", "carol"), "carol exists already")
