@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,32 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The nets are small: more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, cpus())))
 set_threads()
+
+
+@pytest.fixture
+def keep_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantise without telling glibc to give back what is freed from here on, which would slow all
+    later tests of the process."""
+    for module in ("base", "quantise"):
+        monkeypatch.setattr(f"hdbcli.model.{module}.give_back_memory", lambda: None)
+
+
+@pytest.fixture
+def float32_weights(monkeypatch: pytest.MonkeyPatch, keep_freed_memory: None) -> None:
+    """Load `tiny` in float32, whatever a memory plan says: processors that do not multiply in
+    bfloat16 take some fifteen times as long for it."""
+    import registry.tiny
+
+    load = registry.tiny.load
+    monkeypatch.setattr(registry.tiny, "load", lambda device, _: load(device, "float32"))
+
+
+@pytest.fixture
+def few_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluate hypernetworks on 8 pairs of noise and time, where 32 are usual."""
+    from hdbcli.training import evaluate
+
+    monkeypatch.setattr(evaluate, "person_losses", partial(evaluate.person_losses, pairs=8))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,16 +32,25 @@ def test_rows_keep_what_they_promise() -> None:
 
 
 def test_commands_are_measured_with_their_own_memory() -> None:
+    start = time.perf_counter()
     seconds, little = measured([sys.executable, "-c", "import time; time.sleep(0.3)"])
+    assert 0.3 < seconds < time.perf_counter() - start
     _, much = measured([sys.executable, "-c", "x = bytearray(300_000_000)"])
-    assert 0.3 < seconds < 30 and 3e8 < much < 6e8 and little < much / 2
+    assert 3e8 < much < 6e8 and little < much / 2
     with pytest.raises(HdbError, match="no such thing"):
         measured([sys.executable, "-c", "raise SystemExit('no such thing')"])
 
 
-def test_pairs_are_a_ratio() -> None:
-    ratio = paired(lambda: time.sleep(0.06), lambda: time.sleep(0.02), rounds=3)
-    assert 2 < ratio < 4
+def test_pairs_are_a_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median turn's: a machine that is slow for a while changes nothing."""
+    clock = [0.0]
+    monkeypatch.setattr("hdbcli.bench.harness.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    slowness = [1, 1, 1, 1, 9, 9, 9, 1]  # of each piece of work, two a turn; the first is unseen
+
+    def work(seconds: float) -> None:
+        clock[0] += seconds * slowness.pop(0)
+
+    assert paired(lambda: work(6.0), lambda: work(2.0), rounds=3) == 3 and not slowness
 
 
 def test_scratch_goes_away_with_its_store(
@@ -72,7 +82,7 @@ def _derived(people: Path) -> list[dict[str, Any]]:
     return told("bench", "derived", "--people", people)["rows"]
 
 
-def test_a_device_is_checked_against_the_cpu() -> None:
+def test_a_device_is_checked_against_the_cpu(float32_weights: None) -> None:
     rows = agreement("cpu")
     assert len(rows) == 5 and all(row.kept for row in rows)
     steps = speeds(load_registry().get("tiny"), "cpu")

@@ -84,6 +84,7 @@ def test_ctrl_c_while_the_command_line_is_imported_is_one_line() -> None:
     assert "interrupted" in done.stderr
 
 
+@pytest.mark.slow  # by the processor's time, which other work on the machine lengthens all the same
 def test_light_commands_start_fast(
     hdb_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

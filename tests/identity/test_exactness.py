@@ -95,7 +95,14 @@ def test_a_composed_identity_has_the_sum_of_the_weights_on_every_target(tiny: Ba
 
 
 @pytest.mark.parametrize(("rank", "whole"), [(4, 8), (30, 50)])
-def test_composing_two_takes_no_time(rank: int, whole: int, tmp_path: Path, one_core: None) -> None:
+def test_a_sum_has_the_ranks_of_both_up_to_b(rank: int, whole: int) -> None:
+    parts = {name: (of_sd15(seed, rank), 0.5) for seed, name in enumerate(("alice", "bob"))}
+    assert composed(parts, None).rank == whole
+
+
+@pytest.mark.slow  # by the processor's time, which other work on the machine lengthens all the same
+@pytest.mark.parametrize("rank", [4, 30])
+def test_composing_two_takes_no_time(rank: int, tmp_path: Path, one_core: None) -> None:
     """Read two files, add them up and write a third: a fraction of a second of the processor's
     time, even where ranks must go."""
     paths = {name: tmp_path / f"{name}.safetensors" for name in ("alice", "bob", "carol")}
@@ -107,7 +114,7 @@ def test_composing_two_takes_no_time(rank: int, whole: int, tmp_path: Path, one_
         made = composed(parts, None)
         save(made, paths["carol"])
         seconds.append(time.process_time() - start)
-    assert made.rank == whole and min(seconds) < 0.5, seconds
+    assert min(seconds) < 0.5, seconds
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)

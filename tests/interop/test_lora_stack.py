@@ -301,7 +301,9 @@ def refused(out: Path, lora: object, says: str) -> None:
     assert says in result.stderr and not out.exists()
 
 
-def test_lora_files_keep_the_plan_from_quantising(people: None, tmp_path: Path) -> None:
+def test_lora_files_keep_the_plan_from_quantising(
+    people: None, tmp_path: Path, float32_weights: None
+) -> None:
     ok("export", "alice", "-o", tmp_path / "l.safetensors")
     words = ["gen", "bob", *PROMPT, "--lora", tmp_path / "l.safetensors", "-o", tmp_path / "p.png"]
     low = hdb(*words, "--memory", "low")

@@ -116,7 +116,7 @@ def test_hypernetwork_in_parts_has_the_same_gradient(
 
 
 def test_autoencoder_is_let_go_of_and_comes_back(tiny: Base) -> None:
-    base = load_base(TINY, "cpu", PLANS[2])
+    base = load_base(TINY, "cpu", replace(PLANS[2], dtype="float32"))
     latents = latents_of(base)
     before = base.backbone.decode_latents(latents[0])
     base.free_autoencoder()
@@ -145,11 +145,12 @@ def test_cut_down_stable_diffusion_reads_its_autoencoder_again(narrow: Narrow) -
         assert backbone.pipeline.vae.dtype == torch.bfloat16
 
 
-def test_quantised_layers_wear_identities() -> None:
+def test_quantised_layers_wear_identities(keep_freed_memory: None) -> None:
     base = load_base(TINY, "cpu", PLANS[-1])
     kinds = {type(layer.base).__name__ for layer in base.injected.layers.values()}
     assert kinds == {"Linear4bit"} and not base.notes
     assert all(isinstance(layer, LiDBLinear) for layer in base.injected.layers.values())
+    assert base.backbone.components["unet"].conv_in.weight.dtype == torch.bfloat16
 
 
 def test_likeness_has_its_weight_whole_or_in_parts(tiny: Base) -> None:

@@ -336,6 +336,7 @@ def test_a_store_that_is_no_folder_is_told(tmp_path: Path, monkeypatch: pytest.M
             ask()
 
 
+@pytest.mark.slow  # by the processor's time, which other work on the machine lengthens all the same
 def test_a_thousand_identities_are_listed_at_once(keep: Callable[[str], Path]) -> None:
     path = keep("alice")
     for number in range(999):

@@ -166,7 +166,9 @@ def test_the_latest_time_is_a_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (late * 1000).long().max() == 999
 
 
-def test_a_run_goes_on_with_another_memory_plan(people: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_another_memory_plan(
+    people: Path, tmp_path: Path, float32_weights: None
+) -> None:
     words = ["train", "hypernetwork", people, "--out", tmp_path / "h.safetensors", "--batch", 2]
     words += ["--optimizer", "adamw", "--held-out", 0]
     assert hdb(*words, "--steps", 1, "--memory", "normal").exit_code == 0
@@ -175,7 +177,10 @@ def test_a_run_goes_on_with_another_memory_plan(people: Path, tmp_path: Path) ->
     refused(*words, "--steps", 3, "--lr", 1e-3, says="is of another run")  # the control
 
 
-def test_train_resume_and_evaluate(people: Path, tmp_path: Path) -> None:
+def test_train_resume_and_evaluate(
+    people: Path, tmp_path: Path, few_pairs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RefineConfig, "steps", 2)
     out = tmp_path / "h.safetensors"
     words = ["train", "hypernetwork", people, "--out", out, "--steps", 3, "--batch", 4]
     result = hdb(*words)

@@ -103,6 +103,7 @@ def store(build: Path, part: str, pictures: Pictures) -> None:
     save_file(tensors, build / f"photographs/{part}-000.safetensors")
 
 
+@pytest.mark.slow  # trains every network a little; their parts are tested in test_recipe_training
 @pytest.mark.egl
 def test_every_step_from_renders_to_weights(
     assets: Assets,
