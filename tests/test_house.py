@@ -52,13 +52,6 @@ LAYERS = (
 METHOD = "hdbcli.method"
 RECIPE = "registry.tiny.recipe"  # alone in registry it may import hdbcli, and it does not ship
 
-# What breaks a rule today, to be mended; nothing may be added.
-DEBTS = {
-    # Target names must be the same in checkpoints and in layers; whoever injects should give them.
-    ("hdbcli.method.inject", "registry.checkpoints.tensors"),
-    ("hdbcli.method.inject", "registry.checkpoints.tensors.canonical"),
-}
-
 EDGE = "hdbcli/cli/"  # the modules that know the CLI framework
 
 
@@ -209,7 +202,7 @@ def test_imports_go_down() -> None:
         for name in foreign_to_method(imports_of(path))
         if package_of(module_of(path)) == METHOD
     }
-    assert foreign == DEBTS
+    assert foreign == set()
 
 
 def test_import_edges() -> None:

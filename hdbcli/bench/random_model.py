@@ -42,7 +42,7 @@ def empty_networks(family: Family) -> dict[str, nn.Module]:
 
 def target_shapes(family: Family) -> dict[str, tuple[int, int]]:
     """Map each of a family's targets to the (n, m) of its weight."""
-    found = find_targets(empty_networks(family), family.targets)
+    found = find_targets(empty_networks(family), family.targets, canonical)
     return {f"{c}.{path}": shape_of(layer) for c, path, layer in found}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 from hdbcli.errors import HdbError
 from hdbcli.method import basis
 from hdbcli.method.lidb import Factors, LiDBLayer, TargetLayer, Theta, lidb_layer, reach, shape_of
-from registry.checkpoints.tensors import canonical
+
+# (component, module path) -> the path under which a target is known for good. A target's name
+# decides its basis, so it may not change with the library that builds the model.
+Canonical: TypeAlias = Callable[[str, str], str]
+
+
+def as_it_is(component: str, path: str) -> str:
+    """Name a module by its path: right for models whose paths never change."""
+    return path
 
 
 @dataclass(frozen=True)
@@ -97,10 +106,11 @@ def inject(
     a: int,
     b: int,
     seed: int,
+    canonical: Canonical = as_it_is,
 ) -> Injected:
     """Replace every target of the components by a LiDB layer and freeze all their parameters."""
     layers = {}
-    for component, path, base in find_targets(components, targets):
+    for component, path, base in find_targets(components, targets, canonical):
         name = f"{component}.{canonical(component, path)}"
         n, m = shape_of(base)
         down = basis.down_basis(seed, name, a, m).to(base.weight.device)
@@ -121,7 +131,9 @@ def eject(components: Mapping[str, nn.Module]) -> None:
 
 
 def find_targets(
-    components: Mapping[str, nn.Module], targets: Mapping[str, tuple[str, ...]]
+    components: Mapping[str, nn.Module],
+    targets: Mapping[str, tuple[str, ...]],
+    canonical: Canonical = as_it_is,
 ) -> list[tuple[str, str, TargetLayer]]:
     """List (component, module path, layer) of all targets, in the order of theta."""
     for component in targets:
@@ -130,7 +142,7 @@ def find_targets(
                 f"the base model has no component {component!r} (it has {', '.join(components)}); "
                 "its spec names targets there"
             )
-    layers = layers_in(components)
+    layers = layers_in(components, canonical)
     found = in_order(layers, targets)
     if not found:
         raise HdbError("no layer of the base model matches its spec's targets; check the patterns")
@@ -140,7 +152,7 @@ def find_targets(
 
 
 def layers_in(
-    components: Mapping[str, nn.Module],
+    components: Mapping[str, nn.Module], canonical: Canonical = as_it_is
 ) -> dict[str, tuple[str, str, TargetLayer]]:
     """Map the canonical name of every layer that could be a target to (component, path, layer)."""
     return {

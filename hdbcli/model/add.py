@@ -15,6 +15,7 @@ from hdbcli.method.inject import digest_weights, find_targets
 from registry.bases.added import load, mark, spec_of
 from registry.bases.settings import Added, Mark, Settings, write_settings
 from registry.checkpoints.contents import Checkpoint, read_checkpoint
+from registry.checkpoints.tensors import canonical
 from registry.stable_diffusion.recognise import prediction_of, recognise, resolution_of
 
 
@@ -39,7 +40,7 @@ def adopt(name: str, path: Path, origin: str, prediction: str | None, tell: Tell
     # float16 is what the digest is of, and half of the memory.
     backbone = load(added, "cpu", "float16")
     components = backbone.components
-    targets = find_targets(components, spec_of(added).targets)
+    targets = find_targets(components, spec_of(added).targets, canonical)
     if len(targets) != family.count:
         raise HdbError(
             f"{path} has {len(targets)} targets, {family.title} has {family.count}; update hdb"

@@ -26,6 +26,7 @@ from hdbcli.model.memory import NORMAL, MemoryPlan
 from hdbcli.model.quantise import quantise
 from hdbcli.model.tokens import Tokens
 from registry.bases.settings import customised
+from registry.checkpoints.tensors import canonical
 from registry.plugins import load_registry
 from registry.spec import Backbone, BaseSpec, Frugal
 
@@ -115,8 +116,8 @@ def load_base(
     if plan.frugal and isinstance(backbone, Frugal):
         backbone.save_memory(plan.recompute)
     note = quantise(backbone.components.values(), plan.quantised) if plan.quantised else None
-    spec = made_with(spec, layers_in(backbone.components), targets_digest)
-    injected = inject(backbone.components, spec.targets, spec.a, spec.b, spec.basis_seed)
+    spec = made_with(spec, layers_in(backbone.components, canonical), targets_digest)
+    injected = inject(backbone.components, spec.targets, spec.a, spec.b, spec.basis_seed, canonical)
     if plan.dtype != NORMAL.dtype or plan.quantised:  # identities know it before any rounding
         injected = replace(injected, digest=open_checkpoint(spec).weights_digest())
     return Base(spec, backbone, injected, device, plan, (note,) if note else ())

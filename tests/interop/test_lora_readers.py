@@ -32,6 +32,7 @@ from hdbcli.method.lidb import Theta, first_theta
 from hdbcli.model.base import Base
 from hdbcli.training.personalise import describe
 from registry import store
+from registry.checkpoints.tensors import canonical
 from registry.plugins import load_registry
 from registry.stable_diffusion.backbone import StableDiffusion
 from registry.stable_diffusion.families import FAMILIES
@@ -64,7 +65,8 @@ def text_encoder_of(layers: int) -> CLIPTextModel:
 def injected_into(backbone: object, more: dict[str, tuple[str, ...]] | None = None) -> Base:
     spec = replace(load_registry().get("tiny"), name="small", a=16, b=8)
     spec = replace(spec, targets={**spec.targets, **(more or {})})
-    injected = inject(backbone.components, spec.targets, spec.a, spec.b, spec.basis_seed)
+    place = spec.targets, spec.a, spec.b, spec.basis_seed, canonical
+    injected = inject(backbone.components, *place)
     return Base(spec, backbone, injected, "cpu")
 
 
@@ -243,7 +245,8 @@ def test_every_reader_maps_xl_by_the_names_of_the_original_code(narrow: Narrow) 
         spec = replace(load_registry().get("tiny"), name="xl", family="sdxl", a=16, b=8)
         spec = replace(spec, targets=FAMILIES["sdxl"].targets)
         backbone = load_folder(narrow.folder("sdxl"), "cpu", "float32", True)
-        injected = inject(backbone.components, spec.targets, spec.a, spec.b, spec.basis_seed)
+        place = spec.targets, spec.a, spec.b, spec.basis_seed, canonical
+        injected = inject(backbone.components, *place)
         return Base(spec, backbone, injected, "cpu")
 
     base = xl()

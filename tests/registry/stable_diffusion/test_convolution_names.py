@@ -22,7 +22,7 @@ COUNTS = {
 @pytest.mark.parametrize("name", sorted(COUNTS))
 def test_every_target_is_found_again_in_a_single_file(name: str) -> None:
     family, layout = FAMILIES[name], layout_of(name)
-    targets = find_targets(empty_networks(family), family.target_sets["all"])
+    targets = find_targets(empty_networks(family), family.target_sets["all"], canonical)
     assert len(targets) == COUNTS[name] > family.count
     for component, path, layer in targets:
         n, m = shape_of(layer)

@@ -15,7 +15,7 @@ from torch import nn
 from hdbcli.method.inject import find_targets
 from hdbcli.method.lidb import shape_of
 from registry.checkpoints.contents import read_checkpoint, read_config
-from registry.checkpoints.tensors import read_floats
+from registry.checkpoints.tensors import canonical, read_floats
 from registry.errors import RegistryError
 from registry.spec import SampleSettings
 from registry.stable_diffusion.backbone import StableDiffusion, _scheduler
@@ -59,7 +59,7 @@ def test_targets_of_the_full_size_models(
 ) -> None:
     family, models = FAMILIES[name], full_size(name)
     assert sum(p.numel() for p in models["unet"].parameters()) == unet  # as published
-    targets = find_targets(models, family.targets)
+    targets = find_targets(models, family.targets, canonical)
     assert len(targets) == count == family.count
     shapes = {path: shape_of(layer) for _, path, layer in targets}
     assert numbers in (None, sum(sum(shape_of(layer)) for _, _, layer in targets))
@@ -71,7 +71,7 @@ def test_targets_of_the_full_size_models(
 def test_the_base_of_2_is_512_pixels_and_epsilon() -> None:
     base = FAMILIES["sd2"].configs("epsilon")
     assert resolution_of(base) == 512 and FAMILIES["sd2"].configs("v_prediction") != base
-    assert len(find_targets(full_size("sd2", "epsilon"), FAMILIES["sd2"].targets)) == 236
+    assert len(find_targets(full_size("sd2", "epsilon"), FAMILIES["sd2"].targets, canonical)) == 236
 
 
 def test_vocabulary_is_clips() -> None:
@@ -114,7 +114,7 @@ def test_backbone_trains_every_target(narrow: Narrow, name: str) -> None:
     """But those of SDXL's first text encoder's last layer, which nothing reads."""
     family = FAMILIES[name]
     backbone = load_folder(narrow.folder(name), "cpu", "float32", family.double)
-    targets = find_targets(backbone.components, family.targets)
+    targets = find_targets(backbone.components, family.targets, canonical)
     for model in backbone.components.values():
         model.requires_grad_(False)
     for _, _, linear in targets:
