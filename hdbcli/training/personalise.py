@@ -27,6 +27,7 @@ from hdbcli.faces.embedding import embed, found
 from hdbcli.faces.photo import Crop, crop_face
 from hdbcli.identity.budget import rank_within
 from hdbcli.identity.file import Identity, home_of, theta_for
+from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import relax
 from hdbcli.model import sample
@@ -113,15 +114,16 @@ def create(crops: Sequence[Crop], base: Base, config: RefineConfig | None, tell:
     seconds = {}
     start = time.perf_counter()
     tell("predict", 0, 1)
+    faces = base.faces([crop.image for crop in crops])
     if base.spec.hypernetwork is None:
         theta, digest = base.first_theta(), ""
     else:
         predictor, digest = load_predictor(base)
-        theta = predictor.predict(base.faces([crop.image for crop in crops]))
+        theta = predictor.predict(faces)
     wait_for(base.device)
     seconds["predict"] = time.perf_counter() - start
     identity = describe(base, theta, hypernetwork=digest)
-    return _refined(identity, theta, crops, base, config, tell, seconds)
+    return _refined(identity, theta, crops, faces, base, config, tell, seconds)
 
 
 def continue_refining(
@@ -130,7 +132,8 @@ def continue_refining(
     """Give an existing identity more iterations, from where it is; its rank may be raised first."""
     theta, warning = theta_for(base, identity)
     identity = replace(identity, **home_of(base.spec, base.injected))  # it may be another base
-    created = _refined(identity, theta, crops, base, config, tell, {"predict": 0.0})
+    faces = base.faces([crop.image for crop in crops])
+    created = _refined(identity, theta, crops, faces, base, config, tell, {"predict": 0.0})
     return replace(created, warnings=(*created.warnings, warning)) if warning else created
 
 
@@ -138,13 +141,13 @@ def _refined(
     identity: Identity,
     theta: Theta,
     crops: Sequence[Crop],
+    faces: Faces,
     base: Base,
     config: RefineConfig | None,
     tell: Tell,
     seconds: dict[str, float],
 ) -> Created:
-    faces = base.faces([crop.image for crop in crops])
-    latents = [base.backbone.encode_images(faces.crops)]
+    latents = [faces.latents]
     base.free_autoencoder()
     start = time.perf_counter()
     if config is None:
@@ -159,27 +162,27 @@ def _refined(
             identity, steps=identity.steps + config.steps, optimizer=result.optimizer
         )
     seconds["refine"] = time.perf_counter() - start
-    mine, floor = likeness_of(base, theta, crops, tell)
+    mine, floor = likeness_of(base, theta, crops, faces, tell)
     identity = replace(
         identity, down=theta.down[0].cpu(), up=theta.up[0].cpu(), likeness=round(mine, 4)
     )
     return Created(identity, seconds, float(loss_start), float(loss_end), floor, ())
 
 
-def likeness_of(base: Base, theta: Theta, crops: Sequence[Crop], tell: Tell) -> tuple[float, float]:
-    """Return the likeness of generated portraits to the crops, and of the base's own beside it.
+def likeness_of(
+    base: Base, theta: Theta, crops: Sequence[Crop], faces: Faces, tell: Tell
+) -> tuple[float, float]:
+    """Return the likeness of generated portraits to the crops, whose `faces` were read, and of
+    the base's own beside it.
 
     The mean over as many seeds as a step of the base has samples, two for `tiny` and one where a
     picture takes long, the same for both: 1 - distance of the face embeddings, 0 to 1;
     0 where a portrait shows no face.
     """
     seeds = LIKENESS_SEEDS[: base.spec.batch]
-    photos = [crop.image for crop in crops]
-    reference = embed(photos)
-    with torch.no_grad():  # a face found in the photo but not again in its crop: it lies aligned
-        reference = reference.where(
-            found(reference)[:, None], base.embed(base.images(photos)).cpu()
-        )
+    reference = embed([crop.image for crop in crops])
+    # A face that was found in the photo but not again in its crop: there it lies aligned.
+    reference = reference.where(found(reference)[:, None], faces.traits.cpu())
     scores = []
     for worn in (theta, None):
         drawn = sample.generate(base, worn, PORTRAIT, seeds, base.spec.sampling, tell)

@@ -75,7 +75,7 @@ def test_likeness_is_of_the_identity_beside_the_base(
     monkeypatch.setattr(
         "hdbcli.model.sample.generate", lambda _, worn, *__: pictures[worn is not None]
     )
-    mine, floor = likeness_of(tiny, tiny.first_theta(), [crop], quiet)
+    mine, floor = likeness_of(tiny, tiny.first_theta(), [crop], tiny.faces([crop.image]), quiet)
     assert mine > 0.99 > 0.9 > floor
 
 
