@@ -17,10 +17,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from registry.bases.added import added_bases
+from registry.bases.settings import customised, default_base
 from registry.errors import RegistryError
 from registry.metric import MetricSpec
 from registry.spec import BaseSpec
@@ -100,6 +103,16 @@ def load_registry() -> Registry[BaseSpec]:
         else:
             registry.register(found, ADDED)
     return registry
+
+
+def find_base(
+    name: str | None = None, targets: str | None = None, hypernetwork: Path | None = None
+) -> BaseSpec:
+    """Return the spec of a base model, None for the user's default, with what the user set for it;
+    with the target set of that name and another hypernetwork, if they are given."""
+    spec = customised(load_registry().get(name or default_base()))
+    spec = spec.with_targets(targets) if targets else spec
+    return replace(spec, hypernetwork=hypernetwork) if hypernetwork else spec
 
 
 def load_metrics() -> Registry[MetricSpec]:

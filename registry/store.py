@@ -18,7 +18,7 @@ from typing import Any
 
 from registry.checkpoints.safetensors import read_header
 from registry.errors import RegistryError
-from registry.files import move_to_new, write_beside
+from registry.files import check_writable, move_to_new, write_beside
 from registry.identity_facts import Facts, read_content, read_facts
 from registry.spec import NAME_PATTERN
 
@@ -235,6 +235,34 @@ def composed_of(name: str) -> list[str]:
         for entry in entries()
         if entry.facts and any(whole.fullmatch(line) for line in entry.facts.lineage)
     ]
+
+
+def check_output(out: Path, *inputs: Path) -> None:
+    """Refuse an output that is an input, or lies among the identities: it would take their place.
+
+    Then refuse one that cannot be written, before any work.
+    """
+    if any(out.exists() and out.samefile(path) for path in inputs):
+        raise RegistryError(f"{out} is what is read; give another file with -o")
+    check_among(out)
+    check_writable(out)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder of results that is a file, or in which nothing can be written."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise RegistryError(f"{place} is a file; give a folder")
+    check_among(out)
+    check_output(place / "results")
+
+
+def check_among(out: Path) -> None:
+    """Refuse an output among the identities of the store, where it would pass for one of them."""
+    if folder().resolve() in (out.resolve(), *out.resolve().parents):
+        raise RegistryError(f"{out} lies among the identities of the store; give another place")
 
 
 def _files() -> Sequence[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,22 +19,12 @@ from hdbcli.cli.options import (
     Identity,
     Json,
     Yes,
-    check_output,
     new_path,
     refuse_given,
-    spec_of,
-    wear,
     weights_of,
-    within_memory,
 )
 from hdbcli.errors import HdbError
 from registry import store
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from hdbcli.identity.file import Identity as Identified
-    from hdbcli.model.memory import MemoryPlan
 
 
 def inspect(
@@ -51,7 +41,7 @@ def inspect(
     path = store.resolve(identity)
     loaded = load(path)
     if out:
-        check_output(out, path)
+        store.check_output(out, path)
         if out.suffix.lower() != ".png":
             raise HdbError(f"{out} is not named .png, the kind of picture that hdb draws")
     names, verified, problem = None, None, None
@@ -145,23 +135,29 @@ def compose(
     A weight may be negative: "--" before the parts keeps alice=-0.5 from being an option. The walk
     that --show draws leads from each identity to the next, whatever the weights.
     """
-    from hdbcli.identity import derivation
-    from hdbcli.identity.file import load, save
-    from hdbcli.model.sample import save_picture
+    from hdbcli import api
+    from hdbcli.identity.derivation import read_weights
 
     if not show:
         refuse_given("nothing is drawn; add --show or drop", device=device, memory=memory)
-    weights = derivation.read_weights(parts)
+    weights = read_weights(parts)
     path = new_path(new_name, force)
-    sheet = _sheet_path(show, out, path.stem, len(weights))
-    paths = {name: store.resolve(name) for name in weights}
-    loaded = {name: (load(paths[name]), weight) for name, weight in weights.items()}
-    made = derivation.composed(loaded, rank)
-    drawn = _draw_walk(list(paths.values()), made.base, device, memory or "auto") if sheet else None
-    size = save(made, path, dtype or _dtype_of(made), new=not force)
+    sheet, drawn = _sheet_path(show, out, path.stem, len(weights)), None
+    made = api.compose(weights, rank=rank)
+    if sheet:
+        with render.progress() as tell:
+            drawn = api.walk(
+                list(weights),
+                base=made.base,
+                device=device,
+                memory=memory or "auto",
+                tell=tell,
+                note=render.note,
+            )
+    saved = api.save(made, new_name, dtype=dtype, replace=force)
     if sheet and drawn:
-        save_picture(drawn[0], sheet, drawn[1])
-    _tell(path, made.rank, size, as_json, sheet=str(sheet) if sheet else None)
+        drawn.save(sheet)
+    _tell(path, made.rank, saved.bytes, as_json, sheet=str(sheet) if sheet else None)
 
 
 def export(
@@ -185,28 +181,21 @@ def export(
     With --check the file is kept only if every tool that its format is meant for, and that knows
     this kind of base, would apply all of it.
     """
-    from hdbcli.interop import export as lora
-    from hdbcli.interop.diffusers_reader import require_peft
+    from hdbcli import api
 
-    path = store.resolve(identity)
-    target = out or Path(f"{path.stem}-lora.safetensors")
-    if target.exists() and not force:
-        raise HdbError(f"{target} exists already; give another with -o, or --force to replace it")
-    check_output(target, path)
-    if check:
-        require_peft()
-    base, theta = wear([path], None, "cpu")
-    size, readings = lora.export(base, theta, store.shown(path), form, dtype, target, check)
-    if as_json:
-        values = {"name": store.shown(path), "path": str(target), "bytes": size, "rank": theta.rank}
-        values |= {"format": form, "dtype": dtype, "identifier": base.spec.identifier}
-        render.document({**values, "readers": [asdict(r) | {"ok": r.ok} for r in readings]})
-        return
-    word = base.spec.identifier
-    render.say(
-        f"{target}  {size:,} bytes, rank {theta.rank}, {form}; use {word!r} where you wrote [V]"
+    made = api.export(
+        identity, out, format=form, dtype=dtype, check=check, force=force, note=render.note
     )
-    render.show_readings(readings)
+    if as_json:
+        values = asdict(made) | {"path": str(made.path)}
+        readers = [asdict(reading) | {"ok": reading.ok} for reading in made.readers]
+        render.document({**values, "readers": readers})
+        return
+    render.say(
+        f"{made.path}  {made.bytes:,} bytes, rank {made.rank}, {form}; use {made.identifier!r} "
+        "where you wrote [V]"
+    )
+    render.show_readings(made.readers)
 
 
 def _sheet_path(show: bool, out: Path | None, name: str, people: int) -> Path | None:
@@ -220,45 +209,14 @@ def _sheet_path(show: bool, out: Path | None, name: str, people: int) -> Path | 
         return None
     weights_of(people)
     (path,) = plan_outputs(out, [f"{name}-walk"], False).pictures
-    check_output(path)
+    store.check_output(path)
     return path
-
-
-def _draw_walk(
-    paths: list[Path], base: str, device: str | None, memory: str
-) -> tuple[np.ndarray, str]:
-    """Draw the walk through identities; return the sheet and what is written into it."""
-    from hdbcli.identity import interpolation
-    from hdbcli.model import sample
-
-    spec = spec_of(base)
-
-    def draw(plan: MemoryPlan) -> sample.Picture:
-        loaded, people = wear(paths, spec.name, device, plan)
-        with render.progress() as tell:
-            return interpolation.draw(loaded, [people[[i]] for i in range(len(paths))], tell)
-
-    sheet = within_memory(spec, device, memory, interpolation.work_of(spec, len(paths)), draw)
-    names = " to ".join(map(store.shown, paths))
-    prompts = " | ".join(interpolation.ROWS)
-    text = sample.parameters_text(prompts, spec.sampling, sheet, spec.name, names)
-    return sheet.image, text
 
 
 def _check_unchanged(source: Path, stamp: tuple[int, int, int] | None) -> None:
     """Refuse to replace what somebody else wrote meanwhile."""
     if store.stamp(source) != stamp:
         raise HdbError(f"{source.stem} changed while it was read; nothing was written, try again")
-
-
-def _dtype_of(identity: Identified) -> str:
-    """Choose the number format that keeps within the budget of the base, if that is here."""
-    from hdbcli.identity.budget import BY_DEFAULT, dtype_for
-
-    try:
-        return dtype_for(identity, spec_of(identity.base).budget)
-    except HdbError:
-        return BY_DEFAULT[0]
 
 
 def _tell(path: Path, rank: int, size: int, as_json: bool, **more: object) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from hdbcli.cli import render
 from hdbcli.cli.boundary import new_app
-from hdbcli.cli.options import Json, added_of, base_name, bases, open_on, spec_of, spec_with
+from hdbcli.cli.options import Json, added_of, base_name, bases
 from hdbcli.errors import HdbError
 from registry.store import check_name, made_on
 
@@ -46,6 +46,7 @@ def base_add(
 ) -> None:
     """Add a base model of Stable Diffusion 1.x, 2.x or XL; its files stay where they are."""
     from registry.bases.hub import locate
+    from registry.plugins import find_base
 
     registry = bases()
     if check_name(name).casefold() in {known.casefold() for known in registry.names()}:
@@ -60,9 +61,9 @@ def base_add(
     with render.progress() as tell:
         added = adopt(name, path, origin, prediction, tell)
     if as_json:
-        render.document(render.base_facts(spec_of(name), bases().source(name), added))
+        render.document(render.base_facts(find_base(name), bases().source(name), added))
         return
-    render.say(f"{name}: {spec_of(name).summary}, {added.resolution} px")
+    render.say(f"{name}: {find_base(name).summary}, {added.resolution} px")
     render.note(
         f"hint: it has no hypernetwork yet, so hdb new --base {name} takes longer; "
         f"train one and: hdb base set-hypernetwork {name} FILE"
@@ -91,7 +92,9 @@ def base_list(as_json: Json = False) -> None:
 @base_app.command("show")
 def base_show(name: Name, as_json: Json = False) -> None:
     """Show what a base model offers."""
-    values = render.base_facts(spec_of(name), bases().source(name), added_of(name))
+    from registry.plugins import find_base
+
+    values = render.base_facts(find_base(name), bases().source(name), added_of(name))
     (render.document if as_json else render.facts)(values)
 
 
@@ -167,11 +170,12 @@ def base_set_hypernetwork(
     if file:
         if read_header(file, LARGEST).metadata.get("hdb.kind") != "hypernetwork":
             raise HdbError(f"{file} is no hypernetwork; give what hdb train hypernetwork has made")
-        from hdbcli.model.base import load_predictor
+        from hdbcli.model.base import load_base, load_predictor
         from hdbcli.model.hypernetwork_file import targets_of
+        from registry.plugins import find_base
 
-        chosen = spec_with(name, None, file)
-        load_predictor(open_on(chosen, "cpu", targets_digest=targets_of(file)))
+        chosen = find_base(name, None, file)
+        load_predictor(load_base(chosen, "cpu", targets_digest=targets_of(file)))
     set_hypernetwork(spec.name, file)
     render.say(f"{spec.name} predicts with {file or 'its own hypernetwork'}")
 

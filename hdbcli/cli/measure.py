@@ -20,24 +20,15 @@ from hdbcli.cli.options import (
     Memory,
     More,
     Pattern,
-    base_name,
-    check_folder,
     refuse_given,
-    spec_of,
-    wear,
-    within_memory,
 )
 from hdbcli.config import (
     MAIN_METHODS,
     METHODS,
 )
-from registry import store
-from registry.bases.settings import DEFAULT
 
 if TYPE_CHECKING:
     from hdbcli.bench.harness import Row
-    from hdbcli.measure.metrics import Judges
-    from hdbcli.model.memory import MemoryPlan
 
 
 _Judge = Annotated[
@@ -56,40 +47,27 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Say how alike, how stylish and how well-behaved an identity is; likeness needs --photo."""
-    from hdbcli.identity.file import load
-    from hdbcli.measure import score as measure
-    from hdbcli.training.personalise import crop_photos
+    from hdbcli import api
+    from hdbcli.measure.score import words
 
     if not photo:
         refuse_given("there is no face to choose; add --photo or drop", face=face)
-    path = store.resolve(identity)
-    spec = spec_of(base or load(path).base)
     with render.progress() as tell:
-        crops = crop_photos(photo or [], spec, face, tell)
-    render.show_doubts(crops)
-    judges = _judges(spec.family, judge)
-
-    def measured(plan: MemoryPlan) -> measure.Score:
-        loaded, worn = wear([path], spec.name, device, plan)
-        with render.progress() as tell:
-            return measure.score(loaded, worn, crops, judges, tell)
-
-    result = within_memory(spec, device, memory, measure.work_of(spec), measured)
+        result = api.score(
+            identity,
+            photo or [],
+            base=base,
+            face=face,
+            judge=judge,
+            device=device,
+            memory=memory,
+            tell=tell,
+            note=render.note,
+        )
     if as_json:
         render.document(asdict(result))
     else:
-        render.say("\n".join(measure.words(result)))
-
-
-def _judges(family: str, fetch: bool) -> Judges:
-    """Load what can judge a family of base models, saying what is left out; `fetch` what can be."""
-    from hdbcli.measure.metrics import load_judges
-    from registry.plugins import load_metrics
-
-    judges = load_judges(load_metrics(), family, fetch)
-    for line in judges.missing:
-        render.note(f"left out: {line}")
-    return judges
+        render.say("\n".join(words(result)))
 
 
 _Photos = Annotated[
@@ -132,39 +110,31 @@ def compare(
 
     What is done is kept in the folder of the results: interrupted, the same command goes on.
     """
-    from functools import partial
+    from hdbcli import api
 
-    from hdbcli.compare import comparison
-    from hdbcli.compare.methods import choose, suited
-    from hdbcli.compare.run import new_arena
-    from hdbcli.model.base import open_pair
-    from hdbcli.model.memory import enough
-    from hdbcli.training.people import read_people
-
-    chosen = choose(methods.split(","), steps)
-    check_folder(out)
-    load = partial(open_pair, base_name(base), device, any(each.predicted for each in chosen))
-    loaded, model = load()
-    chosen = [suited(each, loaded, steps) for each in chosen]
-    with render.progress() as tell, enough("close other programs, take a smaller --batch"):
-        test = read_people(photos, loaded.spec, pattern, False, tell).first(people)
-        render.show_skipped(test.skipped)
-        if tune:
-            others = read_people(tune, loaded.spec, pattern, False, tell)
-            chosen = comparison.tuned(loaded, model, others, chosen, out, batch, tell)
-        elif loaded.spec.name != DEFAULT:
-            render.note(f"note: rates were chosen on {DEFAULT}; --tune OTHERS chooses them anew")
-        judges = _judges(loaded.spec.family, judge)
-        arena = new_arena(loaded, model, test, judges, batch, tell)
-        styles = comparison.true_styles(truth, test, arena) if truth else []
-        result, records = comparison.run(arena, chosen, styles, out, load)
-    facts = comparison.document(result, shlex.join(["hdb", *sys.argv[1:]]))
-    paths = comparison.save(result, records, arena.given[0], facts, out)
+    with render.progress() as tell:
+        made = api.compare(
+            photos,
+            out,
+            methods=methods,
+            base=base,
+            steps=steps,
+            batch=batch,
+            people=people,
+            tune=tune,
+            truth=truth,
+            pattern=pattern,
+            judge=judge,
+            device=device,
+            command=shlex.join(["hdb", *sys.argv[1:]]),
+            tell=tell,
+            note=render.note,
+        )
     if as_json:
-        render.document(facts)
+        render.document(made.document)
     else:
-        render.show_contest(result)
-    for path in paths:
+        render.show_contest(made.contest)
+    for path in made.files:
         render.note(str(path))
 
 

@@ -6,26 +6,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from hdbcli.cli import render
 from hdbcli.config import OPTIMIZERS, PICTURES, RefineConfig
 from hdbcli.errors import HdbError
-from hdbcli.faces.source import KINDS, STDIN, refuse_url
+from hdbcli.faces.source import KINDS, STDIN, check_photos
 from registry import store
 from registry.files import check_writable
 from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
     from hdbcli.identity.file import Weights
-    from hdbcli.interop.lora_stack import Lora, Stacked
-    from hdbcli.method.lidb import Theta
-    from hdbcli.model.base import Base
-    from hdbcli.model.memory import MemoryPlan, Work
     from registry.bases.settings import Added
     from registry.plugins import Registry
     from registry.spec import BaseSpec
@@ -204,10 +198,7 @@ def name_for(photo: Path, name: str | None) -> str:
 def photos_of(photo: Path, more: Sequence[Path] | None) -> list[Path]:
     """Return all photos given; refuse URLs, and standard input twice, before any work."""
     photos = [photo, *(more or [])]
-    for each in photos:
-        refuse_url(each)
-    if [str(each) for each in photos].count(STDIN) > 1:
-        raise HdbError("standard input holds one photo; give - once")
+    check_photos(photos)
     return photos
 
 
@@ -219,45 +210,6 @@ def new_path(name: str, force: bool) -> Path:
         raise HdbError(f"{path.stem} exists already; give another name, or --force to replace it")
     check_writable(path)
     return path
-
-
-def check_output(out: Path, *inputs: Path) -> None:
-    """Refuse an output that is an input, or lies among the identities: it would take their place.
-
-    Then refuse one that cannot be written, before any work.
-    """
-    if any(out.exists() and out.samefile(path) for path in inputs):
-        raise HdbError(f"{out} is what is read; give another file with -o")
-    check_among(out)
-    check_writable(out)
-
-
-def check_crop(out: Path | None, photos: Sequence[Path]) -> None:
-    """Refuse a file for the crop that is no .png, is a photo, or cannot be written."""
-    if out is None:
-        return
-    if out.suffix.lower() != ".png":
-        raise HdbError(f"{out} is not named .png, the kind of picture that --crop writes")
-    if any(out.exists() and photo.exists() and out.samefile(photo) for photo in photos):
-        raise HdbError(f"{out} is the photo itself; give another file with --crop")
-    check_output(out)
-
-
-def check_folder(out: Path) -> None:
-    """Refuse a folder of results that is a file, or in which nothing can be written."""
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise HdbError(f"{place} is a file; give a folder")
-    check_among(out)
-    check_output(place / "results")
-
-
-def check_among(out: Path) -> None:
-    """Refuse an output among the identities of the store, where it would pass for one of them."""
-    if store.folder().resolve() in (out.resolve(), *out.resolve().parents):
-        raise HdbError(f"{out} lies among the identities of the store; give another place")
 
 
 def bases() -> Registry:
@@ -273,27 +225,14 @@ def base_name(base: str | None) -> str:
     return base or default_base()
 
 
-def spec_of(base: str | None) -> BaseSpec:
-    """Return the spec of a base model, with what the user set for it."""
-    from registry.bases.settings import customised
-
-    return customised(bases().get(base_name(base)))
-
-
-def spec_with(base: str | None, targets: str | None, hypernetwork: Path | None = None) -> BaseSpec:
-    """Return the spec of a base model with a target set and a hypernetwork, if they were chosen."""
-    spec = spec_of(base)
-    spec = spec.with_targets(targets) if targets else spec
-    return replace(spec, hypernetwork=hypernetwork) if hypernetwork else spec
-
-
 def weights_of(base: str, targets_digest: str) -> tuple[BaseSpec, Weights]:
     """Return a base model's spec and its targets, of several sets those with that digest: read in
     its files, which takes no memory, or loaded if it names none."""
     from hdbcli.model.base import load_base
     from hdbcli.model.files import open_checkpoint
+    from registry.plugins import find_base
 
-    spec = spec_of(base)
+    spec = find_base(base)
     if spec.files is None:
         return spec, load_base(spec, "cpu", targets_digest=targets_digest).injected
     return spec, open_checkpoint(spec, targets_digest)
@@ -304,70 +243,3 @@ def added_of(base: str) -> Added | None:
     from registry.bases.settings import read_settings, settings_path
 
     return read_settings(settings_path(base)).added
-
-
-def open_on(
-    spec: BaseSpec,
-    device: str | None,
-    plan: MemoryPlan | None = None,
-    targets_digest: str | None = None,
-) -> Base:
-    """Load a base model on a device, with the targets that an identity or a hypernetwork names; say
-    what of a memory plan cannot be done."""
-    from hdbcli.model.base import load_base
-    from hdbcli.model.device import choose_device
-    from hdbcli.model.memory import NORMAL
-
-    loaded = load_base(spec, choose_device(device), plan or NORMAL, targets_digest)
-    for note in loaded.notes:
-        render.note(f"warning: {note}")
-    return loaded
-
-
-def stack(base: Base, loras: Sequence[Lora]) -> list[Stacked]:
-    """Add LoRA files to a loaded base, saying what of them found no place."""
-    from hdbcli.interop import lora_stack
-
-    stacked = lora_stack.stack(base, loras)
-    for each in stacked:
-        if each.unread:
-            render.note(f"warning: {each.problem}")
-    return stacked
-
-
-def within_memory(
-    spec: BaseSpec,
-    device: str | None,
-    memory: str,
-    work: Work,
-    attempt: Callable[[MemoryPlan], T],
-    **advice: str,
-) -> T:
-    """Choose a memory plan, say it, and run the attempt on it: out of memory, once more on the next
-    smaller one, or an error with the `advice`."""
-    from hdbcli.model.device import choose_device
-    from hdbcli.model.memory import choose, run_within
-
-    choice = choose(spec, choose_device(device), memory, work)
-    render.note(choice.line)
-    return run_within(choice, attempt, render.note, **advice)
-
-
-def wear(
-    paths: list[Path], base: str | None, device: str | None, plan: MemoryPlan | None = None
-) -> tuple[Base, Theta]:
-    """Load identities and the base to wear them on; say so where it is not the one they were made
-    on."""
-    from hdbcli.identity.file import load, theta_for
-    from hdbcli.method.relax import stack
-
-    identities = [load(path) for path in paths]
-    spec = spec_of(base or identities[0].base)
-    loaded = open_on(spec, device, plan, identities[0].targets_digest)
-    thetas = []
-    for path, identity in zip(paths, identities, strict=True):
-        theta, warning = theta_for(loaded, identity)
-        if warning:
-            render.note(f"warning: {path.stem}: {warning}")
-        thetas.append(theta)
-    return loaded, stack(thetas)

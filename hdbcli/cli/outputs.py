@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from hdbcli.api import Picture
 from hdbcli.config import PICTURES
 from hdbcli.errors import HdbError
 from hdbcli.model.contact_sheet import contact_sheet, in_rows
-from hdbcli.model.sample import Picture, parameters_text, save_picture
 from registry.files import Taken, check_writable
-from registry.spec import SampleSettings
 
 
 @dataclass(frozen=True)
@@ -63,57 +60,44 @@ def _free(folder: Path, stem: str, taken: Sequence[Path] = ()) -> Path:
 
 @dataclass
 class Album:
-    """Saves picture i, which shows `names[i]`, once: also where a run begins again with less
-    memory."""
+    """Saves each picture once: also where a run begins again with less memory."""
 
-    names: Sequence[str]
     outputs: Outputs
-    prompt: str
-    settings: SampleSettings
-    base: str
-    strength: float
-    more: Mapping[str, str] = field(default_factory=dict)  # for the parameters of each
     pictures: list[Picture] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
 
     def keep(self, drawn: Sequence[Picture]) -> None:
         """Save what is new among the pictures drawn so far."""
-        for i in range(len(self.pictures), len(drawn)):
-            self.pictures.append(drawn[i])
-            if self.outputs.pictures:
-                path, text = self.outputs.pictures[i], self._text(i)
-                if self.outputs.named:
-                    save_picture(drawn[i].image, path, text)
-                else:
-                    path = _save_free(drawn[i].image, path, text)
+        for picture in drawn[len(self.pictures) :]:
+            if self.outputs.named:
+                path = self.outputs.pictures[0]
+                picture.save(path)
                 self.paths.append(path)
+            elif self.outputs.pictures:
+                self.paths.append(_save_free(picture, self.outputs.pictures[len(self.pictures)]))
+            self.pictures.append(picture)
 
     def close(self) -> dict[str, Any]:
         """Save the contact sheet, if one is wanted; return all as `hdb gen --json` prints it."""
         grid = self.outputs.grid
         if grid:
-            people = len(set(self.names))
-            columns = len(self.names) // people if people > 1 else min(4, len(self.names))
+            people, count = len({picture.name for picture in self.pictures}), len(self.pictures)
+            columns = count // people if people > 1 else min(4, count)
             rows = in_rows([picture.image for picture in self.pictures], columns)
-            save_picture(contact_sheet(rows), grid, self._text(0))
+            replace(self.pictures[0], image=contact_sheet(rows)).save(grid)
         listed = [
-            {"name": name, "path": str(path) if path else None, "seed": picture.seed}
-            for name, path, picture in zip_longest(self.names, self.paths, self.pictures)
+            {"name": picture.name, "path": str(path) if path else None, "seed": picture.seed}
+            for path, picture in zip_longest(self.paths, self.pictures)
         ]
         return {"pictures": listed, "grid": str(grid) if grid else None}
 
-    def _text(self, i: int) -> str:
-        whose = f"{self.names[i]} {self.strength:g}"
-        rest = self.settings, self.pictures[i], self.base, whose, self.more
-        return parameters_text(self.prompt, *rest)
 
-
-def _save_free(image: np.ndarray, path: Path, text: str) -> Path:
+def _save_free(picture: Picture, path: Path) -> Path:
     """Write a PNG under this name, or the next that is free if by now another run has taken it."""
     stem = path.stem
     while True:
         try:
-            save_picture(image, path, text, new=True)
+            picture.save(path, new=True)
             return path
         except Taken:
             path = _free(path.parent, stem)

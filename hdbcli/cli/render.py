@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from hdbcli.config import Tell
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from hdbcli.api import Saved
     from hdbcli.bench.suite import Row
     from hdbcli.compare.comparison import Contest
-    from hdbcli.faces.photo import Crop
     from hdbcli.identity.inspection import Inspection
     from hdbcli.identity.verification import Verdict
     from hdbcli.interop.lora_readers import Reading
@@ -63,8 +65,37 @@ def document(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=plain, allow_nan=False) + "\n")
 
 
+class Bars:
+    """The bars of a command: called with (stage, done, total), and paused while it asks."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        bar, tasks = self._bar, self._tasks
+        for other, task in tasks.items():  # what has begun to be followed by another is done
+            if other != stage and not bar.tasks[task].finished:
+                bar.update(task, completed=bar.tasks[task].total)
+        if stage not in tasks or bar.tasks[tasks[stage]].finished:
+            tasks[stage] = bar.add_task(STAGES.get(stage, stage), total=total)
+        bar.update(tasks[stage], completed=done, total=total)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take the bars off the screen inside the block, where the user is to type."""
+        if self._bar.disable:
+            yield
+            return
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.start()
+
+
 @contextmanager
-def progress() -> Iterator[Tell]:
+def progress() -> Iterator[Bars]:
     """Draw one bar a stage with the time left; silent where standard error is no terminal."""
     from rich.console import Console
     from rich.progress import (
@@ -87,17 +118,7 @@ def progress() -> Iterator[Tell]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(stage: str, done: int, total: int) -> None:
-            for other, task in tasks.items():  # what has begun to be followed by another is done
-                if other != stage and not bar.tasks[task].finished:
-                    bar.update(task, completed=bar.tasks[task].total)
-            if stage not in tasks or bar.tasks[tasks[stage]].finished:
-                tasks[stage] = bar.add_task(STAGES.get(stage, stage), total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield tell
+        yield Bars(bar)
 
 
 def follow(steps: Iterator[Step], tell: Tell) -> None:
@@ -114,14 +135,6 @@ def show_skipped(skipped: Sequence[str]) -> None:
     """Say how many photos were left out, and why the first one was."""
     if skipped:
         note(f"warning: {len(skipped)} photos were skipped, the first because: {skipped[0]}")
-
-
-def show_doubts(crops: Sequence[Crop]) -> None:
-    """Say what is doubtful about photos as soon as they are cropped, before the long work."""
-    for number, crop in enumerate(crops, 1):
-        where = f"photo {number}: " if len(crops) > 1 else ""
-        for warning in crop.warnings:
-            note(f"warning: {where}{warning}")
 
 
 def show_prepared(done: Prepared, report: Path, seconds: float) -> None:
@@ -171,21 +184,21 @@ def _cell(name: str, value: object) -> str:
     return str(value)
 
 
-def created_facts(name: str, path: str, size: int, dtype: str, created: Created) -> dict[str, Any]:
+def created_facts(saved: Saved, created: Created) -> dict[str, Any]:
     """Return what `hdb new --json` prints."""
     identity = created.identity
     return {
-        "name": name,
+        "name": saved.name,
         "base": identity.base,
         "numbers": identity.numbers,
-        "bytes": size,
+        "bytes": saved.bytes,
         "rank": identity.rank,
-        "dtype": dtype,
+        "dtype": saved.dtype,
         "seconds": {key: round(value, 3) for key, value in created.seconds.items()},
         "loss": {"start": created.loss_start, "end": created.loss_end},
         "likeness": identity.likeness,
         "base_likeness": round(created.base_likeness, 4),
-        "path": path,
+        "path": str(saved.path),
     }
 
 

@@ -25,14 +25,9 @@ from hdbcli.cli.options import (
     Pattern,
     Seed,
     TargetSet,
-    check_folder,
-    check_output,
     finite,
     one_of,
-    open_on,
     refuse_given,
-    spec_with,
-    within_memory,
 )
 from hdbcli.config import (
     PRECISIONS,
@@ -42,6 +37,7 @@ from hdbcli.config import (
     Tell,
 )
 from hdbcli.errors import HdbError
+from registry import store
 from registry.checkpoints.safetensors import read_header
 
 if TYPE_CHECKING:
@@ -49,7 +45,7 @@ if TYPE_CHECKING:
     from hdbcli.method.lidb import Theta
     from hdbcli.model.base import Base
     from hdbcli.model.device import Workers
-    from hdbcli.model.memory import MemoryPlan, Work
+    from hdbcli.model.memory import Work
     from hdbcli.training.people import People
     from registry.spec import BaseSpec
 
@@ -78,19 +74,20 @@ def train_prepare(
 ) -> None:
     """Find, crop and encode the faces of a folder once, for any number of trainings; interrupted,
     the same command goes on."""
+    from hdbcli.model.base import on_base
     from hdbcli.training import shards
+    from registry.plugins import find_base
 
-    check_folder(out)
-    spec = spec_with(base, None)
+    store.check_folder(out)
+    spec = find_base(base)
 
-    def prepare(plan: MemoryPlan) -> None:
-        loaded = open_on(spec, device, plan)
+    def prepare(loaded: Base) -> None:
         start = time.perf_counter()
         with render.progress() as tell:
             done = shards.prepare(data, loaded, out, pattern, aligned, tell, processes)
         render.show_prepared(done, out / shards.REPORT, time.perf_counter() - start)
 
-    within_memory(spec, device, memory, shards.work_of(spec), prepare)
+    on_base(spec, device, memory, shards.work_of(spec), prepare, render.note)
     render.say(str(out))
 
 
@@ -111,15 +108,16 @@ def train_bank(
     memory: Memory = "auto",
 ) -> None:
     """Optimise the LiDB of everybody in a folder; interrupted, the same command goes on."""
+    from hdbcli.model.base import on_base
     from hdbcli.training import bank
     from hdbcli.training.shards import open_people
+    from registry.plugins import find_base
 
-    check_folder(out)
-    spec = spec_with(base, targets)
+    store.check_folder(out)
+    spec = find_base(base, targets)
     config = BankConfig(steps, lr=lr, at_once=at_once, seed=seed, optimizer=optimizer)
 
-    def build(plan: MemoryPlan) -> None:
-        loaded = open_on(spec, device, plan)
+    def build(loaded: Base) -> None:
         with render.progress() as tell:
             people = open_people(data, loaded, pattern, aligned, out / "people", tell)
             render.show_skipped(people.skipped)
@@ -134,7 +132,8 @@ def train_bank(
                 )
 
     fewer = f"take fewer people side by side than --at-once {at_once}"
-    within_memory(spec, device, memory, bank.work_of(spec, at_once), build, advice=fewer)
+    work = bank.work_of(spec, at_once)
+    on_base(spec, device, memory, work, build, render.note, advice=fewer)
     render.say(str(out))
 
 
@@ -230,12 +229,13 @@ def train_hypernetwork(
     On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
     processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
-    from hdbcli.model.base import load_predictor
+    from hdbcli.model.base import load_predictor, on_base
     from hdbcli.model.device import join_workers
     from hdbcli.model.hypernetwork_file import targets_of
     from hdbcli.training.bank import read_bank
     from hdbcli.training.hypernetwork import new_hypernetwork
     from hdbcli.training.shards import open_people
+    from registry.plugins import find_base
 
     if not bank:
         refuse_given("there is nothing to weigh; add --bank or drop", beta=beta)
@@ -250,10 +250,9 @@ def train_hypernetwork(
     config = PretrainConfig(
         *goals, seed, optimizer, precision, save_seconds, look, held_out, checkpoint, accumulate
     )
-    spec = spec_with(base, targets, start)
+    spec = find_base(base, targets, start)
 
-    def learn(plan: MemoryPlan) -> None:
-        loaded = open_on(spec, device, plan, targets_of(start))
+    def learn(loaded: Base) -> None:
         # Before the photos are read, which takes hours: these may be missing, or another base's.
         known = read_bank(bank, loaded) if bank else None
         model = load_predictor(loaded)[0] if start else new_hypernetwork(loaded, seed)
@@ -266,7 +265,8 @@ def train_hypernetwork(
         with render.progress() as tell:
             _learn(loaded, model, people, config, known, out, tell, workers, track)
 
-    within_memory(spec, device, memory, _work_of(spec, config), learn)
+    work = _work_of(spec, config)
+    on_base(spec, device, memory, work, learn, render.note, targets_of(start))
 
 
 def _work_of(spec: BaseSpec, config: PretrainConfig) -> Work:
@@ -286,7 +286,7 @@ def _check_hypernetwork_out(out: Path, start: Path | None) -> None:
     one is replaced, since a run that is interrupted goes on with the same command."""
     if out.is_dir():
         raise HdbError(f"{out} is a folder; give a file in it, such as hyper.safetensors")
-    check_output(out, *([start] if start else []))
+    store.check_output(out, *([start] if start else []))
     if not out.exists():
         return
     try:
@@ -348,15 +348,15 @@ def train_evaluate(
 ) -> None:
     """Measure a hypernetwork on people it never saw: loss with intervals, retrieval of
     portraits."""
-    from hdbcli.model.base import load_predictor
+    from hdbcli.model.base import load_predictor, on_base
     from hdbcli.model.hypernetwork_file import targets_of
     from hdbcli.training import evaluate
     from hdbcli.training.shards import open_people
+    from registry.plugins import find_base
 
-    spec = spec_with(base, None, hypernetwork)
+    spec = find_base(base, None, hypernetwork)
 
-    def measure(plan: MemoryPlan) -> evaluate.Evaluation:
-        loaded = open_on(spec, device, plan, targets_of(spec.hypernetwork))
+    def measure(loaded: Base) -> evaluate.Evaluation:
         model, _ = load_predictor(loaded)  # before the photos are read, which takes hours
         with render.progress() as tell, TemporaryDirectory(prefix="hdb-people-") as cache:
             people = open_people(data, loaded, pattern, aligned, Path(cache) / "people", tell)
@@ -364,7 +364,8 @@ def train_evaluate(
             return evaluate.evaluate(loaded, model, people, refined, tell)
 
     work = evaluate.work_of(spec, refined)
-    result = within_memory(spec, device, memory, work, measure)
+    digest = targets_of(spec.hypernetwork)
+    result = on_base(spec, device, memory, work, measure, render.note, digest)
     if as_json:
         render.document(asdict(result))
     else:

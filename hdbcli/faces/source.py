@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +31,14 @@ def refuse_url(path: Path) -> None:
             f"{shown} is a URL, and hdb does not download; save the photo first, "
             "or pipe it in: curl -L URL | hdb new - NAME"
         )
+
+
+def check_photos(photos: Sequence[Path]) -> None:
+    """Refuse URLs, and standard input twice, before any work."""
+    for each in photos:
+        refuse_url(each)
+    if [str(each) for each in photos].count(STDIN) > 1:
+        raise HdbError("standard input holds one photo; give - once")
 
 
 def _exists(path: Path) -> bool:

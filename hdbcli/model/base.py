@@ -4,10 +4,10 @@ hand."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,16 +22,16 @@ from hdbcli.method.lidb import Factors, Theta, first_theta
 from hdbcli.model.device import choose_device, give_back_memory, short_attention
 from hdbcli.model.files import made_with, open_checkpoint
 from hdbcli.model.hypernetwork_file import load_hypernetwork, targets_of
-from hdbcli.model.memory import NORMAL, MemoryPlan
+from hdbcli.model.memory import NORMAL, MemoryPlan, Work, choose, run_within
 from hdbcli.model.quantise import quantise
 from hdbcli.model.tokens import Tokens
-from registry.bases.settings import customised
 from registry.checkpoints.tensors import canonical
-from registry.plugins import load_registry
+from registry.plugins import find_base
 from registry.spec import Backbone, BaseSpec, Frugal
 
 _MARK = re.escape(PLACEHOLDER)
 
+T = TypeVar("T")
 Worn: TypeAlias = Theta | Factors | Tokens
 
 
@@ -123,15 +123,44 @@ def load_base(
     return Base(spec, backbone, injected, device, plan, (note,) if note else ())
 
 
-def open_base(name: str, device: str | None = None) -> Base:
-    """Find a base model by name, with what the user set for it, and load it on a device, with the
+def on_base(
+    spec: BaseSpec,
+    device: str | None,
+    memory: str,
+    work: Work,
+    attempt: Callable[[Base], T],
+    note: Callable[[str], None],
+    targets_digest: str | None = None,
+    **advice: str,
+) -> T:
+    """Choose the memory plan on which some work fits, load the base by it with the targets of that
+    digest, and run the attempt on it: out of memory, once more by the next smaller plan, or
+    HdbError with the `advice`.
+
+    What was chosen, and what of it cannot be done, is said by `note`.
+    """
+    chosen = choose_device(device)
+    choice = choose(spec, chosen, memory, work)
+    note(choice.line)
+
+    def run(plan: MemoryPlan) -> T:
+        loaded = load_base(spec, chosen, plan, targets_digest)
+        for each in loaded.notes:
+            note(f"warning: {each}")
+        return attempt(loaded)
+
+    return run_within(choice, run, note, **advice)
+
+
+def open_base(name: str | None = None, device: str | None = None) -> Base:
+    """Find a base model by name, None for the user's default, and load it on a device, with the
     targets of its hypernetwork if it has one."""
-    spec = customised(load_registry().get(name))
+    spec = find_base(name)
     return load_base(spec, choose_device(device), targets_digest=targets_of(spec.hypernetwork))
 
 
 def open_pair(
-    name: str, device: str | None = None, needed: bool = True
+    name: str | None, device: str | None = None, needed: bool = True
 ) -> tuple[Base, HyperNetwork | None]:
     """Load a base model and its hypernetwork, or None where it has none and none is `needed`."""
     base = open_base(name, device)

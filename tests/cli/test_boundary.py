@@ -19,6 +19,7 @@ import torch
 import typer
 from commands import QUICK, hdb, ok, refused
 
+from hdbcli.api import Picture
 from hdbcli.cli import boundary
 from hdbcli.cli import store as cli_store
 from hdbcli.cli.outputs import Album, Outputs, plan_outputs
@@ -29,11 +30,9 @@ from hdbcli.identity.file import Identity, load, save
 from hdbcli.method.algebra import compose
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
-from hdbcli.model.sample import Picture
 from hdbcli.training import personalise
 from registry import store
 from registry.errors import RegistryError
-from registry.spec import SampleSettings
 from registry.stable_diffusion import backbone
 
 STOPPED = """
@@ -172,11 +171,11 @@ def test_files_have_the_permissions_of_files_here(tmp_path: Path) -> None:
 
 
 def test_pictures_of_two_runs_at_once_are_all_kept(tmp_path: Path) -> None:
-    picture = Picture(np.zeros((8, 8, 3), np.uint8), 1)
+    picture = Picture(np.zeros((8, 8, 3), np.uint8), "alice", 1, "a [V] face")
     outputs = plan_outputs(tmp_path, ["alice-1"], grid=False)  # both plan before either writes
 
     def saved(outputs: Outputs) -> Path:
-        kept = Album(["alice"], outputs, "a [V] face", SampleSettings(), "tiny", 1.0)
+        kept = Album(outputs)
         kept.keep([picture])
         kept.keep([picture])  # again, as after running out of memory: saved once
         return Path(kept.close()["pictures"][0]["path"])
