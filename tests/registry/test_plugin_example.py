@@ -61,7 +61,7 @@ def test_it_is_found_only_where_it_is_installed(
 def test_from_photo_to_pictures(installed: None, astronaut: Path, tmp_path: Path) -> None:
     made = ok("new", astronaut, "eve", "--base", "example", "--steps", 3, "--json")
     values = json.loads(made.stdout)
-    assert "starts from nobody" in made.stderr
+    assert "starts from scratch" in made.stderr
     assert values["base"] == "example" and values["rank"] == 4 and values["bytes"] <= 20_000
     assert values["loss"]["end"] < values["loss"]["start"]
     words = ["a [V] face", "-n", 2, "--seed", 1, "--steps", 3]
