@@ -80,7 +80,7 @@ def test_a_wrong_hypernetwork_is_told_before_the_base_is_loaded(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("hdbcli.cli.bases.open_on", load)
+    monkeypatch.setattr("hdbcli.model.base.load_base", load)
     give = ("base", "set-hypernetwork", "tiny")
     refused(*give, tmp_path / "none.safetensors", says="no such file")
     unet = WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"

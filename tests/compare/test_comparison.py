@@ -240,7 +240,7 @@ def test_a_base_without_a_hypernetwork_compares_what_needs_none(
     tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "hdbcli.model.base.customised", lambda spec: replace(spec, hypernetwork=None)
+        "registry.plugins.customised", lambda spec: replace(spec, hypernetwork=None)
     )
     monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
     monkeypatch.setattr("hdbcli.compare.run.DRAWINGS", 1)
