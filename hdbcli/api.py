@@ -23,7 +23,6 @@ import numpy as np
 from PIL import Image
 
 from hdbcli.config import MAIN_METHODS, RefineConfig, Tell
-from hdbcli.errors import HdbError, HdbWarning
 from hdbcli.faces.photo import Crop
 from hdbcli.faces.source import check_photos
 from hdbcli.identity import file as identities
@@ -38,6 +37,7 @@ from hdbcli.model.memory import Work
 from hdbcli.training import personalise
 from hdbcli.training.personalise import Created
 from registry import store
+from registry.errors import HdbError, HdbWarning
 from registry.plugins import find_base
 from registry.spec import BaseSpec
 

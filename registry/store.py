@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.checkpoints.safetensors import read_header
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.files import check_writable, move_to_new, write_beside
 from registry.identity_facts import Facts, read_content, read_facts
 from registry.spec import NAME_PATTERN
@@ -59,7 +59,7 @@ class Entry:
 
 def root() -> Path:
     """Return the folder of all that hdb keeps: `HDB_HOME`, else the user's data folder;
-    RegistryError for a user who has none."""
+    HdbError for a user who has none."""
     home = os.environ.get("HDB_HOME")
     if home:
         return Path(os.path.abspath(os.path.expanduser(home)))
@@ -68,7 +68,7 @@ def root() -> Path:
     try:
         return Path(platformdirs.user_data_dir("hdb", appauthor=False))
     except RuntimeError as error:
-        raise RegistryError(
+        raise HdbError(
             "this user has no home folder; set HDB_HOME to the folder where hdb is to keep its data"
         ) from error
 
@@ -79,19 +79,19 @@ def folder() -> Path:
 
 
 def check_name(name: str) -> str:
-    """Return a name that is safe as a file's name on every system; raise RegistryError."""
+    """Return a name that is safe as a file's name on every system; raise HdbError."""
     if not re.fullmatch(NAME_PATTERN, name):
         shown = name if len(name) <= 80 else name[:77] + "..."
-        raise RegistryError(
+        raise HdbError(
             f"{shown!r} is not a valid name; use 1 to 64 of A-Z a-z 0-9 _ . - and start with a "
             "letter, a digit or _"
         )
     if name.endswith(".") or ".." in name:
-        raise RegistryError(f"{name!r} is not a valid name; drop the dot at its end or the '..'")
+        raise HdbError(f"{name!r} is not a valid name; drop the dot at its end or the '..'")
     if name.split(".")[0].casefold() in RESERVED:
-        raise RegistryError(f"{name!r} is reserved on some systems; choose another name")
+        raise HdbError(f"{name!r} is reserved on some systems; choose another name")
     if name.casefold().endswith(SUFFIX):
-        raise RegistryError(f"{name!r} reads like a file; drop {SUFFIX} from the name")
+        raise HdbError(f"{name!r} reads like a file; drop {SUFFIX} from the name")
     return name
 
 
@@ -129,7 +129,7 @@ def exists(name: str) -> bool:
 
 
 def names() -> list[str]:
-    """Return the names in the registry, sorted without case; raise RegistryError if unreadable."""
+    """Return the names in the registry, sorted without case; raise HdbError if unreadable."""
     return [path.stem for path in _files() if _is_valid(path.stem)]
 
 
@@ -141,7 +141,7 @@ def resolve(name_or_file: str | Path) -> Path:
             return Path(text)
         stem = os.path.basename(text)[: -len(SUFFIX)]
         hint = f"; the registry has {stem!r}" if _is_valid(stem) and exists(stem) else ""
-        raise RegistryError(f"no such file: {text!r}{hint}")
+        raise HdbError(f"no such file: {text!r}{hint}")
     path = path_of(text)
     if not os.path.lexists(path):
         raise _unknown(text)
@@ -149,25 +149,25 @@ def resolve(name_or_file: str | Path) -> Path:
 
 
 def remove(name: str) -> Path:
-    """Delete an identity and return the path it had; raise RegistryError if unknown."""
+    """Delete an identity and return the path it had; raise HdbError if unknown."""
     path = path_of(name)
     try:
         path.unlink()
     except FileNotFoundError as error:
         raise _unknown(name) from error
     except OSError as error:
-        raise RegistryError(f"cannot remove {path}: {error.strerror or error}") from error
+        raise HdbError(f"cannot remove {path}: {error.strerror or error}") from error
     return path
 
 
 def describe(path: Path) -> Entry:
-    """Return what an identity file says of itself, from its header; raise RegistryError."""
+    """Return what an identity file says of itself, from its header; raise HdbError."""
     header = read_header(path)
     return Entry(path.stem, path, header.bytes, read_facts(path, header))
 
 
 def check(path: Path) -> None:
-    """Raise RegistryError for a file that is no identity, or is not what it was when written."""
+    """Raise HdbError for a file that is no identity, or is not what it was when written."""
     header = read_header(path)
     read_facts(path, header)
     read_content(path, header)
@@ -187,7 +187,7 @@ def rename(source: Path, target: Path, new: bool = False) -> Path:
     try:
         (move_to_new if new else os.replace)(source, target)
     except OSError as error:
-        raise RegistryError(f"cannot rename {source}: {error.strerror or error}") from error
+        raise HdbError(f"cannot rename {source}: {error.strerror or error}") from error
     return target
 
 
@@ -211,9 +211,9 @@ def entries() -> list[Entry]:
     for path in _files():
         try:
             if not _is_valid(path.stem):
-                raise RegistryError(f"{path} has no valid name; rename the file")
+                raise HdbError(f"{path} has no valid name; rename the file")
             found.append(describe(path))
-        except RegistryError as error:
+        except HdbError as error:
             size = 0
             with suppress(OSError):
                 size = path.lstat().st_size
@@ -243,7 +243,7 @@ def check_output(out: Path, *inputs: Path) -> None:
     Then refuse one that cannot be written, before any work.
     """
     if any(out.exists() and out.samefile(path) for path in inputs):
-        raise RegistryError(f"{out} is what is read; give another file with -o")
+        raise HdbError(f"{out} is what is read; give another file with -o")
     check_among(out)
     check_writable(out)
 
@@ -254,7 +254,7 @@ def check_folder(out: Path) -> None:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise RegistryError(f"{place} is a file; give a folder")
+        raise HdbError(f"{place} is a file; give a folder")
     check_among(out)
     check_output(place / "results")
 
@@ -262,7 +262,7 @@ def check_folder(out: Path) -> None:
 def check_among(out: Path) -> None:
     """Refuse an output among the identities of the store, where it would pass for one of them."""
     if folder().resolve() in (out.resolve(), *out.resolve().parents):
-        raise RegistryError(f"{out} lies among the identities of the store; give another place")
+        raise HdbError(f"{out} lies among the identities of the store; give another place")
 
 
 def _files() -> Sequence[Path]:
@@ -273,7 +273,7 @@ def _files() -> Sequence[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RegistryError(
+        raise HdbError(
             f"cannot read {here}: {error.strerror or error}; set HDB_HOME to another folder"
         ) from error
     return [here / name for name in sorted(found, key=lambda n: (n.casefold(), n))]
@@ -283,16 +283,16 @@ def _is_valid(name: str) -> bool:
     """Say whether `check_name` accepts a name."""
     try:
         check_name(name)
-    except RegistryError:
+    except HdbError:
         return False
     return True
 
 
-def _unknown(name: str) -> RegistryError:
+def _unknown(name: str) -> HdbError:
     """Make the error of a name that is not in the registry, with the likely one."""
     known = {known.casefold(): known for known in names()}
     if not known:
-        return RegistryError(f"unknown identity {name!r}: there is none yet; make one with hdb new")
+        return HdbError(f"unknown identity {name!r}: there is none yet; make one with hdb new")
     close = difflib.get_close_matches(name.casefold(), known, n=1)
     likely = f"; did you mean {known[close[0]]!r}?" if close else "; hdb list shows all"
-    return RegistryError(f"unknown identity {name!r}{likely}")
+    return HdbError(f"unknown identity {name!r}{likely}")

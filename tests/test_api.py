@@ -15,10 +15,10 @@ from commands import hdb, ok, told
 from PIL import Image
 
 from hdbcli import api
-from hdbcli.errors import HdbError, HdbWarning
 from hdbcli.identity.file import load
 from hdbcli.model.base import Base
 from registry import store
+from registry.errors import HdbError, HdbWarning
 from registry.spec import BaseSpec, SampleSettings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -39,7 +39,7 @@ LAYERS = (
     ("hdbcli.training", "hdbcli.identity", "hdbcli.interop", "hdbcli.measure"),
     ("hdbcli.model",),
     ("hdbcli.method", "hdbcli.faces"),
-    ("hdbcli", "hdbcli.config", "hdbcli.errors", "hdbcli.limits"),
+    ("hdbcli", "hdbcli.config", "hdbcli.limits"),
     ("registry", "registry.plugins", "registry.tiny"),
     ("registry.bases",),
     (
@@ -148,7 +148,7 @@ def foreign_to_method(names: set[str]) -> set[str]:
         for name in names
         if name.partition(".")[0] not in plain
         and name != "hdbcli"
-        and package_of(name) not in {"hdbcli.errors", "hdbcli.method"}
+        and package_of(name) not in {"registry.errors", "hdbcli.method"}
     }
 
 
@@ -182,8 +182,8 @@ def test_the_checks_below_can_fail() -> None:
     assert voices(bad) == {"print", "sys.exit"}
     up, down = ("hdbcli.model.base", "hdbcli.training.refine"), ("hdbcli.cli.main", "hdbcli.api")
     assert climbing({up[0]: {up[1]}, down[0]: {down[1]}}) == {up}
-    assert climbing({"registry.spec": {"hdbcli.errors"}, f"{RECIPE}.base": {"hdbcli.errors"}}) == {
-        ("registry.spec", "hdbcli.errors")
+    assert climbing({"registry.spec": {"hdbcli.limits"}, f"{RECIPE}.base": {"hdbcli.limits"}}) == {
+        ("registry.spec", "hdbcli.limits")
     }
     there, back = "hdbcli.training.refine", "hdbcli.identity.file"
     assert circles({there: {back}, back: set(), "hdbcli.cli.main": {there}}) == set()

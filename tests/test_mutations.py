@@ -8,7 +8,7 @@ from pathlib import Path
 import mutations
 import pytest
 
-from hdbcli.errors import HdbError
+from registry.errors import HdbError
 
 
 @pytest.mark.parametrize("kind", ["identities", "photos"])

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hdbcli.bench.harness import Row
 from hdbcli.config import PORTRAIT, Tell
-from hdbcli.errors import HdbError
 from hdbcli.faces.embedding import embed
 from hdbcli.identity.derivation import theta_of
 from hdbcli.identity.file import load, save
@@ -26,6 +25,7 @@ from hdbcli.training.evaluate import refine_all
 from hdbcli.training.people import read_people
 from hdbcli.training.personalise import describe
 from hdbcli.training.shards import encoded
+from registry.errors import HdbError
 
 BASE = "tiny"
 PEOPLE, PAIRS = 50, 20

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from hdbcli.errors import HdbError
 from hdbcli.identity.file import Identity, home_of, save
 from hdbcli.model.files import open_checkpoint
 from registry import store
+from registry.errors import HdbError
 from registry.plugins import load_registry
 
 ROUNDS = 5

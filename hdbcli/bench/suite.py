@@ -16,12 +16,12 @@ from hdbcli.bench.harness import ROUNDS, Row, hdb, measured, paired, random_iden
 from hdbcli.bench.random_model import target_shapes, write_random
 from hdbcli.compare.timing import step_seconds
 from hdbcli.config import PORTRAIT, BankConfig, Tell
-from hdbcli.errors import HdbError
 from hdbcli.method.basis import down_basis, up_basis
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base, open_base
 from hdbcli.model.sample import generate
 from hdbcli.training.refine import lidb_trial, train
+from registry.errors import HdbError
 from registry.stable_diffusion.families import FAMILIES
 
 BASE = "tiny"

@@ -23,8 +23,8 @@ from hdbcli.cli.options import (
     refuse_given,
     weights_of,
 )
-from hdbcli.errors import HdbError
 from registry import store
+from registry.errors import HdbError
 
 
 def inspect(

@@ -11,7 +11,7 @@ import typer
 from hdbcli.cli import render
 from hdbcli.cli.boundary import new_app
 from hdbcli.cli.options import Json, added_of, base_name, bases
-from hdbcli.errors import HdbError
+from registry.errors import HdbError
 from registry.store import check_name, made_on
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 from hdbcli.cli import render
-from hdbcli.errors import HdbError, HdbWarning
+from registry.errors import HdbError, HdbWarning
 
 
 def new_app(about: str, **more: Any) -> typer.Typer:

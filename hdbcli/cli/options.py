@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from hdbcli.config import OPTIMIZERS, PICTURES, RefineConfig
-from hdbcli.errors import HdbError
 from hdbcli.faces.source import KINDS, STDIN, check_photos
 from registry import store
+from registry.errors import HdbError
 from registry.files import check_writable
 from registry.spec import SampleSettings
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from hdbcli.api import Picture
 from hdbcli.config import PICTURES
-from hdbcli.errors import HdbError
 from hdbcli.model.contact_sheet import contact_sheet, in_rows
+from registry.errors import HdbError
 from registry.files import Taken, check_writable
 
 

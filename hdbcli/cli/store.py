@@ -13,8 +13,8 @@ import typer
 from hdbcli.cli import render
 from hdbcli.cli.boundary import ask
 from hdbcli.cli.options import Force, Identity, Json, NewName, Yes, bases, new_path, weights_of
-from hdbcli.errors import HdbError
 from registry import orphans, store
+from registry.errors import HdbError
 
 
 def import_identity(

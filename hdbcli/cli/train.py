@@ -36,9 +36,9 @@ from hdbcli.config import (
     PretrainConfig,
     Tell,
 )
-from hdbcli.errors import HdbError
 from registry import store
 from registry.checkpoints.safetensors import read_header
+from registry.errors import HdbError
 
 if TYPE_CHECKING:
     from hdbcli.method.hypernet import HyperNetwork

@@ -20,7 +20,6 @@ from hdbcli.compare.results import Bounds, Judge, Standing, label, likeness_of, 
 from hdbcli.compare.run import Arena, Record, compete, new_arena
 from hdbcli.compare.timing import Alone, time_alone
 from hdbcli.config import PROMPTS, Tell, unnamed
-from hdbcli.errors import HdbError
 from hdbcli.faces.embedding import landmarks
 from hdbcli.faces.photo import read_photo
 from hdbcli.measure.metrics import FACE, Judges
@@ -33,6 +32,7 @@ from hdbcli.model.device import machine
 from hdbcli.model.sample import save_picture
 from hdbcli.training.people import People
 from registry.checkpoints.contents import read_checkpoint
+from registry.errors import HdbError
 from registry.files import write_beside
 
 RATES = (1 / 30, 1 / 10, 1 / 3, 1.0, 3.0)  # times a rate, to choose from: large models want less

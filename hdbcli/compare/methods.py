@@ -23,7 +23,6 @@ from hdbcli.compare.baselines import (
     lora_trial,
 )
 from hdbcli.config import DIFFUSION_LR, RefineConfig, Tell
-from hdbcli.errors import HdbError
 from hdbcli.method.hypernet import Faces, HyperNetwork
 from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import relax, stack
@@ -31,6 +30,7 @@ from hdbcli.model.base import Base
 from hdbcli.training.objective import Samples
 from hdbcli.training.personalise import settle
 from hdbcli.training.refine import Trial, lidb_trial, with_losses
+from registry.errors import HdbError
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from torch import Tensor
 from hdbcli import __version__
 from hdbcli.compare.methods import Contender, entered
 from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, RefineConfig, Tell, unnamed
-from hdbcli.errors import HdbError
 from hdbcli.faces.embedding import landmarks
 from hdbcli.measure.metrics import FACE, FaceMetric, Judges
 from hdbcli.method.hypernet import HyperNetwork
@@ -34,6 +33,7 @@ from hdbcli.training.likeness_loss import CONTRAST
 from hdbcli.training.people import People
 from hdbcli.training.refine import train, weight_of
 from registry.checkpoints.tensors import save_tensors
+from registry.errors import HdbError
 from registry.files import write_beside
 from registry.metric import Recogniser
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from hdbcli.compare.methods import Contender
 from hdbcli.config import RefineConfig
-from hdbcli.errors import HdbError
+from registry.errors import HdbError
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hdbcli.errors import HdbError
 from hdbcli.faces.photo import align, find_faces, similarity
+from registry.errors import HdbError
 
 WEIGHTS = Path(__file__).parent / "assets" / "face_embedding.safetensors"
 CHIP = 150  # pixels, the network's input

@@ -16,8 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from hdbcli.errors import HdbError
 from hdbcli.faces.reading import GREY, read_photo
+from registry.errors import HdbError
 
 MIN_FACE = 48  # pixels of the shorter side: below it an eye is a handful of pixels
 SMALL_FACE = 96  # pixels: below it fine detail is missing

@@ -17,10 +17,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from hdbcli.errors import HdbError
 from hdbcli.faces.colour import BadProfile, decode, from_lab, through_profile
 from hdbcli.faces.colour_tags import PNG, Declared, declared, is_turned, largest_size, png_chunks
 from hdbcli.faces.source import KINDS, opened, shown
+from registry.errors import HdbError
 
 MAX_PIXELS = 64_000_000  # 192 MB of RGB; what phones save by themselves ends at 50 megapixels
 GREY = (128, 128, 128)

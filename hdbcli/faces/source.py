@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from hdbcli.errors import HdbError
+from registry.errors import HdbError
 
 STDIN = "-"
 KINDS = "JPEG, PNG, WebP, HEIC, AVIF, TIFF, GIF or BMP"

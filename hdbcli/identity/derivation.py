@@ -11,11 +11,11 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from hdbcli.errors import HdbError
 from hdbcli.identity.file import Identity
 from hdbcli.method.algebra import compose, shrink
 from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import relax
+from registry.errors import HdbError
 from registry.identity_facts import WORD
 from registry.store import shown
 

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from hdbcli.method.basis import PROBE_TOLERANCE, Fingerprint
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from registry.checkpoints.safetensors import MAX_FILE, TensorInfo, read_header
+from registry.errors import HdbError
 from registry.files import Taken, keep_elsewhere, write_kept
 from registry.identity_facts import (
     KIND,

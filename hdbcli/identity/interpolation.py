@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hdbcli.config import CAPTIONS, PORTRAIT, Tell
-from hdbcli.errors import HdbError
 from hdbcli.method.algebra import compose
 from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import stack
@@ -14,6 +13,7 @@ from hdbcli.model.base import Base
 from hdbcli.model.contact_sheet import contact_sheet, in_rows
 from hdbcli.model.memory import Work
 from hdbcli.model.sample import Picture
+from registry.errors import HdbError
 from registry.spec import BaseSpec
 
 COLUMNS = 7  # from one identity to the next, both included

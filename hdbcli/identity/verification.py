@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hdbcli.errors import HdbError
 from hdbcli.identity.file import Identity, Weights, check_fits, load, terms_of
 from registry import store
 from registry.checkpoints.lora_formats import lora_style
 from registry.checkpoints.safetensors import read_header
+from registry.errors import HdbError
 from registry.spec import BaseSpec
 
 MAX_LORA = 2**40  # of a foreign file the header alone is read

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from hdbcli.interop.lora_readers import Reading
 from hdbcli.method.inject import eject
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from registry.checkpoints.tensors import canonical
+from registry.errors import HdbError
 from registry.stable_diffusion.loading import quiet
 
 RUNS_IN = {"fp32": torch.float32, "fp16": torch.float16}

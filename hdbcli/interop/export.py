@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from hdbcli.interop.diffusers_reader import load_for_real
 from hdbcli.interop.lora_readers import Reading, replay
 from hdbcli.method.lidb import Theta
@@ -24,6 +23,7 @@ from hdbcli.model.base import Base
 from registry.bases.settings import predicts
 from registry.checkpoints.ldm import LAYOUTS, architecture_of, original_layer
 from registry.checkpoints.tensors import save_tensors
+from registry.errors import HdbError
 from registry.files import write_beside
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hdbcli.errors import HdbError
+from registry.errors import HdbError
 
 Scale = Callable[[int | None], float]  # rank, None where there is none -> alpha / r
 

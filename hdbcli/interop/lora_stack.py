@@ -25,7 +25,6 @@ import torch
 from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
-from hdbcli.errors import HdbError, HdbWarning
 from hdbcli.interop import lora_deltas
 from hdbcli.interop.lora_deltas import Parts
 from hdbcli.interop.lora_readers import WIDTHS
@@ -35,6 +34,7 @@ from registry.checkpoints.ldm import original_layer
 from registry.checkpoints.lora_formats import PEFT, architecture, lora_style, other_adapter, split
 from registry.checkpoints.safetensors import SHA256, Header, read_header
 from registry.checkpoints.tensors import canonical
+from registry.errors import HdbError, HdbWarning
 from registry.spec import BaseSpec, FewSteps, SampleSettings
 from registry.stable_diffusion.few_steps import few_steps
 from registry.store import shown

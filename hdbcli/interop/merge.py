@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from hdbcli.interop.safetensors_writer import Item, copy_bytes
 from hdbcli.method import basis
 from hdbcli.method.lidb import Theta
@@ -23,6 +22,7 @@ from registry.checkpoints.ldm import Renamed, layout_of, rename
 from registry.checkpoints.other_names import original_names
 from registry.checkpoints.safetensors import TensorInfo
 from registry.checkpoints.tensors import canonical
+from registry.errors import HdbError
 
 ROWS = 1024  # of a weight, computed at a time
 CASTS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from hdbcli.faces.embedding import at_landmarks
+from registry.errors import HdbError
 from registry.fetch import Package, cache, fetch
 
 PACKAGE = Package(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hdbcli.errors import HdbError
+from registry.errors import HdbError
 from registry.metric import Metric, MetricSpec, Recogniser
 from registry.plugins import Registry
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdbcli.errors import HdbError
+from registry.errors import HdbError
 
 RESAMPLES = 2000
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from hdbcli.method.lidb import Theta
+from registry.errors import HdbError
 
 
 def decompose(theta: Theta) -> tuple[Tensor, Tensor, Tensor]:

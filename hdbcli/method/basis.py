@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hdbcli.errors import HdbError
+from registry.errors import HdbError
 
 SCHEME = "shake256-cholesky-1"
 PROBE_TOLERANCE = 1e-5

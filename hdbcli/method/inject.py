@@ -12,9 +12,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hdbcli.errors import HdbError
 from hdbcli.method import basis
 from hdbcli.method.lidb import Factors, LiDBLayer, TargetLayer, Theta, lidb_layer, reach, shape_of
+from registry.errors import HdbError
 
 # (component, module path) -> the path under which a target is known for good. A target's name
 # decides its basis, so it may not change with the library that builds the model.

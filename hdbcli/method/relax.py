@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hdbcli.errors import HdbError
 from hdbcli.method.lidb import Theta, first_theta
+from registry.errors import HdbError
 
 
 def relax(theta: Theta, rank: int) -> Theta:

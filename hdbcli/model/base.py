@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hdbcli.config import PLACEHOLDER
-from hdbcli.errors import HdbError
 from hdbcli.faces.embedding import embed_aligned
 from hdbcli.method.hypernet import Faces, HyperNetwork
 from hdbcli.method.inject import Injected, inject, layers_in
@@ -26,6 +25,7 @@ from hdbcli.model.memory import NORMAL, MemoryPlan, Work, choose, run_within
 from hdbcli.model.quantise import quantise
 from hdbcli.model.tokens import Tokens
 from registry.checkpoints.tensors import canonical
+from registry.errors import HdbError
 from registry.plugins import find_base
 from registry.spec import Backbone, BaseSpec, Frugal
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hdbcli.config import DEVICES, OPTIMIZERS, PRECISIONS
-from hdbcli.errors import HdbError, HdbWarning
+from registry.errors import HdbError, HdbWarning
 from registry.stable_diffusion.uncompiled import light_optimizers, without_compiler
 
 SHORT = 128  # tokens: plain attention is 2.7 times as fast at 64, half as fast at 256

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from hdbcli.method.basis import Fingerprint, fingerprint
 from hdbcli.method.inject import digest_names, digest_weights, in_order
 from registry.checkpoints.contents import WEIGHTS, weight_files
@@ -22,6 +21,7 @@ from registry.checkpoints.ldm import layers_of, layout_of
 from registry.checkpoints.other_names import original_names
 from registry.checkpoints.safetensors import Header, TensorInfo, read_header
 from registry.checkpoints.tensors import canonical
+from registry.errors import HdbError
 from registry.spec import BaseSpec
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from hdbcli.errors import HdbError
 from hdbcli.method.hypernet import HyperConfig, HyperNetwork
 from registry.checkpoints.tensors import save_tensors
+from registry.errors import HdbError
 from registry.files import write_kept
 
 

@@ -20,10 +20,10 @@ from typing import TypeVar
 import torch
 
 from hdbcli.config import MEMORIES
-from hdbcli.errors import HdbError
 from hdbcli.limits import free_ram
 from hdbcli.model.device import has_bf16
 from registry.checkpoints.contents import read_checkpoint
+from registry.errors import HdbError
 from registry.spec import BaseSpec
 from registry.stable_diffusion.loading import out_of_memory
 

@@ -14,9 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from hdbcli import __version__
 from hdbcli.config import Tell
-from hdbcli.errors import HdbWarning
 from hdbcli.model.base import Base, Worn
 from hdbcli.model.memory import Work
+from registry.errors import HdbWarning
 from registry.files import write_kept
 from registry.spec import BaseSpec, Limited, SampleSettings
 

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hdbcli.config import BankConfig, Tell
-from hdbcli.errors import HdbError
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from hdbcli.model.memory import Work
 from hdbcli.training.people import People
 from hdbcli.training.refine import refine
 from registry.checkpoints.tensors import save_tensors
+from registry.errors import HdbError
 from registry.files import write_beside
 from registry.spec import BaseSpec
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hdbcli.config import PORTRAIT, RefineConfig, Tell
-from hdbcli.errors import HdbError
 from hdbcli.faces.embedding import embed
 from hdbcli.measure.statistics import Interval, Retrieval, normal_interval, retrieval
 from hdbcli.method.hypernet import Faces, HyperNetwork
@@ -23,6 +22,7 @@ from hdbcli.model.sample import generate
 from hdbcli.training import personalise
 from hdbcli.training.people import People
 from hdbcli.training.refine import portrait_loss, refine
+from registry.errors import HdbError
 from registry.spec import BaseSpec
 
 PAIRS = 32  # (timestep, noise) pairs

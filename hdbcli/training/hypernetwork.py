@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from hdbcli.config import PretrainConfig, Tell, unnamed
-from hdbcli.errors import HdbError
 from hdbcli.method.hypernet import Faces, HyperConfig, HyperNetwork
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
@@ -33,6 +32,7 @@ from hdbcli.training.likeness_loss import check_drafts
 from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
 from hdbcli.training.objective import DRAWS, Portraits, Samples, weight_loss
 from hdbcli.training.people import People, Rows
+from registry.errors import HdbError
 
 AVERAGE = 0.998
 

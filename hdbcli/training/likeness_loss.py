@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdbcli.config import PORTRAIT
-from hdbcli.errors import HdbError
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Factors, Theta
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
+from registry.errors import HdbError
 from registry.spec import Drafting
 
 STEPS = 4

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from registry.checkpoints.tensors import save_tensors
+from registry.errors import HdbError
 from registry.files import write_kept
 from registry.seeds import generator_of
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from hdbcli.config import PORTRAIT, Tell
-from hdbcli.errors import HdbError
 from hdbcli.measure.plot import Axes, Curve, save_chart
 from hdbcli.method.hypernet import HyperNetwork
 from hdbcli.model.base import Base
@@ -25,6 +24,7 @@ from hdbcli.model.sample import generate
 from hdbcli.training.evaluate import person_losses
 from hdbcli.training.loop import Step
 from hdbcli.training.people import People
+from registry.errors import HdbError
 from registry.files import write_beside
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ import cv2
 import numpy as np
 
 from hdbcli.config import PICTURES, PLACEHOLDER, PORTRAIT, Tell
-from hdbcli.errors import HdbError
 from hdbcli.faces.photo import crop_face, read_photo
 from hdbcli.limits import cpus
+from registry.errors import HdbError
 from registry.spec import BaseSpec
 
 if TYPE_CHECKING:

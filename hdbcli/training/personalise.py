@@ -22,7 +22,6 @@ from hdbcli.config import (
     RefineConfig,
     Tell,
 )
-from hdbcli.errors import HdbError
 from hdbcli.faces.embedding import embed, found
 from hdbcli.faces.photo import Crop, crop_face
 from hdbcli.identity.budget import rank_within
@@ -36,6 +35,7 @@ from hdbcli.model.device import wait_for
 from hdbcli.model.memory import Work
 from hdbcli.training.likeness_loss import drafts
 from hdbcli.training.refine import portrait_loss, refine, weight_of
+from registry.errors import HdbError
 from registry.spec import BaseSpec
 
 LIKENESS_SEEDS = (1, 2, 3, 4)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hdbcli.config import PORTRAIT, RefineConfig, Tell
-from hdbcli.errors import HdbError
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Factors, Theta, pack, unpack
 from hdbcli.model.base import Base, Worn
@@ -26,6 +25,7 @@ from hdbcli.training.likeness_loss import portrait_likeness
 from hdbcli.training.loop import Plan, Step, fit
 from hdbcli.training.objective import Samples
 from hdbcli.training.preservation import preservation
+from registry.errors import HdbError
 from registry.spec import BaseSpec
 
 # (generator, batch, step) -> other losses of what P people wear

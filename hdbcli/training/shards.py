@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from hdbcli.config import Tell
-from hdbcli.errors import HdbError
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
 from hdbcli.model.memory import Work
@@ -45,6 +44,7 @@ from hdbcli.training.people import (
 )
 from registry.checkpoints.safetensors import Header, read_header
 from registry.checkpoints.tensors import save_tensors
+from registry.errors import HdbError
 from registry.files import write_beside
 from registry.orphans import WRITING, delete, temporaries
 from registry.spec import BaseSpec

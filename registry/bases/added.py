@@ -18,7 +18,7 @@ from registry.bases.settings import (
     settings_path,
     write_settings,
 )
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.spec import BaseSpec
 from registry.stable_diffusion.families import FAMILIES
 from registry.stable_diffusion.few_steps import few_steps
@@ -36,15 +36,15 @@ def added_bases() -> Iterator[BaseSpec | str]:
             added = read_settings(path).added
             if added:
                 yield spec_of(added)
-        except RegistryError as error:
+        except HdbError as error:
             yield str(error)
 
 
 def spec_of(added: Added) -> BaseSpec:
-    """Make the spec of an added base from its family's; RegistryError if this hdb has no such."""
+    """Make the spec of an added base from its family's; HdbError if this hdb has no such."""
     family = FAMILIES.get(added.family)
     if family is None:
-        raise RegistryError(
+        raise HdbError(
             f"base model {added.name} is of family {added.family!r}; this hdb knows "
             f"{', '.join(FAMILIES)}; upgrade hdb, or hdb base rm {added.name}"
         )
@@ -74,7 +74,7 @@ def spec_of(added: Added) -> BaseSpec:
 
 
 def load(added: Added, device: str, dtype: str) -> StableDiffusion:
-    """Load an added base, offline; RegistryError if its files changed or are damaged."""
+    """Load an added base, offline; HdbError if its files changed or are damaged."""
     check(added)
     from registry.stable_diffusion.loading import load_folder, load_single
 
@@ -85,17 +85,17 @@ def load(added: Added, device: str, dtype: str) -> StableDiffusion:
 
 
 def check(added: Added) -> None:
-    """Raise RegistryError if the files of an added base are not what they were."""
+    """Raise HdbError if the files of an added base are not what they were."""
     changes = changed(added, trust_times=True)
     if changes:
-        raise RegistryError(
+        raise HdbError(
             f"base model {added.name} changed since it was added: {'; '.join(changes)}; restore "
             f"{added.path}, or add it anew: hdb base rm {added.name}, then hdb base add"
         )
 
 
 def mark(file: Path) -> Mark:
-    """Read a file whole and say what it is; RegistryError if it cannot be read."""
+    """Read a file whole and say what it is; HdbError if it cannot be read."""
     digest = hashlib.sha256()
     try:
         state = file.stat()
@@ -103,7 +103,7 @@ def mark(file: Path) -> Mark:
             while chunk := stream.read(CHUNK):
                 digest.update(chunk)
     except OSError as error:
-        raise RegistryError(f"cannot read {file}: {error.strerror or error}") from error
+        raise HdbError(f"cannot read {file}: {error.strerror or error}") from error
     return Mark(state.st_size, state.st_mtime_ns, digest.hexdigest())
 
 
@@ -130,7 +130,7 @@ def changed(added: Added, trust_times: bool) -> list[str]:
 
 
 def verify(base: str) -> Added:
-    """Read every file of an added base again; RegistryError if one is not what it was.
+    """Read every file of an added base again; HdbError if one is not what it was.
 
     Times that changed while the content did not are kept, so that the next load trusts them.
     """
@@ -138,7 +138,7 @@ def verify(base: str) -> Added:
     assert settings.added is not None
     changes = changed(settings.added, trust_times=False)
     if changes:
-        raise RegistryError(
+        raise HdbError(
             f"base model {base} changed since it was added: {'; '.join(changes)}; restore its files"
         )
     folder = _folder(settings.added)
@@ -162,7 +162,7 @@ def forget(base: str) -> Added:
 def _settings(base: str) -> Settings:
     settings = read_settings(settings_path(base))
     if settings.added is None:
-        raise RegistryError(
+        raise HdbError(
             f"base model {base} was not added with hdb base add; it comes with the package that "
             "hdb base show names"
         )

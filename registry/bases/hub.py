@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from registry.checkpoints.contents import INDEX, INDEXED, VARIANT, WEIGHTS
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -33,15 +33,15 @@ def _weights(ending: str = "") -> list[str]:
 def locate(source: str, revision: str | None) -> tuple[Path, str]:
     """Return the path of a source, downloaded if need be, and its hub id with the commit, if any.
 
-    RegistryError for what is nowhere.
+    HdbError for what is nowhere.
     """
     path = Path(os.path.expanduser(source))  # a ~somebody that is nobody stays
     if path.exists():
         if revision:
-            raise RegistryError(f"{source} is a path; --revision is for models of the hub")
+            raise HdbError(f"{source} is a path; --revision is for models of the hub")
         return path.absolute(), ""
     if not HUB_ID.fullmatch(source) or source.casefold().endswith((".safetensors", ".ckpt")):
-        raise RegistryError(f"no such file or folder: {source}")
+        raise HdbError(f"no such file or folder: {source}")
     folder = _download(source, revision)
     return folder, f"{source}@{folder.name[:12]}"
 
@@ -67,13 +67,13 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except GatedRepoError as error:
         reason = "asks for its licence to be accepted; do so on its page, then: hf auth login"
-        raise RegistryError(f"{whole} {reason}") from error
+        raise HdbError(f"{whole} {reason}") from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise RegistryError(
+        raise HdbError(
             f"{whole} is neither a path here nor a model of the hub; check its name"
         ) from error
     except LocalEntryNotFoundError as error:
-        raise RegistryError(
+        raise HdbError(
             f"{whole} is no path here, not whole in the hub's cache, and the hub is out of reach "
             "(offline, or HF_HUB_OFFLINE is set); connect and try again, or give a path"
         ) from error
@@ -82,6 +82,6 @@ def _download(name: str, revision: str | None) -> Path:
         if not isinstance(error, OSError) and not type(error).__module__.startswith("http"):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise RegistryError(
+        raise HdbError(
             f"{whole} could not be downloaded ({reason}); the same command goes on where it stopped"
         ) from error

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.files import write_beside
 from registry.spec import BaseSpec
 from registry.store import check_name, root
@@ -51,22 +51,22 @@ class Settings:
 
 
 def settings_path(base: str) -> Path:
-    """Return where the settings of a base lie; RegistryError for what is no name."""
+    """Return where the settings of a base lie; HdbError for what is no name."""
     return root() / "bases" / f"{check_name(base).casefold()}.json"
 
 
 def read_settings(path: Path) -> Settings:
-    """Read one file; RegistryError if it cannot be read."""
+    """Read one file; HdbError if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return Settings()
     except (OSError, ValueError) as error:
-        raise RegistryError(f"cannot read {path} ({error}); delete it to start again") from error
+        raise HdbError(f"cannot read {path} ({error}); delete it to start again") from error
     try:
         return _parse(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RegistryError(
+        raise HdbError(
             f"{path} holds no settings of a base model ({error}); delete it to start again"
         ) from error
 
@@ -88,7 +88,7 @@ def all_settings() -> Iterator[Path]:
 
 
 def customised(spec: BaseSpec) -> BaseSpec:
-    """Return the spec as the user wants it; RegistryError if the settings cannot be read."""
+    """Return the spec as the user wants it; HdbError if the settings cannot be read."""
     file = read_settings(settings_path(spec.name)).hypernetwork
     return replace(spec, hypernetwork=Path(file)) if file else spec
 
@@ -106,7 +106,7 @@ def set_hypernetwork(base: str, file: Path | None) -> None:
     """
     try:
         settings = read_settings(settings_path(base))
-    except RegistryError:
+    except HdbError:
         if file is not None:
             raise
         settings = Settings()
@@ -116,7 +116,7 @@ def set_hypernetwork(base: str, file: Path | None) -> None:
 def default_base() -> str:
     """Return the name of the base that commands use without --base."""
     for path in all_settings():
-        with suppress(RegistryError):  # its own commands tell what is wrong with it
+        with suppress(HdbError):  # its own commands tell what is wrong with it
             settings = read_settings(path)
             if settings.default:
                 return settings.added.name if settings.added else path.stem

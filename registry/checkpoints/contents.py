@@ -12,7 +12,7 @@ from typing import Any
 from registry.checkpoints.ldm import LAYOUTS, UNET, VAE
 from registry.checkpoints.other_names import original_names
 from registry.checkpoints.safetensors import TensorInfo, read_header
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 LARGEST = 2**38  # bytes of one file; SDXL in fp32 has 14e9
 INDEX = "model_index.json"
@@ -56,30 +56,30 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a folder or a file; RegistryError for what is missing, damaged or no safetensors."""
+    """Read a folder or a file; HdbError for what is missing, damaged or no safetensors."""
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
-        raise RegistryError(f"no such file or folder: {path}")
+        raise HdbError(f"no such file or folder: {path}")
     return _read_single(path)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read one of diffusers' JSON files; RegistryError names it."""
+    """Read one of diffusers' JSON files; HdbError names it."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-        raise RegistryError(f"{path} {reason}; download the model in full") from error
+        raise HdbError(f"{path} {reason}; download the model in full") from error
     if not isinstance(values, dict):
-        raise RegistryError(f"{path} holds no settings; download the model in full")
+        raise HdbError(f"{path} holds no settings; download the model in full")
     return values
 
 
 def _read_single(path: Path) -> Checkpoint:
     _refuse_pickle(path)
     if path.suffix != ".safetensors":  # diffusers opens every other one as a pickle
-        raise RegistryError(f"{path} does not end in .safetensors; rename it if it is one")
+        raise HdbError(f"{path} does not end in .safetensors; rename it if it is one")
     header = read_header(path, LARGEST)
     components: dict[str, dict[str, TensorInfo]] = {}
     names = original_names(header.tensors)
@@ -96,7 +96,7 @@ def _read_single(path: Path) -> Checkpoint:
 
 def _read_folder(path: Path) -> Checkpoint:
     if not (path / INDEX).is_file():
-        raise RegistryError(
+        raise HdbError(
             f"{path} has no {INDEX}, so it is no diffusers folder; give the folder that has one, "
             "or a single .safetensors file"
         )
@@ -130,7 +130,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             return _shards(index)
     for other in sorted(folder.iterdir()):
         _refuse_pickle(other)
-    raise RegistryError(f"{folder} has no {stem}.safetensors; download the model in full")
+    raise HdbError(f"{folder} has no {stem}.safetensors; download the model in full")
 
 
 def variant_of(*components: Path) -> str | None:
@@ -148,11 +148,11 @@ def _shards(index: Path) -> list[Path]:
     folder, shards = index.parent, read_config(index).get("weight_map")
     names = set(shards.values()) if isinstance(shards, dict) else set()
     if not names or any(type(name) is not str or Path(name).name != name for name in names):
-        raise RegistryError(f"{index} names no shards; download the model in full")
+        raise HdbError(f"{index} names no shards; download the model in full")
     files = [folder / name for name in sorted(names)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise RegistryError(
+        raise HdbError(
             f"{folder} lacks {len(missing)} of {len(files)} shards, such as {missing[0]!r}; "
             "download the model in full"
         )
@@ -160,7 +160,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _refuse_pickle(path: Path) -> None:
-    """Raise RegistryError for a pickle, whatever it is called, and say how it is converted."""
+    """Raise HdbError for a pickle, whatever it is called, and say how it is converted."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -168,7 +168,7 @@ def _refuse_pickle(path: Path) -> None:
     zipped = first[:2] == b"PK"
     pickled = first[:1] == b"\x80" and first[1:2] in b"\x01\x02\x03\x04\x05" and first[8:] != b"{"
     if zipped or pickled or path.suffix.casefold() in PICKLES:
-        raise RegistryError(
+        raise HdbError(
             f"{path} is a pickle, which can run code when it is opened; look for the .safetensors "
             'file of this model, or convert it: python -c "import torch, safetensors.torch as s; '
             "d = torch.load('IN.ckpt', weights_only=True); d = d.get('state_dict', d); "

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -72,9 +72,9 @@ def architecture_of(family: str, prediction: str | None) -> str:
 
 
 def layout_of(family: str) -> Layout:
-    """Return a family's layout; RegistryError if it has none."""
+    """Return a family's layout; HdbError if it has none."""
     if family not in LAYOUTS:
-        raise RegistryError(
+        raise HdbError(
             f"family {family} has no single-file layout ({', '.join(LAYOUTS)} have); "
             "write a diffusers folder instead"
         )
@@ -166,7 +166,7 @@ class Renamed:
 def rename(component: str, key: str, layout: Layout) -> Renamed | None:
     """Return where a single file keeps a tensor of a diffusers folder, None where it does not.
 
-    RegistryError for a name that no published model has.
+    HdbError for a name that no published model has.
     """
     if component == "unet":
         return Renamed(UNET + _unet(key, layout))
@@ -190,7 +190,7 @@ def original_layer(family: str, path: str) -> str | None:
         return None
     try:
         return _unet(f"{path}.weight", layout).removesuffix(".weight")
-    except RegistryError:
+    except HdbError:
         return None
 
 
@@ -256,11 +256,11 @@ def _open_clip(prefix: str, key: str) -> Renamed:
 
 
 def _head(key: str, names: Mapping[str, str]) -> str:
-    """Replace the beginning of a key; RegistryError where none is known."""
+    """Replace the beginning of a key; HdbError where none is known."""
     for old, new in names.items():
         if key.startswith(old):
             return new + key[len(old) :]
-    raise RegistryError(f"tensor {key!r} has no name in the single-file layout; write a folder")
+    raise HdbError(f"tensor {key!r} has no name in the single-file layout; write a folder")
 
 
 def _resnet(rest: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 MAX_FILE = 16 * 2**20  # an identity has 120 KB; the room is for higher ranks
 MAX_HEADER = 2**20  # of an identity
@@ -46,22 +46,22 @@ class Header:
 
 
 def read_header(path: Path, max_bytes: int = MAX_FILE) -> Header:
-    """Read and check the header of a safetensors file; raise RegistryError for any flaw."""
+    """Read and check the header of a safetensors file; raise HdbError for any flaw."""
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):  # opening a pipe would wait for ever
-            raise RegistryError(f"{path} is not a file")
+            raise HdbError(f"{path} is not a file")
         if state.st_size > max_bytes:
-            raise RegistryError(f"{path} has {state.st_size} bytes; at most {max_bytes} are read")
+            raise HdbError(f"{path} has {state.st_size} bytes; at most {max_bytes} are read")
         with path.open("rb") as file:
             first = file.read(9)
             most = MAX_HEADER if max_bytes <= MAX_FILE else FORMAT_HEADER
             length = _header_length(path, first, state.st_size, most)
             text = first[8:] + file.read(length - 1)
     except (FileNotFoundError, ValueError) as error:  # ValueError: a NUL in the path
-        raise RegistryError(f"no such file: {str(path)!r}") from error
+        raise HdbError(f"no such file: {str(path)!r}") from error
     except OSError as error:
-        raise RegistryError(f"cannot read {path}: {error.strerror or error}") from error
+        raise HdbError(f"cannot read {path}: {error.strerror or error}") from error
     try:
         metadata, tensors = _parse(text, state.st_size - 8 - length)
     except RecursionError as error:
@@ -80,16 +80,16 @@ def _header_length(path: Path, first: bytes, size: int, most: int) -> int:
         return length
     # A header of 640 bytes starts like a pickle, so magic bytes count only for what is no header.
     if first[:2] == b"PK" or (first[:1] == b"\x80" and first[1:2] in b"\x01\x02\x03\x04\x05"):
-        raise RegistryError(
+        raise HdbError(
             f"{path} is a pickle or zip checkpoint, which can run code when it is opened; "
             "hdb reads safetensors only"
         )
     if first[8:9] == b"{":
-        raise RegistryError(
+        raise HdbError(
             f"{path}: a header of {length} bytes is refused (at most {most}); it is damaged, or no "
             "such file"
         )
-    raise RegistryError(f"{path} is not a safetensors file; give one that hdb made")
+    raise HdbError(f"{path} is not a safetensors file; give one that hdb made")
 
 
 def _parse(text: bytes, room: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
@@ -144,6 +144,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_unique)  # one for all: a list reads thousands
 
 
-def _damaged(path: Path, reason: str) -> RegistryError:
+def _damaged(path: Path, reason: str) -> HdbError:
     """Make the error of a file that began as safetensors but does not hold."""
-    return RegistryError(f"{path} is damaged: {reason}; restore it from a copy or make it again")
+    return HdbError(f"{path} is damaged: {reason}; restore it from a copy or make it again")

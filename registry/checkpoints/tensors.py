@@ -12,7 +12,7 @@ from torch import Tensor
 
 from registry.checkpoints.contents import LARGEST
 from registry.checkpoints.safetensors import read_header
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 FLOATS = {
     "F64": torch.float64,
@@ -37,7 +37,7 @@ def read_floats(
     dtype: torch.dtype,
     renamed: Callable[[Iterable[str]], Mapping[str, str]] | None = None,
 ) -> dict[str, Tensor]:
-    """Return the tensors whose names start with `prefix`, as `dtype`; RegistryError for what is no
+    """Return the tensors whose names start with `prefix`, as `dtype`; HdbError for what is no
     float.
 
     `renamed` gives each tensor of a file the name that counts; position ids, of which old files
@@ -53,7 +53,7 @@ def read_floats(
                 if not name.startswith(prefix) or name.endswith(".position_ids"):
                     continue
                 if info.dtype not in FLOATS:
-                    raise RegistryError(
+                    raise HdbError(
                         f"{path}: {name} is {info.dtype}, no float; give the model in F16 or F32"
                     )
                 start, end = info.offsets

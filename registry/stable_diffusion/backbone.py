@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from registry.checkpoints.tensors import canonical, save_tensors
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.seeds import generator_of
 from registry.spec import SampleSettings
 from registry.stable_diffusion.uncompiled import without_compiler
@@ -219,7 +219,7 @@ class StableDiffusion:
                 tokenizer = getattr(self.pipeline, name.replace("text_encoder", "tokenizer"))
                 ids = tokenizer(word, add_special_tokens=False).input_ids
                 if len(ids) != 1:
-                    raise RegistryError(
+                    raise HdbError(
                         f"{word!r} is {len(ids)} tokens of this model; give a word of one"
                     )
                 encoder = getattr(self.pipeline, name)
@@ -271,7 +271,7 @@ class StableDiffusion:
         finally:
             self.pipeline.scheduler = schedule
         if not np.isfinite(pictures).all():
-            raise RegistryError(
+            raise HdbError(
                 "the model made numbers that are no picture (NaN); try --device cpu or a smaller "
                 "--strength"
             )
@@ -292,15 +292,13 @@ class StableDiffusion:
         return noise.to(unet.device, unet.dtype)
 
     def _side(self, size: int | None) -> int:
-        """Return the side in pixels; RegistryError unless the network can halve it often enough."""
+        """Return the side in pixels; HdbError unless the network can halve it often enough."""
         scale = self.pipeline.vae_scale_factor
         if size is None:
             return self.pipeline.unet.config.sample_size * scale
         multiple = scale * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
         if size < multiple or size % multiple:
-            raise RegistryError(
-                f"--size {size} does not fit this model; use a multiple of {multiple}"
-            )
+            raise HdbError(f"--size {size} does not fit this model; use a multiple of {multiple}")
         return size
 
 
@@ -352,7 +350,7 @@ def _scheduler(settings: SampleSettings, config: Mapping[str, Any]) -> Any:
 
     name = settings.scheduler or ""
     if name not in SCHEDULERS:
-        raise RegistryError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
+        raise HdbError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
     more: dict[str, Any] = {"clip_sample": False}  # latents are no pixels of -1 to 1
     if name == "lcm":  # draws its steps out of those that it was distilled on, and takes no more
         more["original_inference_steps"] = max(LCM_STEPS, settings.steps)
@@ -360,7 +358,7 @@ def _scheduler(settings: SampleSettings, config: Mapping[str, Any]) -> Any:
 
 
 def _spaced(scheduler: Any, steps: int, trailing: bool = False) -> Any:
-    """Return a scheduler whose steps begin where the noise ends; RegistryError for too many steps.
+    """Return a scheduler whose steps begin where the noise ends; HdbError for too many steps.
 
     "Leading" spacing takes the multiples of T // steps from below: 4 of 1000 steps begin at 751,
     600 at 600, and 1000 beyond the last. Where it begins before 95 % of T, "trailing" spacing
@@ -369,7 +367,7 @@ def _spaced(scheduler: Any, steps: int, trailing: bool = False) -> Any:
     config = scheduler.config
     last = config.num_train_timesteps - 1
     if steps > last + 1:
-        raise RegistryError(
+        raise HdbError(
             f"--steps {steps} is more than the {last + 1} that this model was trained on; use fewer"
         )
     if type(scheduler).__name__ == "LCMScheduler":  # has a spacing of its own, from the last noise

@@ -26,7 +26,7 @@ from registry.checkpoints.ldm import LAYOUTS, UNET, VAE
 from registry.checkpoints.other_names import original_names
 from registry.checkpoints.safetensors import read_header
 from registry.checkpoints.tensors import read_floats
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.stable_diffusion.backbone import StableDiffusion, last_states
 from registry.stable_diffusion.sdxl import two_encoders
 from registry.stable_diffusion.uncompiled import without_compiler
@@ -39,7 +39,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load_folder(folder: Path, device: str, dtype: str, double: bool = False) -> StableDiffusion:
-    """Load a diffusers folder, `double` for Stable Diffusion XL; RegistryError if files are missing
+    """Load a diffusers folder, `double` for Stable Diffusion XL; HdbError if files are missing
     or damaged."""
     options = {
         "torch_dtype": getattr(torch, dtype),
@@ -63,7 +63,7 @@ def load_single(
     file: Path, family: Family, prediction: str, device: str, dtype: str
 ) -> StableDiffusion:
     """Load an original single file with the family's configuration and CLIP's tokenizer, which
-    ship; RegistryError if it does not fit or is damaged."""
+    ship; HdbError if it does not fit or is damaged."""
     from registry.stable_diffusion.tokenizer import clip_tokenizer
 
     names = ("tokenizer", "tokenizer_2")
@@ -153,7 +153,7 @@ def _backbone(
     for name, module in {**backbone.components, "vae": pipeline.vae}.items():
         missing = [key for key, value in module.named_parameters() if value.is_meta]
         if missing:
-            raise RegistryError(
+            raise HdbError(
                 f"{source} lacks {len(missing)} tensors of {name}, such as {missing[0]}; download "
                 "the model in full"
             )
@@ -192,14 +192,14 @@ def _reading(source: Path) -> Iterator[None]:
         with without_compiler(), quiet():
             yield
     except NotImplementedError as error:  # moved from the meta device, where nothing was read
-        raise RegistryError(
+        raise HdbError(
             f"{source} lacks tensors that the model needs; download it in full"
         ) from error
     except bad as error:
         if out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:300]
-        raise RegistryError(
+        raise HdbError(
             f"the model in {source} is missing or damaged ({reason}); install it again"
         ) from error
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from registry.checkpoints.contents import Checkpoint, read_config
 from registry.checkpoints.ldm import LAYOUTS
 from registry.checkpoints.safetensors import TensorInfo
-from registry.errors import HdbWarning, RegistryError
+from registry.errors import HdbError, HdbWarning
 from registry.stable_diffusion.families import FAMILIES, PER_BLOCK, PER_LAYER, Family
 from registry.stable_diffusion.few_steps import few_steps
 
@@ -82,19 +82,19 @@ class Anatomy:
 
 
 def recognise(checkpoint: Checkpoint) -> Family:
-    """Return the family; RegistryError for another architecture or a checkpoint not fit for use."""
+    """Return the family; HdbError for another architecture or a checkpoint not fit for use."""
     _check_alone(checkpoint)
     found = _anatomy(checkpoint.components)
     nearest = min(FAMILIES.values(), key=found.far)
     needed = {"unet", "vae", *nearest.layers}
     missing = sorted(needed - set(checkpoint.components))
     if missing and found.blocks == nearest.blocks:
-        raise RegistryError(
+        raise HdbError(
             f"{checkpoint.path} lacks {', '.join(missing)}, which {nearest.title} needs; download "
             "the model in full"
         )
     if found.far(nearest):
-        raise RegistryError(_unknown(checkpoint, found, nearest))
+        raise HdbError(_unknown(checkpoint, found, nearest))
     _check_whole(checkpoint, nearest)
     _check_input(checkpoint, nearest)
     _check_dtypes(checkpoint)
@@ -102,11 +102,11 @@ def recognise(checkpoint: Checkpoint) -> Family:
 
 
 def resolution_of(configs: Path) -> int:
-    """Return the pixels a diffusers configuration is made for; RegistryError if it does not say."""
+    """Return the pixels a diffusers configuration is made for; HdbError if it does not say."""
     side = read_config(configs / "unet" / "config.json").get("sample_size")
     steps = read_config(configs / "vae" / "config.json").get("block_out_channels")
     if type(side) is not int or side < 1 or not isinstance(steps, list) or not steps:
-        raise RegistryError(
+        raise HdbError(
             f"{configs} does not say its resolution: sample_size of the UNet is {side!r}, "
             f"block_out_channels of the VAE {steps!r}; complete its config.json"
         )
@@ -119,19 +119,19 @@ def prediction_of(checkpoint: Checkpoint, family: Family, asked: str | None) -> 
     A folder says it. A single file may; else it is what was asked for, or usual in the family.
     """
     if asked is not None and asked not in PREDICTIONS:
-        raise RegistryError(f"unknown prediction {asked!r}; choose epsilon or v")
+        raise HdbError(f"unknown prediction {asked!r}; choose epsilon or v")
     folder = family.configs() if checkpoint.single else checkpoint.path
     config = read_config(folder / "scheduler" / "scheduler_config.json")
     told = str(config.get("prediction_type", "epsilon"))
     if checkpoint.single:
         told = asked or _said(checkpoint, family) or _assumed(checkpoint, family, told)
     if told not in PREDICTIONS or "beta_start" not in config:
-        raise RegistryError(
+        raise HdbError(
             f"{checkpoint.path} is trained to predict {told!r} on the schedule of "
             f"{config.get('_class_name')!r}; hdb knows epsilon and v_prediction on that of DDPM"
         )
     if asked and PREDICTIONS[asked] != PREDICTIONS[told]:
-        raise RegistryError(
+        raise HdbError(
             f"{checkpoint.path} says that it predicts {told}, not {asked}; drop --prediction or "
             "put its scheduler_config.json right"
         )
@@ -184,7 +184,7 @@ def _anatomy(components: Mapping[str, Tensors]) -> Anatomy:
 
 
 def _check_alone(checkpoint: Checkpoint) -> None:
-    """Raise RegistryError for a file that is one component of a pipeline, and name it."""
+    """Raise HdbError for a file that is one component of a pipeline, and name it."""
     if not checkpoint.single or set(checkpoint.components) - {"", "unet"}:
         return
     (tensors,) = checkpoint.components.values()
@@ -195,7 +195,7 @@ def _check_alone(checkpoint: Checkpoint) -> None:
             blocks = sum(bool(BLOCK.fullmatch(name)) for name in tensors)
             alike = [f.title for f in FAMILIES.values() if f.blocks == blocks]
             kind = f", as of {' or '.join(alike)}" if component == "UNet" and alike else ""
-            raise RegistryError(
+            raise HdbError(
                 f"{checkpoint.path} holds {'an' if component[0] in 'aeiou' else 'a'} {component} "
                 f"alone{kind}; hdb needs UNet, text encoder and autoencoder: give a checkpoint "
                 "that has them all, or a diffusers folder with this one in its place"
@@ -227,7 +227,7 @@ def _count(blocks: int, layers: Mapping[str, int]) -> str:
 
 
 def _check_whole(checkpoint: Checkpoint, family: Family) -> None:
-    """Raise RegistryError where a block, a layer or the autoencoder is there in part only."""
+    """Raise HdbError where a block, a layer or the autoencoder is there in part only."""
     parts = {"unet": (len(_targets(checkpoint, "unet")), PER_BLOCK * family.blocks)}
     for component, layers in family.layers.items():
         targets = _targets(checkpoint, component)
@@ -236,23 +236,23 @@ def _check_whole(checkpoint: Checkpoint, family: Family) -> None:
     parts["vae"] = int(DECODER in checkpoint.components["vae"]), 1
     for component, (there, needed) in parts.items():
         if there != needed:
-            raise RegistryError(
+            raise HdbError(
                 f"{checkpoint.path} holds {component} in part only: {there} of {needed} tensors "
                 "that hdb looks for; download the model in full"
             )
 
 
 def _check_input(checkpoint: Checkpoint, family: Family) -> None:
-    """Raise RegistryError for a UNet that is fed with more than latents and these text encoders."""
+    """Raise HdbError for a UNet that is fed with more than latents and these text encoders."""
     unet = checkpoint.components["unet"]
     further = FURTHER_INPUTS | ({} if family.double else {"label_emb.": _UNCLIP})
     for sign, (what, instead) in further.items():
         if any(name.startswith(sign) for name in unet):
-            raise RegistryError(f"{checkpoint.path} {what} ({sign[:-1]}); {instead}")
+            raise HdbError(f"{checkpoint.path} {what} ({sign[:-1]}); {instead}")
     shape = next((unet[name].shape for name in INPUT if name in unet), ())
     if len(shape) != 4 or shape[1] != 4:
         kind = ", as of an inpainting model" if shape[1:2] == (9,) else ""
-        raise RegistryError(
+        raise HdbError(
             f"the UNet of {checkpoint.path} has {shape[1] if len(shape) > 1 else 'no'} input "
             f"channels{kind}, hdb needs 4; give the model that draws from text alone"
         )
@@ -264,18 +264,18 @@ def _check_input(checkpoint: Checkpoint, family: Family) -> None:
         if name.endswith("token_embedding.weight")
     )
     if context != {widths}:
-        raise RegistryError(
+        raise HdbError(
             f"the UNet of {checkpoint.path} reads text of width {sorted(context)}, its text "
             f"encoders write {widths}; they do not belong together, download the model again"
         )
 
 
 def _check_dtypes(checkpoint: Checkpoint) -> None:
-    """Raise RegistryError unless the targets of each component are in one usual float format."""
+    """Raise HdbError unless the targets of each component are in one usual float format."""
     for component in checkpoint.components:
         dtypes = {info.dtype for info in _targets(checkpoint, component).values()}
         if len(dtypes) > 1 or dtypes - WEIGHT_DTYPES:
-            raise RegistryError(
+            raise HdbError(
                 f"the {component} of {checkpoint.path} is stored as {' and '.join(sorted(dtypes))}"
                 "; hdb needs one of F16, BF16, F32 throughout: convert it"
             )

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 T = TypeVar("T")
 NAME = "torch._dynamo"
@@ -27,7 +27,7 @@ MARKED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")  # of
 @contextmanager
 def without_compiler() -> Iterator[None]:
     """Import libraries, and load models with them, inside the block without torch's compiler,
-    unless it is loaded already; RegistryError where Python has left out what they need."""
+    unless it is loaded already; HdbError where Python has left out what they need."""
     _check_docstrings()
     if NAME in sys.modules:
         yield
@@ -68,10 +68,10 @@ class _Compiled:
 
 
 def _check_docstrings() -> None:
-    """Raise RegistryError where Python strips docstrings: diffusers and transformers put theirs
+    """Raise HdbError where Python strips docstrings: diffusers and transformers put theirs
     together when they are imported, and fail on none."""
     if sys.flags.optimize > 1:
-        raise RegistryError(
+        raise HdbError(
             "Python runs with -OO (or PYTHONOPTIMIZE=2) and leaves out docstrings, without which "
             "diffusers and transformers do not load; use -O, or neither"
         )

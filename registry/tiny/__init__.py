@@ -21,7 +21,7 @@ TEMPLATE = ((0.331, 0.423), (0.669, 0.423), (0.5, 0.626), (0.357, 0.773), (0.643
 
 
 def load(device: str, dtype: str) -> StableDiffusion:
-    """Load the weights that ship with the package; RegistryError when the installation lacks
+    """Load the weights that ship with the package; HdbError when the installation lacks
     them."""
     import torch
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 WEIGHTS = Path(__file__).parent / "weights/clip.safetensors"
 SIZE = 64  # px
@@ -73,7 +73,7 @@ class InDomainClip(nn.Module):
 
 
 def load_clip(path: Path = WEIGHTS) -> InDomainClip:
-    """Load the encoder that ships; RegistryError if it is missing or damaged."""
+    """Load the encoder that ships; HdbError if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             words = json.loads((file.metadata() or {})["words"])
@@ -81,5 +81,5 @@ def load_clip(path: Path = WEIGHTS) -> InDomainClip:
         model = InDomainClip(words)
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise RegistryError(f"{path} does not load ({error}); reinstall hyperdreambooth") from error
+        raise HdbError(f"{path} does not load ({error}); reinstall hyperdreambooth") from error
     return model.eval()

@@ -18,10 +18,10 @@ from hdbcli.bench.derived import spearman
 from hdbcli.bench.device import agreement, speeds
 from hdbcli.bench.harness import Row, measured, paired, scratch
 from hdbcli.bench.suite import BENCHMARKS
-from hdbcli.errors import HdbError
 from hdbcli.model.base import Base, load_base
 from hdbcli.model.memory import PLANS
 from registry import store
+from registry.errors import HdbError
 from registry.plugins import load_registry
 
 

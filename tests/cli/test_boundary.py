@@ -24,7 +24,6 @@ from hdbcli.cli import boundary
 from hdbcli.cli import store as cli_store
 from hdbcli.cli.outputs import Album, Outputs, plan_outputs
 from hdbcli.config import DIFFUSION_LR, UNPREDICTED_LR, RefineConfig
-from hdbcli.errors import HdbError
 from hdbcli.identity import derivation
 from hdbcli.identity.file import Identity, load, save
 from hdbcli.method.algebra import compose
@@ -32,7 +31,7 @@ from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from hdbcli.training import personalise
 from registry import store
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.stable_diffusion import backbone
 
 STOPPED = """
@@ -144,7 +143,7 @@ def test_a_new_file_takes_the_place_of_nothing(
         with store.write_beside(path, new=True) as beside:  # the control: there is none
             beside.write_bytes(b"first")
         with (
-            pytest.raises(RegistryError, match="appeared while this ran"),
+            pytest.raises(HdbError, match="appeared while this ran"),
             store.write_beside(path, new=True) as beside,
         ):
             beside.write_bytes(b"second")

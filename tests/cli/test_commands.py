@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 from hdbcli.cli import main
 from hdbcli.cli.outputs import plan_outputs
-from hdbcli.errors import HdbError
 from registry import store
 from registry.bases.settings import customised, settings_path
+from registry.errors import HdbError
 from registry.plugins import load_registry
 
 

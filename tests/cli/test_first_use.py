@@ -9,11 +9,11 @@ import pytest
 from commands import hdb, ok, refused, store_identity
 
 from hdbcli.cli import render
-from hdbcli.errors import HdbError
 from hdbcli.interop.merged_files import check_folder
 from hdbcli.model.sample import doubts
 from registry import store
 from registry.bases.settings import Added, Settings, write_settings
+from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.spec import SampleSettings
 from registry.tiny import WEIGHTS

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from commands import hdb, ok, refused
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.plugins import load_registry
 
 
@@ -36,7 +36,7 @@ def test_refining_says_first_that_it_cannot_write(
     alice: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, *_: Any) -> None:
-        raise RegistryError(f"cannot write {path}: no room")
+        raise HdbError(f"cannot write {path}: no room")
 
     def work(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from PIL import Image
 
 from registry import store
 from registry.checkpoints.safetensors import read_header
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes")
@@ -22,7 +22,7 @@ def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("pipe")  # as /dev/stdout leads to one
     for name in ("pipe", "link"):
         with (
-            pytest.raises(RegistryError, match=f"cannot write .*{name}: it is no plain file"),
+            pytest.raises(HdbError, match=f"cannot write .*{name}: it is no plain file"),
             store.write_beside(tmp_path / name),
         ):
             raise AssertionError("the block must not run")

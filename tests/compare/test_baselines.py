@@ -16,13 +16,12 @@ from torch import Tensor
 
 from hdbcli.compare.baselines import class_prior, dreambooth_trial, inversion_trial, lora_trial
 from hdbcli.config import PORTRAIT, RefineConfig
-from hdbcli.errors import HdbError
 from hdbcli.faces.photo import crop_face
 from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
 from hdbcli.model.tokens import Tokens, own_tokens
 from hdbcli.training.refine import Trial, lidb_trial, portrait_loss, train
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.spec import SampleSettings
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
@@ -159,7 +158,7 @@ def test_each_sample_reads_its_own_word(tiny: Base) -> None:
     for i in range(2):
         assert abs(draw(changed[[i]], [3])[0].astype(int) - both[i]).max() <= 1
     assert (draw(changed, [3, 3], "a face") == draw(None, [3, 3], "a face")).all()  # no [V]
-    with pytest.raises(RegistryError, match="tokens of this model"):
+    with pytest.raises(HdbError, match="tokens of this model"):
         tiny.backbone.token_embeddings("face face")
 
 

@@ -21,10 +21,10 @@ from hdbcli.compare.page import tables
 from hdbcli.compare.results import reached, stand
 from hdbcli.compare.timing import Alone
 from hdbcli.config import CAPTIONS, MAIN_METHODS, METHODS
-from hdbcli.errors import HdbError
 from hdbcli.measure.statistics import Interval, bootstrap, find
 from hdbcli.model.base import Base
 from hdbcli.model.contact_sheet import LINE, NAME
+from registry.errors import HdbError
 from registry.spec import BaseSpec, SampleSettings
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"

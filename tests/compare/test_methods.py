@@ -29,7 +29,6 @@ from hdbcli.config import (
     RefineConfig,
     unnamed,
 )
-from hdbcli.errors import HdbError
 from hdbcli.measure.metrics import FaceMetric, Judges
 from hdbcli.measure.statistics import Interval
 from hdbcli.model.base import Base, load_predictor
@@ -37,6 +36,7 @@ from hdbcli.training.hypernetwork import new_hypernetwork
 from hdbcli.training.people import People
 from hdbcli.training.personalise import crop_photos
 from hdbcli.training.refine import train
+from registry.errors import HdbError
 from registry.spec import BaseSpec, SampleSettings
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"

@@ -15,12 +15,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from hdbcli.faces import embedding
 from hdbcli.faces.embedding import chip, distance, embed, found, likeness, load_embedding
 from hdbcli.faces.photo import find_faces, read_photo
 from hdbcli.measure.statistics import Retrieval, retrieval
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.tiny.recipe.embedding import ABOUT, MANIFEST, WEIGHTS, convert
 
 
@@ -209,10 +208,10 @@ def test_the_recipe_makes_the_shipped_weights(tmp_path: Path) -> None:
 
 def test_the_recipe_refuses_other_weights(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    with pytest.raises(RegistryError, match="cannot be read"):
+    with pytest.raises(HdbError, match="cannot be read"):
         convert(tmp_path / MANIFEST, out)
     (tmp_path / MANIFEST).write_text("[]")
     (tmp_path / WEIGHTS).write_bytes(b"other")
-    with pytest.raises(RegistryError, match=hashlib.sha256(b"other").hexdigest()):
+    with pytest.raises(HdbError, match=hashlib.sha256(b"other").hexdigest()):
         convert(tmp_path / MANIFEST, out)
     assert not out.exists()

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hdbcli.errors import HdbError
 from hdbcli.faces import photo
 from hdbcli.faces.photo import align, crop_face, find_faces, read_photo
+from registry.errors import HdbError
 
 # Eyes, nose and mouth in a tight crop, in YuNet's order.
 TEMPLATE = np.array([[0.33, 0.42], [0.67, 0.42], [0.5, 0.62], [0.36, 0.78], [0.64, 0.78]])
@@ -26,7 +26,7 @@ TEMPLATE = np.array([[0.33, 0.42], [0.67, 0.42], [0.5, 0.62], [0.36, 0.78], [0.6
 MEMORY_PROBE = """
 import resource, sys
 from pathlib import Path
-from hdbcli.errors import HdbError
+from registry.errors import HdbError
 from hdbcli.faces.photo import read_photo
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

@@ -19,11 +19,11 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from profiles import SPACES, cmyk_profile, grey_profile, in_space, rgb_profile
 
-from hdbcli.errors import HdbError
 from hdbcli.faces import colour
 from hdbcli.faces.embedding import embed_aligned, likeness
 from hdbcli.faces.photo import crop_face
 from hdbcli.faces.reading import read_photo
+from registry.errors import HdbError
 from registry.tiny import TEMPLATE
 
 pillow_heif.register_heif_opener()
@@ -432,7 +432,7 @@ def test_orientation_in_every_container(
 READ = """
 import sys
 from pathlib import Path
-from hdbcli.errors import HdbError
+from registry.errors import HdbError
 from hdbcli.faces.embedding import embed_aligned, likeness
 from hdbcli.faces.photo import crop_face
 from hdbcli.faces.reading import read_photo

@@ -15,7 +15,6 @@ from commands import hdb
 from PIL import Image
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from hdbcli.identity.derivation import read_weights, relaxed
 from hdbcli.identity.file import Identity, load, save
 from hdbcli.identity.inspection import TargetEnergy, block_of
@@ -24,6 +23,7 @@ from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from hdbcli.training.personalise import describe
 from registry import store
+from registry.errors import HdbError
 
 Keep = Callable[..., Path]
 

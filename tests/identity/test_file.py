@@ -16,11 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from hdbcli.identity.file import Identity, check_fits, load, save
 from hdbcli.method.basis import Fingerprint
 from registry.checkpoints.safetensors import TensorInfo, read_header
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.identity_facts import content_digest
 from registry.store import summary
 
@@ -221,7 +220,7 @@ def test_bad_metadata_are_refused_even_when_signed(file: Path, key: str) -> None
         with pytest.raises(HdbError, match=says):
             load(file)
         if says != "edited by hand":  # the header alone tells, so a list does too
-            with pytest.raises(RegistryError, match=says):
+            with pytest.raises(HdbError, match=says):
                 summary(file)
     table, content = split(raw)
     table["__metadata__"]["hdb.steps"] = "41"

@@ -13,7 +13,6 @@ from commands import hdb
 from PIL import Image
 
 from hdbcli.config import CAPTIONS, PORTRAIT
-from hdbcli.errors import HdbError
 from hdbcli.identity.file import save
 from hdbcli.identity.interpolation import COLUMNS, ROWS, SEED, walk, weights_of
 from hdbcli.method.lidb import Theta
@@ -22,6 +21,7 @@ from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
 from hdbcli.training.personalise import describe
 from registry import store
+from registry.errors import HdbError
 from registry.spec import BaseSpec, SampleSettings
 from registry.stable_diffusion.backbone import StableDiffusion
 

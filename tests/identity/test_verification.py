@@ -22,7 +22,7 @@ from registry import store
 from registry.bases.settings import set_hypernetwork, settings_path
 from registry.checkpoints.lora_formats import lora_style
 from registry.checkpoints.safetensors import read_header
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.orphans import temporaries
 from registry.spec import BaseSpec
 
@@ -210,7 +210,7 @@ def test_verify_reads_all_of_every_file(outside: Path, identity: Identity) -> No
 def test_a_trainers_long_metadata_are_read_and_an_identitys_are_not(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "lora.safetensors", {"tags": "a" * 2**21})
     assert len(read_header(tmp_path / "lora.safetensors", 2**34).metadata["tags"]) == 2**21
-    with pytest.raises(RegistryError, match="is refused"):
+    with pytest.raises(HdbError, match="is refused"):
         read_header(tmp_path / "lora.safetensors")
 
 
@@ -235,7 +235,7 @@ def test_verify_opens_each_base_once(identity: Identity, outside: Path) -> None:
 
     def weights_of(name: str, digest: str) -> tuple[BaseSpec, Weights]:
         opened.append(name)
-        raise RegistryError("not here")
+        raise HdbError("not here")
 
     verdicts = list(verify([outside] * 3, weights_of))
     assert opened == ["tiny"] and [(v.ok, v.basis) for v in verdicts] == [(True, None)] * 3

@@ -20,9 +20,9 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hdbcli.errors import HdbError, HdbWarning
 from hdbcli.interop import lora_stack
 from hdbcli.model.base import Base, load_base
+from registry.errors import HdbError, HdbWarning
 from registry.plugins import load_registry
 
 EXACT = 1e-6  # largest difference of a weight in float32

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
-from hdbcli.errors import HdbError
 from hdbcli.identity.file import save
 from hdbcli.interop import export
 from hdbcli.interop.diffusers_reader import load_for_real
@@ -33,6 +32,7 @@ from hdbcli.model.base import Base
 from hdbcli.training.personalise import describe
 from registry import store
 from registry.checkpoints.tensors import canonical
+from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.stable_diffusion.backbone import StableDiffusion
 from registry.stable_diffusion.families import FAMILIES

@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hdbcli.errors import HdbError
 from hdbcli.identity.file import save
 from hdbcli.interop import lora_stack
 from hdbcli.method.lidb import Theta
@@ -27,6 +26,7 @@ from hdbcli.model.base import Base, load_base
 from hdbcli.training.personalise import describe
 from registry import store
 from registry.checkpoints.ldm import original_layer
+from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.spec import SampleSettings
 from registry.stable_diffusion.backbone import _scheduler

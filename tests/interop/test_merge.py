@@ -17,7 +17,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hdbcli.errors import HdbError
 from hdbcli.interop import merged_files
 from hdbcli.interop.merge import Merge
 from hdbcli.method.basis import down_basis, up_basis
@@ -28,7 +27,7 @@ from registry.bases.settings import Added
 from registry.checkpoints.ldm import layout_of, rename
 from registry.checkpoints.safetensors import read_header
 from registry.checkpoints.tensors import canonical
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.spec import BaseSpec
 
@@ -250,7 +249,7 @@ def test_what_cannot_be_merged(
     good = Merge(checkpoint, theta_for(checkpoint), None)
     with pytest.raises(HdbError, match="unknown dtype 'int8'"):
         Merge(checkpoint, theta_for(checkpoint), "int8")
-    with pytest.raises(RegistryError, match="family tiny has no single-file layout"):
+    with pytest.raises(HdbError, match="family tiny has no single-file layout"):
         tiny = load_registry().get("tiny")
         own = open_checkpoint(tiny)
         Merge(own, first_theta(len(own.places), tiny.a, tiny.b), None).single_file()

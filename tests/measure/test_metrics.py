@@ -19,7 +19,7 @@ from hdbcli.measure.metrics import load_judges
 from hdbcli.measure.score import Likeness, Score, Style, words
 from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.metric import MetricSpec
 from registry.plugins import Registry, load_metrics
 from registry.spec import BaseSpec, SampleSettings
@@ -47,7 +47,7 @@ def test_metrics_are_found_and_judge_their_own_bases() -> None:
     assert clip.startswith("clip-i, clip-t: ") and "hf download openai/clip-vit-large" in clip
     assert dino.startswith("dino: ")
     assert faceres.startswith("faceres: not fetched yet; --judge")
-    with pytest.raises(RegistryError, match="unknown metric 'fase'; did you mean 'face'"):
+    with pytest.raises(HdbError, match="unknown metric 'fase'; did you mean 'face'"):
         registry.get("fase")
 
 
@@ -57,9 +57,9 @@ def test_a_spec_that_could_not_work_is_refused() -> None:
         (("x", "s", "smell", (), dict), "against is 'smell'"),
         (("x", "s", "text", (), None), "must be callable"),
     ):
-        with pytest.raises(RegistryError, match=says):
+        with pytest.raises(HdbError, match=says):
             MetricSpec(*values)  # type: ignore[arg-type]
-    with pytest.raises(RegistryError, match="not a MetricSpec"):
+    with pytest.raises(HdbError, match="not a MetricSpec"):
         Registry(MetricSpec).register("face", "somebody")  # type: ignore[arg-type]
 
 
@@ -92,7 +92,7 @@ def test_in_domain_clip_names_what_the_base_draws(tiny: Base) -> None:
 
 def test_a_damaged_clip_is_told(tmp_path: Path) -> None:
     (tmp_path / "clip.safetensors").write_bytes(b"no")
-    with pytest.raises(RegistryError, match="reinstall"):
+    with pytest.raises(HdbError, match="reinstall"):
         load_clip(tmp_path / "clip.safetensors")
 
 
@@ -112,7 +112,7 @@ def test_clip_and_dino_score_once_their_weights_are_there(
     )
 
     for kind in (lambda: metrics.ClipMetric("text"), metrics.DinoMetric):
-        with pytest.raises(RegistryError, match="hf download"):
+        with pytest.raises(HdbError, match="hf download"):
             kind()
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from hdbcli.method.algebra import compose, decompose, shrink
 from hdbcli.method.lidb import Theta
+from registry.errors import HdbError
 
 A, B, TARGETS = 12, 6, 3
 

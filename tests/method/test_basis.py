@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from hdbcli.errors import HdbError
 from hdbcli.method.basis import down_basis, fingerprint, orthonormal, signs, up_basis
 from hdbcli.method.inject import in_order
+from registry.errors import HdbError
 from registry.stable_diffusion.families import FAMILIES
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hdbcli.errors import HdbError
 from hdbcli.method.hypernet import Faces, HyperConfig, HyperNetwork
 from hdbcli.method.lidb import first_theta
 from hdbcli.model.hypernetwork_file import load_hypernetwork, save_hypernetwork
+from registry.errors import HdbError
 
 CONFIG = HyperConfig(
     targets=5,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from hdbcli.errors import HdbError
 from hdbcli.method.inject import digest_names, eject, find_targets, in_order, inject
 from hdbcli.method.lidb import LiDBLayer, Theta, first_theta
 from hdbcli.model.base import Base
 from registry.checkpoints.tensors import canonical
+from registry.errors import HdbError
 
 
 def random_theta(base: Base, batch: int) -> Theta:

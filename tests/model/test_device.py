@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from hdbcli.config import RefineConfig
-from hdbcli.errors import HdbError
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast, choose_device, make_optimizer
 from hdbcli.training.hypernetwork import new_hypernetwork
 from hdbcli.training.refine import lidb_trial, portrait_loss, train
+from registry.errors import HdbError
 
 FACE = Path(__file__).parents[1] / "data" / "heldout" / "900000" / "photo-0.jpg"
 

@@ -16,7 +16,6 @@ from commands import hdb
 from PIL import Image
 from torch import Tensor
 
-from hdbcli.errors import HdbError
 from hdbcli.model.memory import (
     NORMAL,
     PLANS,
@@ -33,6 +32,7 @@ from hdbcli.model.memory import (
     run_within,
 )
 from registry import store
+from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.spec import BaseSpec, SampleSettings
 from registry.stable_diffusion.backbone import StableDiffusion

@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from hdbcli.errors import HdbError
 from hdbcli.identity.derivation import relaxed, theta_of
 from hdbcli.identity.file import Identity, fit, load, save, theta_for
 from hdbcli.identity.inspection import inspect
@@ -24,7 +23,7 @@ from hdbcli.model.base import Base, load_base
 from hdbcli.model.files import open_checkpoint
 from hdbcli.training.hypernetwork import new_hypernetwork
 from hdbcli.training.personalise import describe
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.spec import BaseSpec
 
@@ -77,11 +76,11 @@ def loss(base: Base, theta: Theta | None, people: int) -> torch.Tensor:
 
 def test_a_spec_offers_target_sets_by_name(spec: BaseSpec) -> None:
     assert spec.with_targets("all").targets == spec.target_sets["all"] != spec.targets
-    with pytest.raises(RegistryError, match="no targets 'some'; it has attention and all"):
+    with pytest.raises(HdbError, match="no targets 'some'; it has attention and all"):
         spec.with_targets("some")
-    with pytest.raises(RegistryError, match="one set without a name"):
+    with pytest.raises(HdbError, match="one set without a name"):
         replace(spec, target_sets={}).with_targets("all")
-    with pytest.raises(RegistryError, match="hold no pattern"):
+    with pytest.raises(HdbError, match="hold no pattern"):
         replace(spec, target_sets={"none": {}})
 
 

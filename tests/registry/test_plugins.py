@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.plugins import Registry, load_metrics, load_registry
 from registry.spec import BaseSpec
 
@@ -97,14 +97,14 @@ def test_built_ins_and_plugins_come_through_one_door(install: Install) -> None:
 def test_unknown_name_tells_choices_and_the_likely_one(install: Install) -> None:
     install("acme", ("stable-diffusion",))
     found = load_registry()
-    with pytest.raises(RegistryError) as caught:
+    with pytest.raises(HdbError) as caught:
         found.get("stable-difusion")
     text = str(caught.value)
     assert "did you mean 'stable-diffusion'?" in text and "first" in text
-    with pytest.raises(RegistryError) as caught:
+    with pytest.raises(HdbError) as caught:
         found.get("zzz")
     assert "did you mean" not in str(caught.value) and "stable-diffusion" in str(caught.value)
-    with pytest.raises(RegistryError, match="none is installed"):
+    with pytest.raises(HdbError, match="none is installed"):
         Registry(BaseSpec).get("first")
 
 
@@ -115,8 +115,8 @@ def test_unknown_name_tells_choices_and_the_likely_one(install: Install) -> None
         ({"head": "def broken(:\n"}, SyntaxError, "SyntaxError"),
         ({"end": "raise ValueError('two\\nlines')"}, ValueError, "ValueError: two lines"),
         ({"end": "raise SystemExit(3)"}, SystemExit, "SystemExit: 3"),
-        ({"end": "register('a string')"}, RegistryError, "str, not a BaseSpec"),
-        ({"models": ("bad name",)}, RegistryError, "'bad name'"),
+        ({"end": "register('a string')"}, HdbError, "str, not a BaseSpec"),
+        ({"models": ("bad name",)}, HdbError, "'bad name'"),
     ],
     ids=["import", "syntax", "raises", "exits", "no spec", "bad spec"],
 )
@@ -133,7 +133,7 @@ def test_a_broken_plugin_is_told_and_never_fatal(
     assert found.names() == ["first", "works"]
     (problem,) = found.problems
     assert says in problem and "(broken 1.5)" in problem and "\n" not in problem
-    with pytest.raises(RegistryError, match="1 could not be loaded"):
+    with pytest.raises(HdbError, match="1 could not be loaded"):
         found.get("broken")
     monkeypatch.setenv("HDB_DEBUG", "1")
     with pytest.raises(error):
@@ -232,7 +232,7 @@ def test_a_good_spec_holds() -> None:
     ids=str,
 )
 def test_a_bad_spec_is_refused_at_its_own_door(change: dict[str, Any]) -> None:
-    with pytest.raises(RegistryError):
+    with pytest.raises(HdbError):
         spec(**change)
 
 

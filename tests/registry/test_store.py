@@ -19,7 +19,7 @@ import torch
 from hdbcli.identity.file import Identity, save
 from hdbcli.method.basis import Fingerprint
 from registry import store
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,10 +67,10 @@ BAD_NAMES += ["", "a/b", "/etc/passwd", "../a", "a\0b", "a\n", "\na", "a b", "x"
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_bad_names_are_refused_on_every_way_to_a_path(name: str, hdb_home: Path) -> None:
     for ask in (store.check_name, store.path_of, store.exists, store.remove):
-        with pytest.raises(RegistryError) as caught:
+        with pytest.raises(HdbError) as caught:
             ask(name)
         assert "\0" not in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(RegistryError):
+    with pytest.raises(HdbError):
         store.resolve(name)
     assert not hdb_home.exists()
 
@@ -125,7 +125,7 @@ def test_root_is_hdb_home_or_the_users_data_folder(
 def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr("pwd.getpwuid", dict[int, str]().__getitem__)  # raises KeyError
-    with pytest.raises(RegistryError, match="set HDB_HOME"):
+    with pytest.raises(HdbError, match="set HDB_HOME"):
         store.names()
 
 
@@ -146,33 +146,33 @@ def test_names_are_unique_without_case(keep: Callable[[str], Path]) -> None:
 def test_resolve_takes_a_name_or_a_file(
     keep: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RegistryError, match="hdb new"):
+    with pytest.raises(HdbError, match="hdb new"):
         store.resolve("alice")
     path = keep("alice")
     copy = tmp_path / "elsewhere.SAFETENSORS"
     shutil.copy(path, copy)
     assert store.resolve("alice") == path and store.resolve(str(copy)) == copy
-    with pytest.raises(RegistryError, match="did you mean 'alice'"):
+    with pytest.raises(HdbError, match="did you mean 'alice'"):
         store.resolve("alcie")
-    with pytest.raises(RegistryError, match="hdb list"):
+    with pytest.raises(HdbError, match="hdb list"):
         store.resolve("zzz")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RegistryError, match=r"no such file.*registry has 'alice'"):
+    with pytest.raises(HdbError, match=r"no such file.*registry has 'alice'"):
         store.resolve("alice.safetensors")
     for bad in ("nobody.safetensors", "x\0.safetensors", "x" * 5000 + ".safetensors"):
-        with pytest.raises(RegistryError, match="no such file"):
+        with pytest.raises(HdbError, match="no such file"):
             store.resolve(bad)
 
 
 def test_remove(keep: Callable[[str], Path]) -> None:
     path = keep("alice")
     keep("bob")
-    with pytest.raises(RegistryError, match="did you mean 'alice'"):
+    with pytest.raises(HdbError, match="did you mean 'alice'"):
         store.remove("alicia")
     assert store.remove("ALICE") == path
     assert store.names() == ["bob"]
     store.path_of("folder").mkdir()
-    with pytest.raises(RegistryError, match="cannot remove"):
+    with pytest.raises(HdbError, match="cannot remove"):
         store.remove("folder")
 
 
@@ -221,19 +221,19 @@ def test_ctrl_c_in_a_process_leaves_nothing(tmp_path: Path) -> None:
 def test_an_unwritable_folder_and_a_full_disk_are_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with (
-        pytest.raises(RegistryError, match="cannot write"),
+        pytest.raises(HdbError, match="cannot write"),
         store.write_beside(tmp_path / "file" / "x.bin"),
     ):
         raise AssertionError("the block must not run")
     (tmp_path / "folder").mkdir()
     with (
-        pytest.raises(RegistryError, match="cannot write"),
+        pytest.raises(HdbError, match="cannot write"),
         store.write_beside(tmp_path / "folder"),
     ):
         pass
     if os.path.exists("/dev/full"):
         with (
-            pytest.raises(RegistryError, match="No space left"),
+            pytest.raises(HdbError, match="No space left"),
             store.write_beside(tmp_path / "x.bin"),
             open("/dev/full", "wb", buffering=0) as full,
         ):
@@ -241,7 +241,7 @@ def test_an_unwritable_folder_and_a_full_disk_are_told(tmp_path: Path) -> None:
     if os.name == "posix" and os.geteuid() != 0:  # root may write anywhere
         (tmp_path / "folder").chmod(0o500)
         with (
-            pytest.raises(RegistryError, match="cannot write"),
+            pytest.raises(HdbError, match="cannot write"),
             store.write_beside(tmp_path / "folder" / "x.bin"),
         ):
             pass
@@ -291,7 +291,7 @@ def test_summary_is_what_list_and_show_print(keep: Callable[[str], Path]) -> Non
         "problem": None,
     }
     assert {key: told[key] for key in wanted} == wanted
-    with pytest.raises(RegistryError, match="no such file"):
+    with pytest.raises(HdbError, match="no such file"):
         store.summary(path.with_name("nobody.safetensors"))
 
 
@@ -303,10 +303,10 @@ def test_pickles_and_archives_are_refused_by_name(
     torch.save({"up": torch.zeros(3)}, bad)
     for raw in (bad.read_bytes(), *kinds[1:]):
         bad.write_bytes(raw)
-        with pytest.raises(RegistryError, match="can run code"):
+        with pytest.raises(HdbError, match="can run code"):
             store.summary(bad)
     bad.write_bytes(kinds[0])  # this old kind has no mark of its own
-    with pytest.raises(RegistryError, match="not a safetensors file"):
+    with pytest.raises(HdbError, match="not a safetensors file"):
         store.summary(bad)
     raw = keep("alice").read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -322,7 +322,7 @@ def test_what_is_no_file_is_told(keep: Callable[[str], Path], tmp_path: Path) ->
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
     bad = {"none": "no such file", "a\0b": "no such file", ".": "not a file", "pipe": "not a file"}
     for name, says in {**bad, str(path / "x"): "cannot read"}.items():
-        with pytest.raises(RegistryError, match=says):
+        with pytest.raises(HdbError, match=says):
             store.summary(tmp_path / name)
     (tmp_path / "link.safetensors").symlink_to(path)
     assert store.summary(tmp_path / "link.safetensors")["base"] == "tiny"
@@ -332,7 +332,7 @@ def test_a_store_that_is_no_folder_is_told(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "identities").write_text("in the way")
     monkeypatch.setenv("HDB_HOME", str(tmp_path))
     for ask in (store.names, store.entries, lambda: store.path_of("alice")):
-        with pytest.raises(RegistryError, match="HDB_HOME"):
+        with pytest.raises(HdbError, match="HDB_HOME"):
             ask()
 
 

@@ -13,13 +13,13 @@ import torch
 from commands import hdb
 
 from hdbcli.config import BankConfig
-from hdbcli.errors import HdbError
 from hdbcli.method.lidb import Theta, inner
 from hdbcli.model.base import Base
 from hdbcli.training.bank import build_bank, read_bank
 from hdbcli.training.objective import weight_loss
 from hdbcli.training.people import People, read_people
 from hdbcli.training.shards import encoded
+from registry.errors import HdbError
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
 CONFIG = BankConfig(steps=2, batch=2, at_once=2)

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hdbcli.config import PORTRAIT, RefineConfig
-from hdbcli.errors import HdbError
 from hdbcli.faces.embedding import embed
 from hdbcli.identity.file import theta_for
 from hdbcli.measure.metrics import FaceMetric
@@ -34,6 +33,7 @@ from hdbcli.training.objective import DRAWS, Samples
 from hdbcli.training.people import People, read_people
 from hdbcli.training.personalise import describe
 from hdbcli.training.refine import draw_times, portrait_loss, refine
+from registry.errors import HdbError
 from registry.spec import SampleSettings
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hdbcli.config import PORTRAIT, RefineConfig
-from hdbcli.errors import HdbError
 from hdbcli.faces.embedding import aligned_chips, chip, embed_aligned, load_embedding
 from hdbcli.faces.photo import crop_face
 from hdbcli.method.hypernet import Faces
@@ -26,6 +25,7 @@ from hdbcli.model.base import Base, load_predictor
 from hdbcli.model.sample import generate
 from hdbcli.training.likeness_loss import contrast, likeness_loss, mosaic, portrait_likeness
 from hdbcli.training.refine import refine
+from registry.errors import HdbError
 from registry.spec import SampleSettings
 from registry.stable_diffusion.backbone import StableDiffusion
 

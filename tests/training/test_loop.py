@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hdbcli.model.device import make_optimizer
 from hdbcli.training.loop import Plan, averages_of, fit
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 PLAN = Plan(steps=12, lr=1e-2, warmup=3, average=0.9, checkpoint_seconds=0.0)
 
@@ -57,13 +57,13 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     run("adamw", path, steps=2)
     parameters, losses, optimizer = problem("adamw")
-    with pytest.raises(RegistryError, match="another model"):
+    with pytest.raises(HdbError, match="another model"):
         next(fit({"other": parameters["w"]}, losses, optimizer, PLAN, None, path))
     other = replace(PLAN, of="lr 1")
-    with pytest.raises(RegistryError, match=r"another run \(unknown\), this is one of \(lr 1\)"):
+    with pytest.raises(HdbError, match=r"another run \(unknown\), this is one of \(lr 1\)"):
         next(fit(parameters, losses, optimizer, other, None, path))
     path.write_bytes(b"half")
-    with pytest.raises(RegistryError, match="cannot resume"):
+    with pytest.raises(HdbError, match="cannot resume"):
         next(fit(parameters, losses, optimizer, PLAN, None, path))
     path.unlink()
     assert next(fit(parameters, losses, optimizer, PLAN, None, path)).number == 1

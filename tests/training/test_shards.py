@@ -16,11 +16,11 @@ from commands import hdb, refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hdbcli.errors import HdbError
 from hdbcli.model.base import Base
 from hdbcli.training import shards
 from hdbcli.training.people import ENOUGH, People, list_people, read_people, read_pictures
 from hdbcli.training.shards import INDEX, REPORT, Prepared, encoded, open_shards, prepare
+from registry.errors import HdbError
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
 PEOPLE = 6

@@ -28,7 +28,7 @@ from hdbcli.training.people import read_people
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
 SCRIPT = """
 import os, torch
-from hdbcli.errors import HdbError
+from registry.errors import HdbError
 from hdbcli.model.device import join_workers
 
 workers = join_workers("cpu")

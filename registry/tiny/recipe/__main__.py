@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hdbcli  # noqa: F401  sets how torch's threads wait, before it is loaded
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 if TYPE_CHECKING:
     from hdbcli.training.loop import Step
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for line in options.run(options):
             print(line, flush=True)
-    except RegistryError as error:
+    except HdbError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

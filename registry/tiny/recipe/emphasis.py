@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.tiny.recipe.pictures import style_of
 
 # Styles and how many people show them: the first group with room that somebody has pictures of.
@@ -26,7 +26,7 @@ def emphasise(
     """Link the portraits of the first people that fill the groups, and their pictures in their
     group's styles, into `out`; return how many people that are."""
     if out.exists():
-        raise RegistryError(f"{out} is there already; delete it to choose again")
+        raise HdbError(f"{out} is there already; delete it to choose again")
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     room = dict(groups)
@@ -45,6 +45,6 @@ def emphasise(
                     if each.exists():
                         os.symlink(each.resolve(), folder / each.name)
     if not beside.exists():
-        raise RegistryError(f"no pictures in these styles in {people}; run the render step first")
+        raise HdbError(f"no pictures in these styles in {people}; run the render step first")
     beside.rename(out)
     return sum(count for _, count in groups) - sum(room.values())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.tiny import TEMPLATE
 from registry.tiny.recipe.pictures import to_pixels, to_unit
 
@@ -104,7 +104,7 @@ def judge_base(
             if i % 10
         ]
     if not held or not learned:
-        raise RegistryError(
+        raise HdbError(
             f"{photos} holds {len(people)} usable people, of whom {held_out} are held out; some "
             "must be held out and some must not"
         )
@@ -152,7 +152,7 @@ def read_autoencoder(folder: Path) -> Any:
             raise ValueError(f"{name} is no autoencoder of diffusers that hdb knows")
         return getattr(diffusers, name).from_pretrained(folder, local_files_only=True).eval()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RegistryError(
+        raise HdbError(
             f"{folder} is no folder of an autoencoder ({error}); give the one that holds its "
             "config.json"
         ) from None
@@ -167,7 +167,7 @@ def read_pairs(folder: Path, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         if len(pairs) == count:
             break
     if len(pairs) < 2:
-        raise RegistryError(
+        raise HdbError(
             f"{folder} holds {len(pairs)} people with two usable photos; two are needed at least"
         )
     return pairs
@@ -175,9 +175,9 @@ def read_pairs(folder: Path, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def read_faces(folder: Path) -> Iterator[tuple[str, list[np.ndarray]]]:
     """Yield each person's name and crops (S, S, 3), as `tiny` draws them, of a folder of people."""
-    from hdbcli.errors import HdbError
     from hdbcli.faces.photo import crop_face
     from hdbcli.training.people import photos_by_person
+    from registry.errors import HdbError
 
     for name, files in photos_by_person(folder, "*")[0].items():
         crops = []

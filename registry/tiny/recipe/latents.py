@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from registry.checkpoints.tensors import save_tensors
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.tiny.recipe.photographs import KINDS, read_photographs
 from registry.tiny.recipe.pictures import STYLES, half, to_unit
 from registry.tiny.recipe.teacher import load_teacher
@@ -100,7 +100,7 @@ def read_taught(build: Path, side: int, teacher: Path, device: str) -> Taught:
 
 def read_latents(build: Path, side: int, device: str) -> Latents:
     """Return every picture that is not held out, and its mirror image, as the autoencoder in `vae`
-    encodes them at `side` px. RegistryError where it was not trained yet."""
+    encodes them at `side` px. HdbError where it was not trained yet."""
     pictures = read_photographs(build)
     kept = build / f"latents-{side}.safetensors"
     if not kept.exists():
@@ -116,10 +116,10 @@ def read_latents(build: Path, side: int, device: str) -> Latents:
 
 
 def read_autoencoder(build: Path) -> AutoencoderTiny:
-    """Load the autoencoder that was trained. RegistryError if there is none."""
+    """Load the autoencoder that was trained. HdbError if there is none."""
     folder = build / "vae"
     if not (folder / "config.json").exists():
-        raise RegistryError(f"no autoencoder in {folder}; run the autoencoder step first")
+        raise HdbError(f"no autoencoder in {folder}; run the autoencoder step first")
     model = AutoencoderTiny.from_pretrained(folder).eval().requires_grad_(False)
     return model.to(memory_format=torch.channels_last)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.tiny.recipe.styles import CAPTIONS, POP_PALETTES
 from registry.tiny.recipe.subject import (
     CANVAS,
@@ -49,10 +49,10 @@ class Painted:
 def paint(subject: Subject, style: str, rng: np.random.Generator, size: int = 128) -> Painted:
     """Paint a photograph, read from its wide crop, in a style named in CAPTIONS.
 
-    Raise RegistryError for another name.
+    Raise HdbError for another name.
     """
     if style not in _PAINTERS:
-        raise RegistryError(f"no style is called {style!r}; there are {', '.join(CAPTIONS)}")
+        raise HdbError(f"no style is called {style!r}; there are {', '.join(CAPTIONS)}")
     picture, points = _PAINTERS[style](subject, rng)
     pixels = cv2.resize(np.clip(picture, 0, 255), (size, size), interpolation=cv2.INTER_AREA)
     return Painted(np.round(pixels).astype(np.uint8), points * (size / len(picture)))

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from hdbcli.faces.photo import align, find_faces, read_photo, similarity
 from registry.checkpoints.tensors import save_tensors
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.files import write_beside
 from registry.tiny import TEMPLATE
 from registry.tiny.recipe.paint import paint
@@ -75,7 +75,7 @@ class Source:
 
 
 def sources(folder: Path) -> list[Source]:
-    """List the photographs of a folder, sorted. Raise RegistryError if there is none."""
+    """List the photographs of a folder, sorted. Raise HdbError if there is none."""
     found = []
     for file in sorted((folder / "people").glob("[0-9]*/[0-9]*.jpg")):
         person = int(file.parent.name)
@@ -84,7 +84,7 @@ def sources(folder: Path) -> list[Source]:
         kind = KINDS.index("nobody" if file.name.startswith(_MODELS) else "person")
         found.append(Source(file, NOBODY + index, 0, kind, index % HELD_NOBODY == 0))
     if not found:
-        raise RegistryError(f"{folder} holds no people/NNNN/K.jpg and no nobodies/*.jpg")
+        raise HdbError(f"{folder} holds no people/NNNN/K.jpg and no nobodies/*.jpg")
     return found
 
 
@@ -120,11 +120,11 @@ def paint_photographs(
 
 
 def read_photographs(build: Path, held: bool = False) -> Photographs:
-    """Read the shards that are there, those to train on or those held out. Raise RegistryError
+    """Read the shards that are there, those to train on or those held out. Raise HdbError
     where there is none."""
     files = sorted((build / "photographs").glob("heldout-*" if held else "train-*"))
     if not files:
-        raise RegistryError(f"no photographs in {build}; run the photographs step first")
+        raise HdbError(f"no photographs in {build}; run the photographs step first")
     shards = [load_file(file) for file in files]
     count = sum(len(shard["people"]) for shard in shards)
     pixels = torch.empty(count, 3, SIDE, SIDE, dtype=torch.uint8)
@@ -193,7 +193,7 @@ def write_people(build: Path) -> Iterator[tuple[int, int]]:
     out = build / "people"
     shards = sorted((build / "photographs").glob("train-*"))
     if not shards:
-        raise RegistryError(f"no photographs in {build}; run the photographs step first")
+        raise HdbError(f"no photographs in {build}; run the photographs step first")
     for done, file in enumerate(shards, 1):
         shard = load_file(file)
         for pixels, style, person, photo in zip(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hdbcli.model.contact_sheet import contact_sheet
 from hdbcli.model.device import autocast
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.tiny.recipe.assets import read_image
 from registry.tiny.recipe.styles import CAPTIONS
 
@@ -46,7 +46,7 @@ def read_pictures(folder: Path) -> Pictures:
     """Read `folder/SEED/STYLE-K.png`, sorted, so that the order is the same on every machine."""
     files = sorted(folder.glob("[0-9]*/*.png"))
     if not files:
-        raise RegistryError(f"no rendered pictures in {folder}; run the render step first")
+        raise HdbError(f"no rendered pictures in {folder}; run the render step first")
     pixels = np.stack([read_image(f, cv2.IMREAD_COLOR)[:, :, ::-1] for f in files])
     styles = [STYLES.index(style_of(f)) for f in files]
     people = [int(f.parent.name) for f in files]

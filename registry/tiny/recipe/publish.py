@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from registry.checkpoints.tensors import canonical, save_tensors
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 LIMIT = 60_000_000  # bytes of everything under weights/
 
@@ -21,7 +21,7 @@ def publish(build: Path, weights: Path) -> int:
     the bytes there."""
     source = build / "pipeline"
     if not (source / "model_index.json").exists():
-        raise RegistryError(f"no pipeline in {source}; run the base step first")
+        raise HdbError(f"no pipeline in {source}; run the base step first")
     beside = weights.with_name(".weights.part")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(source, beside)
@@ -39,17 +39,15 @@ def publish(build: Path, weights: Path) -> int:
             shutil.copy2(file, beside)
     size = sum(file.stat().st_size for file in beside.rglob("*") if file.is_file())
     if size > LIMIT:
-        raise RegistryError(
-            f"the weights take {size:,} bytes, more than {LIMIT:,}; shrink a network"
-        )
+        raise HdbError(f"the weights take {size:,} bytes, more than {LIMIT:,}; shrink a network")
     shutil.rmtree(weights, ignore_errors=True)
     beside.rename(weights)
     return size
 
 
 def check_finite(weights: Path) -> None:
-    """Raise RegistryError if a published number is not finite (fp16 ends at 65,504)."""
+    """Raise HdbError if a published number is not finite (fp16 ends at 65,504)."""
     for file in weights.rglob("*.safetensors"):
         for name, tensor in load_file(file).items():
             if not torch.isfinite(tensor).all():
-                raise RegistryError(f"{file.name}: {name} does not fit fp16")
+                raise HdbError(f"{file.name}: {name} does not fit fp16")

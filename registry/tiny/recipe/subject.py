@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from hdbcli.faces.photo import align
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.fetch import fetch
 from registry.tiny import TEMPLATE
 from registry.tiny.recipe.assets import FACE_MESH, SELFIE
@@ -203,7 +203,7 @@ class Reader:
     """Reads wide crops; holds the two networks."""
 
     def __init__(self, assets: Path) -> None:
-        """Fetch the networks into `assets`, once. Raise RegistryError if that or LiteRT fails."""
+        """Fetch the networks into `assets`, once. Raise HdbError if that or LiteRT fails."""
         packed = (fetch(FACE_MESH, assets) / "face_mesh_solution_packed_assets.data").read_bytes()
         person = (fetch(SELFIE, assets) / "selfie_segmentation.tflite").read_bytes()
         self._mesh = _Network(packed[_LANDMARKS])
@@ -261,7 +261,7 @@ class _Network:
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError:
-            raise RegistryError("painting needs LiteRT: pip install ai-edge-litert") from None
+            raise HdbError("painting needs LiteRT: pip install ai-edge-litert") from None
         self._interpreter = Interpreter(model_content=content, num_threads=1)
         self._interpreter.allocate_tensors()
         self._input = self._interpreter.get_input_details()[0]["index"]

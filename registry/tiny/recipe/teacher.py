@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 
 CHANNELS = 32
 WIDTH = 64
@@ -58,10 +58,10 @@ def new_teacher() -> nn.Sequential:
 
 
 def load_teacher(folder: Path) -> nn.Sequential:
-    """Load the encoder from `taef2_encoder.pth` in a folder. RegistryError where it is missing."""
+    """Load the encoder from `taef2_encoder.pth` in a folder. HdbError where it is missing."""
     file = folder / "taef2_encoder.pth"
     if not file.exists():
-        raise RegistryError(
+        raise HdbError(
             f"no {file}; get TAEF2's encoder from github.com/madebyollin/taesd and give its folder"
         )
     encoder = new_teacher()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hdb_example.network import NUMBERS, PATCH, Denoiser, Words, rows_of
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.spec import SampleSettings
 
 SIDE = 32  # pixels
@@ -60,10 +60,10 @@ class RectifiedFlow:
         progress: Callable[[int, int], None],
     ) -> np.ndarray:
         if settings.scheduler:
-            raise RegistryError(f"{settings.scheduler!r} is no scheduler of this model; drop it")
+            raise HdbError(f"{settings.scheduler!r} is no scheduler of this model; drop it")
         side = settings.size or SIDE
         if side % PATCH:
-            raise RegistryError(f"--size {side} does not fit this model; use a multiple of {PATCH}")
+            raise HdbError(f"--size {side} does not fit this model; use a multiple of {PATCH}")
         shape = (NUMBERS, side // PATCH, side // PATCH)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         x = torch.stack(noise).to(self.denoiser.last.weight)
@@ -79,7 +79,7 @@ class RectifiedFlow:
     def token_embeddings(self, word: str) -> Sequence[tuple[nn.Embedding, int]]:
         rows = rows_of(word)
         if len(rows) != 1:
-            raise RegistryError(f"{word!r} is {len(rows)} words of this model; give one")
+            raise HdbError(f"{word!r} is {len(rows)} words of this model; give one")
         return [(self.words.embedding, rows[0])]
 
     def save(self, folder: Path) -> None:

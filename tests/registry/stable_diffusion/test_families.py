@@ -16,7 +16,7 @@ from hdbcli.method.inject import find_targets
 from hdbcli.method.lidb import shape_of
 from registry.checkpoints.contents import read_checkpoint, read_config
 from registry.checkpoints.tensors import canonical, read_floats
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.spec import SampleSettings
 from registry.stable_diffusion.backbone import StableDiffusion, _scheduler
 from registry.stable_diffusion.families import FAMILIES
@@ -185,7 +185,7 @@ def test_tensors_are_read_one_by_one_as_they_are_wanted(tmp_path: Path) -> None:
     assert read.keys() == tensors.keys()
     assert all(read[name].equal(tensor.half()) for name, tensor in tensors.items())
     assert not read["a.brain"].equal(read["a.one"])  # the control: formats are told apart
-    with pytest.raises(RegistryError, match="is I64, no float"):
+    with pytest.raises(HdbError, match="is I64, no float"):
         read_floats([file], "", torch.float16)
 
 

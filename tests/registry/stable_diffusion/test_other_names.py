@@ -21,7 +21,7 @@ from registry.bases.settings import Added
 from registry.checkpoints.contents import LARGEST, read_checkpoint
 from registry.checkpoints.other_names import original_names
 from registry.checkpoints.safetensors import TensorInfo, read_header
-from registry.errors import HdbWarning, RegistryError
+from registry.errors import HdbError, HdbWarning
 from registry.spec import BaseSpec, SampleSettings
 from registry.stable_diffusion.families import FAMILIES
 from registry.stable_diffusion.few_steps import few_steps
@@ -107,7 +107,7 @@ def test_a_component_alone_is_named(narrow: Narrow, tmp_path: Path) -> None:
     ]
     for names, says in parts:
         save_file({name: torch.zeros(1) for name in names}, file)
-        with pytest.raises(RegistryError, match=says) as said:
+        with pytest.raises(HdbError, match=says) as said:
             recognise(read_checkpoint(file))
         assert "damaged" not in str(said.value)
 
@@ -126,7 +126,7 @@ def test_unets_with_further_inputs_are_named(
     checkpoint = read_checkpoint(narrow.single(family))
     assert recognise(checkpoint).name == family  # the control
     unet = {**checkpoint.components["unet"], tensor: TensorInfo("F16", (8, 8), (0, 128))}
-    with pytest.raises(RegistryError, match=says):
+    with pytest.raises(HdbError, match=says):
         recognise(replace(checkpoint, components={**checkpoint.components, "unet": unet}))
 
 

@@ -67,4 +67,4 @@ def test_python_without_docstrings_is_named_as_the_reason() -> None:
     }
     assert runs["-O"].returncode == 0, runs["-O"].stderr
     assert "-OO" in runs["-OO"].stderr.splitlines()[-1]
-    assert "RegistryError" in runs["-OO"].stderr or "HdbError" in runs["-OO"].stderr
+    assert "HdbError" in runs["-OO"].stderr or "HdbError" in runs["-OO"].stderr

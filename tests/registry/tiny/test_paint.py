@@ -13,7 +13,7 @@ import torch
 from hdbcli.faces.embedding import chip, load_embedding
 from hdbcli.faces.photo import find_faces, read_photo
 from hdbcli.training.people import read_people
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.tiny import TEMPLATE
 from registry.tiny.recipe.assets import FACE_MESH, SELFIE, read_image
@@ -204,7 +204,7 @@ def test_every_style_does_what_it_says(painted: dict[str, Painted]) -> None:
 
 
 def test_an_unknown_style_is_refused(subject: Subject) -> None:
-    with pytest.raises(RegistryError, match=r"watercolour.*portrait"):
+    with pytest.raises(HdbError, match=r"watercolour.*portrait"):
         paint(subject, "watercolour", np.random.default_rng(0))
 
 
@@ -238,7 +238,7 @@ def test_photographs_become_shards(reader: Reader, astronaut: Path, tmp_path: Pa
     gone.unlink()
     assert len(list(paint_photographs(data, build))) == 2
     assert kept.stat().st_mtime_ns == written and gone.read_bytes() == content
-    with pytest.raises(RegistryError, match="people/NNNN"):
+    with pytest.raises(HdbError, match="people/NNNN"):
         sources(tmp_path / "nowhere")
     # As a folder of people: for training with hdb's own command, and for the other steps.
     assert list(write_people(build)) == [(1, 1)]

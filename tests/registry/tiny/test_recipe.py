@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.tiny.clip import load_clip
 from registry.tiny.recipe.__main__ import main
 from registry.tiny.recipe.assets import MATERIALS, MESHES, Assets, fetch_assets, read_image
@@ -187,9 +187,9 @@ def test_emphasis_fills_its_groups_in_turn(tmp_path: Path) -> None:
     assert found == {name: {"portrait-0", f"{style}-0"} for name, style in both.items()}
     assert (out / "1/pixar-0.png").read_bytes() == b"pixar"
     assert (out / "1/pixar-0.txt").read_text() == "pixar of a [V] face"
-    with pytest.raises(RegistryError, match="there already"):
+    with pytest.raises(HdbError, match="there already"):
         emphasise(tmp_path / "people", out)
-    with pytest.raises(RegistryError, match="no pictures in these styles"):
+    with pytest.raises(HdbError, match="no pictures in these styles"):
         emphasise(tmp_path / "people", tmp_path / "none", ((("popart",), 1),))
     assert not (tmp_path / "none").exists()
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.tiny.recipe.autoencoder import new_autoencoder, new_discriminator
 from registry.tiny.recipe.base import new_scheduler, new_unet
 from registry.tiny.recipe.latents import GROUPS, Latents
@@ -92,5 +92,5 @@ def test_pictures_of_nobody_mostly_say_so(latents: Latents) -> None:
 
 
 def test_a_missing_teacher_is_said(tmp_path: Path) -> None:
-    with pytest.raises(RegistryError, match=r"taef2_encoder\.pth"):
+    with pytest.raises(HdbError, match=r"taef2_encoder\.pth"):
         load_teacher(tmp_path)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hdbcli.model.base import Base
-from registry.errors import RegistryError
+from registry.errors import HdbError
 from registry.tiny import WEIGHTS
 from registry.tiny.recipe.pictures import read_pictures, sheet, to_pixels, to_unit
 from registry.tiny.recipe.publish import check_finite, publish
@@ -105,11 +105,11 @@ def test_pictures_are_read_in_order(tmp_path: Path) -> None:
     assert read.people.tolist() == [3, 3, 7, 7] and read.styles.tolist() == [3, 0, 3, 0]
     assert torch.equal(read.pixels[1], pixels[0])
     assert torch.equal(to_pixels(to_unit(pixels)), pixels)
-    with pytest.raises(RegistryError, match="render step"):
+    with pytest.raises(HdbError, match="render step"):
         read_pictures(tmp_path / "none")
 
 
 def test_publish_refuses_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(RegistryError, match="base step"):
+    with pytest.raises(HdbError, match="base step"):
         publish(tmp_path, tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
