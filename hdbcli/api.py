@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
-from hdbcli.config import MAIN_METHODS, RefineConfig, Tell
+from hdbcli.config import LARGEST_SEED, MAIN_METHODS, RefineConfig, Tell
 from hdbcli.faces.photo import Crop
 from hdbcli.faces.source import check_photos
 from hdbcli.identity import file as identities
@@ -46,6 +46,31 @@ if TYPE_CHECKING:
     from hdbcli.interop.lora_readers import Reading
     from hdbcli.interop.lora_stack import Stacked
     from hdbcli.measure.score import Score
+
+__all__ = [
+    "Base",
+    "Compared",
+    "Created",
+    "Drawn",
+    "Exported",
+    "HdbError",
+    "HdbWarning",
+    "Identity",
+    "Merged",
+    "Picture",
+    "Saved",
+    "compare",
+    "compose",
+    "export",
+    "generate",
+    "load",
+    "merge",
+    "new",
+    "refine",
+    "save",
+    "score",
+    "walk",
+]
 
 T = TypeVar("T")
 Photos: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
@@ -185,7 +210,8 @@ def new(
     says. HdbError for a photo without a face, and for options out of range.
     """
     _check_counts(steps=steps, rank=rank)
-    _check_numbers(likeness=likeness)
+    _check_weights(likeness=likeness)
+    _check_seed(seed)
     if targets is not None and isinstance(base, Base):
         raise HdbError(f"the base is loaded already; load it with targets={targets!r} instead")
     home = base if isinstance(base, Base) else find_base(base, targets)
@@ -229,7 +255,8 @@ def refine(
     The identity that was given stays as it is: the one that is returned can be saved.
     """
     _check_counts(steps=steps, rank=rank)
-    _check_numbers(likeness=likeness)
+    _check_weights(likeness=likeness)
+    _check_seed(seed)
     _, identity = _read(person)
 
     def make(loaded: Base, crops: Sequence[Crop]) -> Created:
@@ -306,7 +333,9 @@ def generate(
     from hdbcli.interop import lora_stack
 
     _check_counts(count=count, steps=steps, size=size)
-    _check_numbers(guidance=guidance, strength=strength)
+    _check_numbers(strength=strength)
+    _check_weights(guidance=guidance)
+    _check_seed(0 if seed is None else seed)
     several = [people] if isinstance(people, Identity | str | os.PathLike) else list(people)
     if not several:
         raise HdbError("nobody was given; name one identity at least")
@@ -689,6 +718,20 @@ def _check_numbers(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not math.isfinite(value):
             raise HdbError(f"{name} is {value}; give a finite number")
+
+
+def _check_weights(**values: float | None) -> None:
+    """Refuse NaN, infinity and what is below zero."""
+    _check_numbers(**values)
+    for name, value in values.items():
+        if value is not None and value < 0:
+            raise HdbError(f"{name} is {value}; give 0 or more")
+
+
+def _check_seed(seed: int) -> None:
+    """Refuse a seed that no generator takes."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise HdbError(f"seed is {seed}; give a number from 0 to {LARGEST_SEED}")
 
 
 def _paths(photos: Photos) -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 DEVICES = ("cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw8bit", "adamw")
+LARGEST_SEED = 2**63 - 1  # torch takes twice as large ones: a first seed may be counted up from
 PRECISIONS = ("auto", "fp32")
 MEMORIES = ("auto", "low", "normal", "half", "recompute")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml")

@@ -170,6 +170,10 @@ def test_what_is_refused_says_what_the_command_says(
     for wrong, fact in (
         (lambda: api.generate("alice", face, count=0, base=tiny), "count is 0"),
         (lambda: api.generate("alice", face, strength=float("nan"), base=tiny), "strength is nan"),
+        (lambda: api.generate("alice", face, guidance=-1, base=tiny), "guidance is -1"),
+        (lambda: api.generate("alice", face, seed=-1, base=tiny), "seed is -1"),
+        (lambda: api.new("empty.png", seed=2**64, base=tiny), f"seed is {2**64}"),
+        (lambda: api.refine("alice", "empty.png", likeness=-0.5, base=tiny), "likeness is -0.5"),
         (lambda: api.new("empty.png", steps=0, base=tiny), "steps is 0"),
         (lambda: api.new("empty.png", crop="crop.jpg", base=tiny), "crop.jpg is not named .png"),
         (lambda: api.new("empty.png", targets="all", base=tiny), "targets='all'"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from hdbcli.config import OPTIMIZERS, PICTURES, RefineConfig
+from hdbcli.config import LARGEST_SEED, OPTIMIZERS, PICTURES, RefineConfig
 from hdbcli.faces.source import KINDS, STDIN, check_photos
 from registry import store
 from registry.errors import HdbError
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from registry.spec import BaseSpec
 
 T = TypeVar("T")
-SEEDS = 2**63 - 1
 FORMATS = "fp16, fp32 or int8"
 
 
@@ -109,7 +108,7 @@ Likeness = Annotated[
     ),
 ]
 FirstSeed = Annotated[
-    int | None, typer.Option(min=0, max=SEEDS, help="First seed; default: random.")
+    int | None, typer.Option(min=0, max=LARGEST_SEED, help="First seed; default: random.")
 ]
 SamplingSteps = Annotated[
     int | None,
@@ -142,7 +141,7 @@ Grid = Annotated[
 ]
 NewName = Annotated[str, typer.Argument(help="The new name.")]
 Steps = Annotated[int, typer.Option(min=1, help="Iterations of refinement.")]
-Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of the noise.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")]
 Memory = Annotated[
     str,
     typer.Option(
@@ -155,7 +154,7 @@ Optimizer = Annotated[
 NewSeed = Annotated[
     int | None,
     typer.Option(
-        "--seed", min=0, max=SEEDS, help=f"Seed of the noise; default: {RefineConfig.seed}."
+        "--seed", min=0, max=LARGEST_SEED, help=f"Seed of the noise; default: {RefineConfig.seed}."
     ),
 ]
 NewOptimizer = Annotated[
