@@ -587,7 +587,7 @@ def compare(
     from hdbcli.measure.metrics import load_judges
     from hdbcli.model.base import open_pair
     from hdbcli.model.memory import enough
-    from hdbcli.training.people import read_people
+    from hdbcli.training.people import read_people, skipped_lines
     from registry.bases.settings import DEFAULT
     from registry.plugins import load_metrics
 
@@ -601,9 +601,8 @@ def compare(
     chosen = [suited(each, loaded, steps) for each in chosen]
     with enough("close other programs, take a smaller --batch"):
         test = read_people(Path(photos), loaded.spec, pattern, False, tell).first(people)
-        if test.skipped:
-            count = len(test.skipped)
-            note(f"warning: {count} photos were skipped, the first because: {test.skipped[0]}")
+        for line in skipped_lines(test.skipped):
+            note(line)
         if tune is not None:
             others = read_people(Path(tune), loaded.spec, pattern, False, tell)
             chosen = comparison.tuned(loaded, model, others, chosen, out, batch, tell)

@@ -133,8 +133,10 @@ def follow(steps: Iterator[Step], tell: Tell) -> None:
 
 def show_skipped(skipped: Sequence[str]) -> None:
     """Say how many photos were left out, and why the first one was."""
-    if skipped:
-        note(f"warning: {len(skipped)} photos were skipped, the first because: {skipped[0]}")
+    from hdbcli.training.people import skipped_lines
+
+    for line in skipped_lines(skipped):
+        note(line)
 
 
 def show_prepared(done: Prepared, report: Path, seconds: float) -> None:

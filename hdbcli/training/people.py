@@ -98,6 +98,13 @@ class Picture(NamedTuple):
     problem: str = ""
 
 
+def skipped_lines(skipped: Sequence[str]) -> list[str]:
+    """Say how many photos were left out, and why the first one was; nothing where none was."""
+    if not skipped:
+        return []
+    return [f"warning: {len(skipped)} photos were skipped, the first because: {skipped[0]}"]
+
+
 def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell: Tell) -> People:
     """Read and crop every photo matching `pattern` into memory; photos without one clear face are
     skipped and named.
