@@ -191,7 +191,7 @@ def test_set_hypernetwork(hdb_home: Path, tmp_path: Path) -> None:
     shutil.copy(own, other)
     (tmp_path / "bad.safetensors").write_bytes(b"half")
     set_to = ("base", "set-hypernetwork", "tiny")
-    refused(*set_to, tmp_path / "bad.safetensors", says="not a hypernetwork")
+    refused(*set_to, tmp_path / "bad.safetensors", says="not a safetensors file")
     refused(*set_to, says="either the file")
     ok(*set_to, other)
     assert customised(load_registry().get("tiny")).hypernetwork == other
