@@ -248,22 +248,23 @@ def _part_losses(
         images = material.images(rows)
         return torch.where(turned.view(-1, 1, 1, 1), images.flip(-1), images).to(device)
 
+    def encoded(rows: Tensor, turned: Tensor) -> Tensor:
+        both = material.latents(rows.tolist())
+        return both[torch.arange(len(rows)), turned.long()].float().to(device)
+
     # Samples lie people fastest: the order in which the layer deals out identities.
-    one, both = torch.arange(len(mirrored)), material.latents(batch.read.tolist())
     faces = Faces(
         seen(batch.read, mirrored),
         material.traits(batch.read).to(device),
-        both[one, mirrored.long()].float().to(device),
+        encoded(batch.read, mirrored),
     )
     with autocast(device, precision):
         theta = model(faces)
 
     def samples(drawn: Tensor, captions: Sequence[str]) -> Samples:
         count, rows = len(drawn), drawn.T.flatten()
-        both = material.latents(rows.tolist())
-        clean = both[torch.arange(len(rows)), mirrored[:count].long().repeat(DRAWS)]
         return Samples(
-            clean.float().to(device),
+            encoded(rows, mirrored[:count].repeat(DRAWS)),
             [base.prompt(caption) for caption in captions],
             noise[:count].transpose(0, 1).flatten(0, 1).to(device),
             batch.t[:count].T.flatten().to(device),
