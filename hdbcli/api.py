@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -31,7 +32,9 @@ from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import stack
 from hdbcli.model import sample
 from hdbcli.model.base import Base, load_base, on_base
+from hdbcli.model.contact_sheet import contact_sheet, in_rows
 from hdbcli.model.device import choose_device
+from hdbcli.model.gallery import gallery
 from hdbcli.model.hypernetwork_file import targets_of
 from hdbcli.model.memory import Work
 from hdbcli.training import personalise
@@ -90,17 +93,22 @@ class Saved:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One picture (H, W, 3) uint8, whom it shows, the seed that makes it again, and how it was made
-    in the words that A1111, Forge and ComfyUI read."""
+    """One picture (H, W, 3) uint8, whom it shows, the prompt and the seed that make it again, and
+    how it was made in the words that A1111, Forge and ComfyUI read."""
 
     image: np.ndarray
     name: str
+    prompt: str
     seed: int
     parameters: str
 
     def pil(self) -> Image.Image:
         """Return it as a PIL image."""
         return Image.fromarray(self.image)
+
+    def png(self) -> bytes:
+        """Return it as a PNG file with how it was made inside."""
+        return sample.png(self.image, self.parameters)
 
     def save(self, path: str | os.PathLike[str], new: bool = False) -> None:
         """Write it as PNG with how it was made inside; HdbError if it is to be `new` and is not."""
@@ -109,11 +117,36 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """The pictures of one call, person by person, and the LoRA files that were added."""
+    """The pictures of one call, person by person and prompt by prompt, and the LoRA files that were
+    added."""
 
     pictures: tuple[Picture, ...]
+    people: int
+    prompts: tuple[str, ...]
     base: str
     loras: tuple[Stacked, ...] = ()
+
+    def sheet(self) -> Picture:
+        """Lay the pictures out as one, each with its prompt and seed, and among several people its
+        name: a row for each person and prompt, or for each person where seeds do not differ."""
+        count = len(self.pictures) // (self.people * len(self.prompts))
+        columns = count if count > 1 else len(self.prompts)
+        if self.people == 1 and 1 in (count, len(self.prompts)):
+            columns = min(4, len(self.pictures))
+        captions = [self._caption(each) for each in self.pictures]
+        rows = in_rows([each.image for each in self.pictures], columns)
+        image = contact_sheet(rows, captions=in_rows(captions, columns))
+        return replace(self.pictures[0], image=image)
+
+    def html(self) -> str:
+        """Return a page for a browser that shows the pictures and needs no other file."""
+        title = ", ".join(dict.fromkeys(each.name for each in self.pictures))
+        each = ((p.png(), self._caption(p), p.parameters) for p in self.pictures)
+        return gallery(title, each)
+
+    def _caption(self, picture: Picture) -> str:
+        whose = f"{picture.name}: " if self.people > 1 else ""
+        return f"{whose}{picture.prompt}, seed {picture.seed}"
 
 
 @dataclass(frozen=True)
@@ -303,7 +336,7 @@ def save(
 
 def generate(
     people: Person | Sequence[Person],
-    prompt: str,
+    prompt: str | Sequence[str],
     *,
     count: int = 4,
     seed: int | None = None,
@@ -323,9 +356,9 @@ def generate(
 ) -> Drawn:
     """Draw people in any style, such as "a Pixar character of a [V] face".
 
-    Each gets `count` pictures from the seeds `seed`, `seed` + 1, ...; None starts at a random one.
-    Several people are drawn in one pass. `strength` weighs the identity, 0 is the base alone.
-    Options left None are the base's own, or what a few-step model needs.
+    Each gets `count` pictures of every prompt, from the seeds `seed`, `seed` + 1, ...; None starts
+    at a random one. Several people are drawn in one pass. `strength` weighs the identity, 0 is the
+    base alone. Options left None are the base's own, or what a few-step model needs.
     `loras` are FILE or FILE=STRENGTH, added to the weights of a base that is loaded for this call.
     `keep` is handed all pictures so far after each pass, again from the start where a run begins
     anew with less memory.
@@ -339,6 +372,9 @@ def generate(
     several = [people] if isinstance(people, Identity | str | os.PathLike) else list(people)
     if not several:
         raise HdbError("nobody was given; name one identity at least")
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    if not prompts:
+        raise HdbError("no prompt was given; say what to draw, such as 'a [V] face'")
     read = [_read(each) for each in several]
     if loras and isinstance(base, Base):
         raise HdbError("LoRA files would stay in a base that is loaded already; give its name")
@@ -357,11 +393,13 @@ def generate(
     for line in [said, *sample.doubts(spec, settings, strength)]:
         if line:
             note(line)
-    if "[V]" not in prompt:
-        note('hint: the prompt has no [V], the place of the person: "a [V] face as ..."')
+    for each in prompts:
+        if "[V]" not in each:
+            which = "the prompt" if len(prompts) == 1 else repr(each)
+            note(f'hint: {which} has no [V], the place of the person: "a [V] face as ..."')
     seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
-    names = [name for name, _ in read for _ in range(count)]
-    seeds = [seed + i for _ in read for i in range(count)]
+    wanted = list(product(range(len(read)), prompts, range(seed, seed + count)))
+    whose, texts, seeds = zip(*wanted, strict=True)
 
     def draw(loaded: Base) -> Drawn:
         theta = _adapter(loaded, read, note).scaled(strength)
@@ -370,23 +408,24 @@ def generate(
             if each.unread:
                 note(f"warning: {each.problem}")
         if len(read) > 1:  # each wears their own; one person alone serves all pictures
-            theta = theta[[i for i in range(len(read)) for _ in range(count)]]
+            theta = theta[list(whose)]
         more = lora_stack.parameters(stacked)
 
         def described(drawn: Sequence[sample.Picture]) -> tuple[Picture, ...]:
             parts = []
-            for name, each in zip(names, drawn, strict=False):
-                whose = f"{name} {strength:g}"
-                text = sample.parameters_text(prompt, settings, each, spec.name, whose, more)
-                parts.append(Picture(each.image, name, each.seed, text))
+            for (person, prompt, seed), each in zip(wanted, drawn, strict=False):
+                name = read[person][0]
+                worn = f"{name} {strength:g}"
+                text = sample.parameters_text(prompt, settings, each, spec.name, worn, more)
+                parts.append(Picture(each.image, name, prompt, seed, text))
             return tuple(parts)
 
         def hand_on(drawn: Sequence[sample.Picture]) -> None:
             if keep is not None:
                 keep(described(drawn))
 
-        drawn = sample.generate(loaded, theta, prompt, seeds, settings, tell, hand_on)
-        return Drawn(described(drawn), spec.name, tuple(stacked))
+        drawn = sample.generate(loaded, theta, texts, seeds, settings, tell, hand_on)
+        return Drawn(described(drawn), len(read), prompts, spec.name, tuple(stacked))
 
     if not isinstance(home, Base):
         tell("load", 0, 1)
@@ -512,7 +551,7 @@ def walk(
         sheet = interpolation.draw(loaded, [theta[[i]] for i in range(len(read))], tell)
         prompts = " | ".join(interpolation.ROWS)
         text = sample.parameters_text(prompts, spec.sampling, sheet, spec.name, names)
-        return Picture(sheet.image, names, sheet.seed, text)
+        return Picture(sheet.image, names, prompts, sheet.seed, text)
 
     work = interpolation.work_of(spec, len(read))
     return _on(_Place(home, device, memory, work, first, note), draw)

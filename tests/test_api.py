@@ -50,7 +50,7 @@ def test_the_example_of_the_page_runs(
     page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(block, names)
     images = names["images"]
@@ -60,6 +60,8 @@ def test_the_example_of_the_page_runs(
     with Image.open("alice.png") as saved:
         assert saved.tobytes() == images[0].tobytes()
         assert "a Pixar character of a [V] face" in saved.info["parameters"]
+    assert Image.open("sheet.png").width == 256
+    assert Path("sheet.html").read_text(encoding="utf-8").count("<img ") == 4
     both = names["both"].pictures
     assert [picture.seed for picture in both] == [0, 1, 0, 1]
     assert not np.array_equal(both[0].image, both[2].image)  # same seed, another person

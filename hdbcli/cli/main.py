@@ -28,6 +28,7 @@ from hdbcli.cli.options import (
     Force,
     Grid,
     Guidance,
+    Html,
     Identity,
     Json,
     Likeness,
@@ -39,7 +40,8 @@ from hdbcli.cli.options import (
     NewSeed,
     Optimizer,
     Photo,
-    Prompt,
+    PromptFile,
+    Prompts,
     SamplingSteps,
     Scheduler,
     Seed,
@@ -51,6 +53,7 @@ from hdbcli.cli.options import (
     name_for,
     new_path,
     photos_of,
+    prompts_in,
     refuse_given,
 )
 from hdbcli.cli.store import cp, gc, import_identity, mv, rm, verify
@@ -191,7 +194,8 @@ def gen(
     identity: Annotated[
         str, typer.Argument(help="Name of an identity, or its file; several: alice,bob,carol.")
     ],
-    prompt: Prompt,
+    prompts: Prompts = None,
+    file: PromptFile = None,
     count: Count = 4,
     seed: FirstSeed = None,
     steps: SamplingSteps = None,
@@ -208,24 +212,33 @@ def gen(
         Path | None, typer.Option("-o", "--out", help="A folder, or one .png file.")
     ] = None,
     grid: Grid = False,
+    html: Html = False,
     as_json: Json = False,
 ) -> None:
     """Draw an identity in any style, such as "a Pixar character of a [V] face".
 
     The same seed gives the same picture. Prompt and negative prompt both wear the identity. Several
-    people are drawn in one pass, each with the same seeds.
+    people and prompts are drawn in one pass, each with the same seeds.
     """
     from hdbcli import api
     from hdbcli.cli import outputs
 
     first = int.from_bytes(os.urandom(4), "big") if seed is None else seed
     paths = [store.resolve(each) for each in identity.split(",")]
-    stems = [f"{path.stem}-{first + i}" for path in paths for i in range(count)]
-    kept = outputs.Album(outputs.plan_outputs(out, stems, grid))
+    texts = list(dict.fromkeys([*(prompts or []), *prompts_in(file)]))
+    if not texts:
+        raise typer.BadParameter('say what to draw, such as "a [V] face"', param_hint="PROMPT")
+    stems = [
+        outputs.stem_of(path.stem, text, first + i)
+        for path in paths
+        for text in texts
+        for i in range(count)
+    ]
+    kept = outputs.Album(outputs.plan_outputs(out, stems, grid, html))
     with render.progress() as tell:
         drawn = api.generate(
             paths,
-            prompt,
+            texts,
             count=count,
             seed=first,
             steps=steps,
@@ -242,8 +255,8 @@ def gen(
             tell=tell,
             note=render.note,
         )
-    values = {"name": ",".join(map(store.shown, paths)), "base": drawn.base, **kept.close()}
-    values |= {"prompt": prompt, "loras": [each.facts() for each in drawn.loras]}
+    values = {"name": ",".join(map(store.shown, paths)), "base": drawn.base, **kept.close(drawn)}
+    values |= {"prompts": texts, "loras": [each.facts() for each in drawn.loras]}
     (render.document if as_json else render.show_pictures)(values)
 
 

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TextIO, TypeVar
 
 import typer
 
@@ -35,6 +35,11 @@ def as_text(value: str) -> str:
     except UnicodeEncodeError as error:
         raise typer.BadParameter(f"{value!r} is no text in UTF-8") from error
     return value
+
+
+def as_texts(values: list[str] | None) -> list[str] | None:
+    """Refuse it of each of several."""
+    return [as_text(value) for value in values] if values else values
 
 
 def finite(value: float | None) -> float | None:
@@ -133,11 +138,25 @@ Negative = Annotated[
 ]
 Count = Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="How many pictures.")]
 Size = Annotated[int | None, typer.Option(min=8, max=16384, help="Pixels; default: the base's.")]
-Prompt = Annotated[
-    str, typer.Argument(callback=as_text, help="What to draw; [V] is the person's place in it.")
+Prompts = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="PROMPT...",
+        callback=as_texts,
+        help="What to draw, one picture or more each; [V] is the person's place in it.",
+    ),
+]
+PromptFile = Annotated[
+    typer.FileText | None,
+    typer.Option(
+        "--prompts", encoding="utf-8-sig", help="A file of prompts, one a line; - reads them."
+    ),
 ]
 Grid = Annotated[
     bool, typer.Option("--grid", help="Save a contact sheet too; with -o FILE.png, only that.")
+]
+Html = Annotated[
+    bool, typer.Option("--html", help="Save a page too, for a browser, with all pictures inside.")
 ]
 NewName = Annotated[str, typer.Argument(help="The new name.")]
 Steps = Annotated[int, typer.Option(min=1, help="Iterations of refinement.")]
@@ -199,6 +218,21 @@ def photos_of(photo: Path, more: Sequence[Path] | None) -> list[Path]:
     photos = [photo, *(more or [])]
     check_photos(photos)
     return photos
+
+
+def prompts_in(file: TextIO | None) -> list[str]:
+    """Return the lines of a file of prompts that are not empty."""
+    if file is None:
+        return []
+    try:
+        lines = [line.strip() for line in file]
+    except (OSError, ValueError) as error:
+        raise HdbError(
+            f"{file.name} is no text in UTF-8 ({error}); give one prompt a line"
+        ) from error
+    if not any(lines):
+        raise HdbError(f"{file.name} holds no prompt; write one a line")
+    return [line for line in lines if line]
 
 
 def new_path(name: str, force: bool) -> Path:

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from hdbcli.api import Picture
+from hdbcli.api import Drawn, Picture
 from hdbcli.config import PICTURES
-from hdbcli.model.contact_sheet import contact_sheet, in_rows
 from registry.errors import HdbError
-from registry.files import Taken, check_writable
+from registry.files import Taken, check_writable, write_kept
+
+WORDS = 48  # letters of a prompt in a file's name
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where pictures go: a file each, or none of them, and the contact sheet, if one is wanted."""
+    """Where pictures go: a file each, or none of them, and the contact sheet and the page, if they
+    are wanted."""
 
     pictures: tuple[Path, ...]
     grid: Path | None
+    page: Path | None = None
     named: bool = False  # by the user, who may have them replaced
 
 
-def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool) -> Outputs:
+def stem_of(name: str, prompt: str, seed: int) -> str:
+    """Return how the file of a picture is called: by whom it shows, the first words of the prompt
+    in letters that every system takes, and the seed."""
+    text = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z0-9]+", "-", text)
+    if len(words) > WORDS:
+        words = words[:WORDS].rpartition("-")[0] or words[:WORDS]
+    return "-".join(filter(None, (name, words.strip("-"), str(seed))))
+
+
+def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool, page: bool = False) -> Outputs:
     """Name the files before the work: `STEM.png` in a folder, or exactly the .png given.
 
     Nothing is overwritten but a file that was named itself. Raise HdbError for what cannot be
@@ -40,7 +55,8 @@ def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool) -> Outputs:
                 "--grid for a sheet of them"
             )
         check_writable(out)
-        return Outputs((), out) if grid else Outputs((out,), None, named=True)
+        beside = _free(out.parent, out.stem, suffix=".html") if page else None
+        return Outputs((), out, beside) if grid else Outputs((out,), None, beside, named=True)
     folder = out or Path()
     if folder.exists() and not folder.is_dir():
         raise HdbError(f"{folder} is a file; give a folder or a name that ends in .png")
@@ -48,13 +64,17 @@ def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool) -> Outputs:
     for stem in stems:  # two files in different folders may have one stem
         paths.append(_free(folder, stem, paths))
     check_writable(paths[0])
-    return Outputs(tuple(paths), _free(folder, f"{stems[0]}-grid") if grid else None)
+    return Outputs(
+        tuple(paths),
+        _free(folder, f"{stems[0]}-grid") if grid else None,
+        _free(folder, stems[0], suffix=".html") if page else None,
+    )
 
 
-def _free(folder: Path, stem: str, taken: Sequence[Path] = ()) -> Path:
-    path, again = folder / f"{stem}.png", 2
+def _free(folder: Path, stem: str, taken: Sequence[Path] = (), suffix: str = ".png") -> Path:
+    path, again = folder / f"{stem}{suffix}", 2
     while path.exists() or path in taken:
-        path, again = folder / f"{stem}-{again}.png", again + 1
+        path, again = folder / f"{stem}-{again}{suffix}", again + 1
     return path
 
 
@@ -77,19 +97,29 @@ class Album:
                 self.paths.append(_save_free(picture, self.outputs.pictures[len(self.pictures)]))
             self.pictures.append(picture)
 
-    def close(self) -> dict[str, Any]:
-        """Save the contact sheet, if one is wanted; return all as `hdb gen --json` prints it."""
-        grid = self.outputs.grid
+    def close(self, drawn: Drawn) -> dict[str, Any]:
+        """Save the contact sheet and the page, if they are wanted; return all files as `hdb gen
+        --json` prints them."""
+        grid, page = self.outputs.grid, self.outputs.page
         if grid:
-            people, count = len({picture.name for picture in self.pictures}), len(self.pictures)
-            columns = count // people if people > 1 else min(4, count)
-            rows = in_rows([picture.image for picture in self.pictures], columns)
-            replace(self.pictures[0], image=contact_sheet(rows)).save(grid)
+            drawn.sheet().save(grid)
+        if page:
+            text = drawn.html()
+            write_kept(page, lambda file: file.write_text(text, encoding="utf-8"))
         listed = [
-            {"name": picture.name, "path": str(path) if path else None, "seed": picture.seed}
+            {
+                "name": picture.name,
+                "path": str(path) if path else None,
+                "prompt": picture.prompt,
+                "seed": picture.seed,
+            }
             for path, picture in zip_longest(self.paths, self.pictures)
         ]
-        return {"pictures": listed, "grid": str(grid) if grid else None}
+        return {
+            "pictures": listed,
+            "grid": str(grid) if grid else None,
+            "html": str(page) if page else None,
+        }
 
 
 def _save_free(picture: Picture, path: Path) -> Path:

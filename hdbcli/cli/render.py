@@ -221,11 +221,11 @@ def show_created(values: Mapping[str, Any]) -> None:
 
 
 def show_pictures(saved: Mapping[str, Any]) -> None:
-    """Print where each picture is and its seed, and then the sheet of them."""
+    """Print where each picture is and its seed, and then the sheet and the page of them."""
     for picture in saved["pictures"]:
         say(f"{picture['path'] or 'in the sheet'}  seed {picture['seed']}")
-    if saved["grid"]:
-        say(saved["grid"])
+    for more in filter(None, (saved["grid"], saved["html"])):
+        say(more)
 
 
 def show_entries(entries: Sequence[Entry]) -> None:

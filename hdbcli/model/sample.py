@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -103,15 +104,17 @@ def _at_once(side: int) -> int:
     return max(1, min(32, AT_ONCE * 512**2 // side**2))
 
 
-def save_picture(image: np.ndarray, path: Path, text: str, new: bool = False) -> None:
-    """Write a PNG with the `parameters` chunk that A1111, Forge and ComfyUI tools read."""
-    info = PngInfo()
+def png(image: np.ndarray, text: str) -> bytes:
+    """Return a PNG file with the `parameters` chunk that A1111, Forge and ComfyUI tools read."""
+    info, file = PngInfo(), BytesIO()
     info.add_text("parameters", text)
+    Image.fromarray(image).save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
 
-    def write(file: Path) -> None:
-        Image.fromarray(image).save(file, format="PNG", pnginfo=info)
 
-    write_kept(path, write, new)
+def save_picture(image: np.ndarray, path: Path, text: str, new: bool = False) -> None:
+    """Write such a PNG file."""
+    write_kept(path, lambda file: file.write_bytes(png(image, text)), new)
 
 
 def save_crops(crops: Sequence[np.ndarray], path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 import typer
 from commands import QUICK, hdb, ok, refused
 
-from hdbcli.api import Picture
+from hdbcli.api import Drawn, Picture
 from hdbcli.cli import boundary
 from hdbcli.cli import store as cli_store
 from hdbcli.cli.outputs import Album, Outputs, plan_outputs
@@ -170,14 +170,15 @@ def test_files_have_the_permissions_of_files_here(tmp_path: Path) -> None:
 
 
 def test_pictures_of_two_runs_at_once_are_all_kept(tmp_path: Path) -> None:
-    picture = Picture(np.zeros((8, 8, 3), np.uint8), "alice", 1, "a [V] face")
+    picture = Picture(np.zeros((8, 8, 3), np.uint8), "alice", "a [V] face", 1, "a [V] face")
     outputs = plan_outputs(tmp_path, ["alice-1"], grid=False)  # both plan before either writes
 
     def saved(outputs: Outputs) -> Path:
         kept = Album(outputs)
         kept.keep([picture])
         kept.keep([picture])  # again, as after running out of memory: saved once
-        return Path(kept.close()["pictures"][0]["path"])
+        drawn = Drawn((picture,), 1, ("a [V] face",), "tiny")
+        return Path(kept.close(drawn)["pictures"][0]["path"])
 
     paths = [saved(outputs) for _ in range(2)]
     assert [path.name for path in paths] == ["alice-1.png", "alice-1-2.png"]
@@ -201,7 +202,8 @@ def test_an_interrupt_keeps_the_pictures_that_were_drawn(
     monkeypatch.setattr("hdbcli.model.sample._at_once", lambda _: 2)
     words = "gen", "alice", "a [V] face", "-n", 4, "--steps", 1, "--seed", 1, "-o", tmp_path
     assert hdb(*words).exit_code == 130
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["alice-1.png", "alice-2.png"]
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert names == ["alice-a-v-face-1.png", "alice-a-v-face-2.png"]
 
 
 def test_refining_revives_nobody_and_replaces_nobody_elses_work(

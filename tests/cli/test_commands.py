@@ -95,14 +95,14 @@ def test_refine_goes_on(alice: Path, astronaut: Path) -> None:
     refused("refine", "alice", astronaut, "--rank", 2, says="rank 6 to 2")
 
 
-def test_gen_is_repeatable_and_named_by_seed(alice: Path, tmp_path: Path) -> None:
+def test_gen_is_repeatable_and_named_by_prompt_and_seed(alice: Path, tmp_path: Path) -> None:
     prompt = "a Pixar character of a [V] face"
     arguments = ["gen", "alice", prompt, "-n", 2, "--seed", 7, "--steps", 3, "-o"]
     first = ok(*arguments, tmp_path / "a")
     assert "seed 7" in first.stdout and "[V]" not in first.stderr
     ok(*arguments, tmp_path / "b")
     ok(*arguments, tmp_path / "c", "--strength", 0)
-    names = ["alice-7.png", "alice-8.png"]
+    names = [f"alice-a-pixar-character-of-a-v-face-{seed}.png" for seed in (7, 8)]
     for name in names:
         a, b, c = (np.asarray(Image.open(tmp_path / d / name)) for d in "abc")
         assert (a == b).all() and not (a == c).all()
@@ -115,7 +115,9 @@ def test_gen_is_repeatable_and_named_by_seed(alice: Path, tmp_path: Path) -> Non
 def test_gen_batch_does_not_change_a_seed(alice: Path, tmp_path: Path) -> None:
     ok("gen", "alice", "a [V] face", "-n", 3, "--seed", 1, "--steps", 3, "-o", tmp_path)
     ok("gen", "alice", "a [V] face", "-n", 1, "--seed", 3, "--steps", 3, "-o", tmp_path / "x.png")
-    a, b = (np.asarray(Image.open(tmp_path / n)).astype(int) for n in ("alice-3.png", "x.png"))
+    a, b = (
+        np.asarray(Image.open(tmp_path / n)).astype(int) for n in ("alice-a-v-face-3.png", "x.png")
+    )
     assert abs(a - b).max() <= 1
 
 
@@ -127,16 +129,19 @@ def test_gen_of_several_people_is_each_alone(alice: Path, astronaut: Path, tmp_p
     assert [(p["name"], p["seed"]) for p in values["pictures"]] == [
         *(("alice", 5), ("alice", 6), ("bob", 5), ("bob", 6))
     ]
-    assert Image.open(values["grid"]).size == (256, 256)  # a row each
+    rows = np.asarray(Image.open(values["grid"]))  # a row each, with captions below
+    assert rows.shape[1] == 256
     pictures = {}
     for name in ("alice", "bob"):
         ok("gen", name, *words, "-o", tmp_path / "alone")
         for seed in (5, 6):
             together, alone = (
-                np.asarray(Image.open(tmp_path / d / f"{name}-{seed}.png")).astype(int)
+                np.asarray(Image.open(tmp_path / d / f"{name}-a-v-face-{seed}.png")).astype(int)
                 for d in ("both", "alone")
             )
             assert abs(together - alone).max() <= 1
+            top, left = len(rows) // 2 * (name == "bob"), 128 * (seed - 5)
+            assert (rows[top : top + 128, left : left + 128] == together).all()
             pictures[name, seed] = alone
     assert abs(pictures["alice", 5] - pictures["bob", 5]).max() > 1  # they are not the same person
     refused("gen", "alice,nobody", "x", says="unknown identity 'nobody'")
@@ -150,7 +155,7 @@ def test_gen_json_grid_file_and_hint(alice: Path, tmp_path: Path) -> None:
     words = ["-n", 2, "--steps", 2, "--grid", "-o", sheet, "--json"]
     result = ok("gen", alice, "a face", *words)
     values = json.loads(result.stdout)
-    assert values["grid"] == str(sheet) and Image.open(sheet).size == (256, 128)
+    assert values["grid"] == str(sheet) and Image.open(sheet).width == 256
     assert "[V]" in result.stderr
     assert values["pictures"][1]["seed"] == values["pictures"][0]["seed"] + 1
     refused("gen", "alice", "x", "-o", tmp_path / "one.png", says="4 pictures")

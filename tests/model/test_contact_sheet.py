@@ -32,5 +32,16 @@ def test_a_long_title_takes_more_lines_and_covers_no_picture() -> None:
     assert (long[-32:] == short[-32:]).all()
 
 
+def test_captions_stand_below_their_own_pictures() -> None:
+    rows = [PICTURES[:2], PICTURES[2:3]]
+    sheet = contact_sheet(rows, captions=[["", "one"], ["one two three"]])
+    high = len(sheet) // 2
+    assert high > 32 + 6 + LINE  # the longest makes room for all
+    cells = sheet.reshape(2, high, 2, 48, 3)
+    words = (cells[:, 32:] < 128).any(axis=(1, 3, 4))
+    assert words.tolist() == [[False, True], [True, False]]
+    assert (cells[0, :32, 1] == PICTURES[1]).all() and (cells[1, :32, 0] == PICTURES[2]).all()
+
+
 def test_the_last_row_may_be_shorter() -> None:
     assert [len(row) for row in in_rows(PICTURES, 2)] == [2, 2, 1]

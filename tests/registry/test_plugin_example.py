@@ -67,7 +67,9 @@ def test_from_photo_to_pictures(installed: None, astronaut: Path, tmp_path: Path
     words = ["a [V] face", "-n", 2, "--seed", 1, "--steps", 3]
     for folder, more in (("a", ()), ("b", ()), ("nobody", ("--strength", 0))):
         ok("gen", "eve", *words, "-o", tmp_path / folder, *more)
-    a, b, nobody = (read(tmp_path / folder / "eve-2.png") for folder in ("a", "b", "nobody"))
+    a, b, nobody = (
+        read(tmp_path / folder / "eve-a-v-face-2.png") for folder in ("a", "b", "nobody")
+    )
     assert a.shape == (32, 32, 3) and (a == b).all() and (a != nobody).any()
 
 
@@ -79,7 +81,7 @@ def test_the_other_commands(installed: None, astronaut: Path, tmp_path: Path) ->
     out = tmp_path / "out"
     words = ["a [V] face", "-n", 1, "--seed", 1, "--steps", 3, "-o", out]
     ok("gen", "eve,same", *words)
-    difference = np.abs(read(out / "eve-1.png") - read(out / "same-1.png"))
+    difference = np.abs(read(out / "eve-a-v-face-1.png") - read(out / "same-a-v-face-1.png"))
     assert difference.max() <= 2  # the file of eve is rounded, that of the sum is not
     ok("inspect", "eve")
     assert json.loads(ok("verify", "--json").stdout)[0]["basis"] is True

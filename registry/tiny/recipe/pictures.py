@@ -75,7 +75,7 @@ def photo_rows(photos: list[Path], drawn: Path, size: int) -> list[Tensor]:
     rows = []
     for photo in photos:
         name = photo.stem if photo.parent.name == "data" else photo.parent.name
-        files = [photo, *sorted(drawn.glob(f"*/{name}-[0-9]*.png"))]
+        files = [photo, *sorted(drawn.glob(f"*/{name}-*.png"))]
         images = [read_image(f, cv2.IMREAD_COLOR)[:, :, ::-1] for f in files]
         images = [cv2.resize(i, (size, size), interpolation=cv2.INTER_AREA) for i in images]
         rows.append(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))

@@ -157,7 +157,7 @@ def test_every_step_from_renders_to_weights(
         "base-128.png",
     }
     drawn, photo = tmp_path / "drawn", tmp_path / "data/alice.png"
-    for path in (drawn / "0/alice-7.png", drawn / "1/alice-7.png", photo):
+    for path in (drawn / "0/alice-a-v-face-7.png", drawn / "1/alice-bark-7.png", photo):
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes((build / "people/000000/portrait-0.png").read_bytes())
     out = tmp_path / "sheet.png"
