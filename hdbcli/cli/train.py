@@ -168,6 +168,17 @@ Start = Annotated[
     Path | None,
     typer.Option("--from", help="A hypernetwork to train on, instead of from nothing."),
 ]
+Iterations = Annotated[
+    int | None,
+    typer.Option(min=1, help="Passes of the decoder over the weights, k in the paper; default: 3."),
+]
+Recogniser = Annotated[
+    bool | None,
+    typer.Option(
+        "--recogniser/--no-recogniser",
+        help="Read the face recogniser beside the picture, or the picture alone; default: both.",
+    ),
+]
 Precision = Annotated[
     str,
     typer.Option(callback=one_of("precision", PRECISIONS), help=f"{' or '.join(PRECISIONS)}."),
@@ -218,6 +229,8 @@ def train_hypernetwork(
     held_out: HeldOut = PretrainConfig.held_out,
     track: Track = None,
     start: Start = None,
+    iterations: Iterations = None,
+    recogniser: Recogniser = None,
     targets: TargetSet = None,
     pattern: Pattern = "*",
     aligned: Aligned = False,
@@ -239,6 +252,9 @@ def train_hypernetwork(
 
     if not bank:
         refuse_given("there is nothing to weigh; add --bank or drop", beta=beta)
+    if start:
+        shaped = {"iterations": iterations, "recogniser": recogniser}
+        refuse_given("the hypernetwork after --from has its shape already; drop it or", **shaped)
     if accumulate > batch:
         raise HdbError(f"a batch of {batch} has no {accumulate} parts; lower --accumulate")
     if not held_out:
@@ -255,7 +271,13 @@ def train_hypernetwork(
     def learn(loaded: Base) -> None:
         # Before the photos are read, which takes hours: these may be missing, or another base's.
         known = read_bank(bank, loaded) if bank else None
-        model = load_predictor(loaded)[0] if start else new_hypernetwork(loaded, seed)
+        model = (
+            load_predictor(loaded)[0]
+            if start
+            else new_hypernetwork(
+                loaded, seed, iterations=iterations, recogniser=recogniser is not False
+            )
+        )
         workers = join_workers(loaded.device)
         cache = out.with_name(f"{out.stem}-people")
         with render.progress() as tell, workers.first():

@@ -61,7 +61,7 @@ class HyperConfig:
     encoder_layers: int = 4
     decoder_layers: int = 2
     iterations: int = 3
-    traits: int = TRAITS
+    traits: int = TRAITS  # numbers of the recogniser that it reads; 0: the picture alone
 
 
 class HyperNetwork(nn.Module):
@@ -82,7 +82,8 @@ class HyperNetwork(nn.Module):
         )
         self.face_position = nn.Parameter(torch.randn(1, patches, c.width) * 0.02)
         self.encoder = _transformer(c, c.encoder_layers)
-        self.trait_in = nn.Linear(c.traits, c.width)
+        if c.traits:
+            self.trait_in = nn.Linear(c.traits, c.width)
         self.face_norm = nn.LayerNorm(c.width)
         self.weights_in = nn.Linear(numbers, c.width)
         self.target_position = nn.Parameter(torch.randn(1, c.targets, c.width) * 0.02)
@@ -94,18 +95,23 @@ class HyperNetwork(nn.Module):
         self.register_buffer("start", _tokens(start), persistent=False)  # (1, L, R(a+b))
 
     def encode_face(self, faces: Faces) -> Tensor:
-        """Encode faces into tokens (B, 1 + F, width); the first is the recogniser's."""
+        """Encode faces into tokens (B, F, width); one more before them is the recogniser's, where
+        it is read."""
         seen = faces.crops if self.config.scale == 1 else faces.latents
         patches = self.stem(seen).flatten(2).transpose(1, 2)
-        traits = self.trait_in(TRAIT_SCALE * faces.traits)[:, None]
         encoded = self.encoder(patches + self.face_position)
-        return self.face_norm(torch.cat([traits, encoded], dim=1))
+        if self.config.traits:
+            traits = self.trait_in(TRAIT_SCALE * faces.traits)[:, None]
+            encoded = torch.cat([traits, encoded], dim=1)
+        return self.face_norm(encoded)
 
     def decode(self, face: Tensor, iterations: int | None = None) -> Theta:
-        """Refine theta from theta_0 for faces (B, 1 + F, width); 0 iterations give theta_0."""
+        """Refine theta from theta_0 for the tokens of faces (B, F, width), the recogniser's among
+        them; 0 iterations give theta_0."""
         tokens = self.start.expand(len(face), -1, -1)
+        who = face[:, :1] if self.config.traits else 0.0
         for _ in range(self.config.iterations if iterations is None else iterations):
-            weights = self.weights_in(tokens) + self.target_position + face[:, :1]
+            weights = self.weights_in(tokens) + self.target_position + who
             both = self.decoder(torch.cat([face, weights], dim=1))
             refined = self.weight_norm(both[:, face.shape[1] :])
             delta = torch.einsum("blw,lwp->blp", refined, self.heads.to(refined.dtype))

@@ -40,8 +40,15 @@ AVERAGE = 0.998
 Watch = Callable[[int, float, HyperNetwork], object]
 
 
-def new_hypernetwork(base: Base, seed: int, rank: int = 1) -> HyperNetwork:
-    """Build the untrained hypernetwork that fits a base."""
+def new_hypernetwork(
+    base: Base,
+    seed: int,
+    rank: int = 1,
+    iterations: int | None = None,
+    recogniser: bool = True,
+) -> HyperNetwork:
+    """Build the untrained hypernetwork that fits a base: the paper's has k `iterations`, 1 being an
+    ablation, and no `recogniser`."""
     injected = base.injected
     side = base.spec.resolution
     with torch.no_grad():
@@ -58,6 +65,8 @@ def new_hypernetwork(base: Base, seed: int, rank: int = 1) -> HyperNetwork:
         patch=side // 8,
         scale=side // cells,
         channels=channels,
+        iterations=iterations or HyperConfig.iterations,
+        traits=HyperConfig.traits if recogniser else 0,
     )
     with torch.random.fork_rng(devices=[]):  # built on the CPU; GPUs are not to be woken for it
         torch.default_generator.manual_seed(seed)

@@ -74,6 +74,8 @@ def test_options_that_would_do_nothing_are_refused(
     train = "train", "hypernetwork", tmp_path, "-o", tmp_path / "h.safetensors"
     refused(*train, "--beta", 0, says="add --bank or drop --beta")
     refused(*train, "--held-out", 0, "--look", 5, says="drop it or --look")
+    for shape in (("--iterations", 1), ("--no-recogniser",)):
+        refused(*train, "--from", tmp_path / "old", *shape, says="has its shape already; drop it")
     for option in (("--bank", tmp_path, "--beta", 0), ("--look", 5), ("--held-out", 0)):
         said = hdb(*train, *option).stderr  # the control: they go on to what is wrong here
         assert "drop" not in said and "error: " in said

@@ -55,6 +55,15 @@ def test_iterations_are_additive_deltas() -> None:
     assert all((b - a).abs().max() > 0 for a, b in itertools.pairwise(steps))
 
 
+def test_without_the_recogniser_the_picture_alone_decides() -> None:
+    model, both, faces = network(traits=0), network(), faces_of(2)
+    other = faces._replace(traits=-faces.traits)
+    assert torch.equal(model(faces).up, model(other).up)
+    assert not torch.equal(both(faces).up, both(other).up)
+    assert not torch.equal(*model(faces).up)
+    assert model.encode_face(faces).shape[1] == both.encode_face(faces).shape[1] - 1
+
+
 def test_every_target_has_its_own_head_and_faces_differ() -> None:
     model = network()
     theta = model(faces_of(2))
