@@ -3,9 +3,9 @@
 The encoder learns the teacher's latents, normalised channel by channel, by their mean square error.
 The decoder learns the true pictures from those latents and from the encoder's own, some with noise
 on them, since what a base model draws is never exact: loss = L1 of pixels + L1 of differences
-between neighbours + what a small patch discriminator (Isola et al. 2017, hinge loss) still tells
-apart, once pictures are no longer blurs. The decoder sees windows of half a side, which costs a
-quarter and shows it four times as many pictures.
+between neighbours + relative L1 of the first features of the face recogniser, which see the edges
+of eyes and hair (the perceptual loss of Johnson et al. 2016, with a network that knows faces). The
+decoder sees windows of half a side, which costs a quarter and shows it four times as many pictures.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from hdbcli.faces.embedding import load_embedding
 from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
 from registry.tiny.recipe.latents import PORTRAIT, read_taught
 from registry.tiny.recipe.photographs import read_photographs
@@ -30,10 +30,11 @@ SIDE = 128  # pixels of a picture
 SIDES = (128, 64)  # of what the encoder learns: the base model sees both
 WINDOW = 8  # latents of a window's side
 ENCODED = 8  # one in so many of a batch of windows is a whole picture for the encoder
-NOISE = 0.5  # of a channel's deviation, at most
+NOISE = 0.75  # of a channel's deviation, at most
 SHARP = 1.0  # weight of differences between neighbours
-JUDGED = 0.05  # weight of the discriminator
-JUDGED_FROM = 0.6  # of the run: earlier it tells everything apart, and teaches nothing
+FEATURES = 0.1  # weight of the recogniser's features
+BLOCKS = (2, 6)  # of the recogniser, whose features are compared: 32 and 64 channels
+SCALE = 1.375  # of a face in the recogniser's input to one in ours
 SHOWN_EVERY = 250  # steps
 
 
@@ -59,12 +60,20 @@ def new_autoencoder() -> AutoencoderTiny:
     return model.to(memory_format=torch.channels_last)
 
 
-def new_discriminator() -> nn.Sequential:
-    """Build the judge of patches: pictures (B, 3, S, S) in, a map of verdicts out."""
-    layers: list[nn.Module] = []
-    for inside, outside in ((3, 32), (32, 64), (64, 96)):
-        layers += [nn.Conv2d(inside, outside, 4, 2, 1), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*layers, nn.Conv2d(96, 1, 3, padding=1))
+def feature_distance(made: Tensor, true: Tensor) -> Tensor:
+    """Return how far the recogniser's first features of two batches of windows (B, 3, S, S) lie
+    apart: mean |made - true| / mean |true|, summed over `BLOCKS`."""
+    model = load_embedding(str(made.device))
+    pictures = F.interpolate(torch.cat([made, true]), scale_factor=SCALE, mode="bilinear")
+    x = model.stem(((pictures + 1) * 127.5 - model.mean) / 256).relu()
+    x = F.max_pool2d(x, 3, 2)
+    far = x.new_zeros(())
+    for index, block in enumerate(model.blocks[: max(BLOCKS) + 1]):
+        x = block(x)
+        if index in BLOCKS:
+            mine, theirs = x.chunk(2)
+            far = far + F.l1_loss(mine, theirs) / theirs.abs().mean()
+    return far
 
 
 def train_autoencoder(
@@ -73,20 +82,13 @@ def train_autoencoder(
     """Train encoder and decoder; resumable. Write `vae/` and a sheet of pictures held out."""
     taught = {side: read_taught(build, side, teacher, device) for side in SIDES}
     torch.manual_seed(plan.seed)
-    model, discriminator = new_autoencoder().to(device), new_discriminator().to(device)
-    networks = {"autoencoder": model, "discriminator": discriminator}
-    parameters = {
-        f"{name}.{key}": parameter
-        for name, network in networks.items()
-        for key, parameter in network.named_parameters()
-    }
+    model = new_autoencoder().to(device)
+    parameters = dict(model.named_parameters())
     averages = averages_of(parameters)
 
     def drawn(side: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         pick = torch.randint(len(taught[side].pixels), (count,), generator=generator).to(device)
         return to_unit(taught[side].pixels[pick]), taught[side].latents[pick].float()
-
-    done = 0  # steps
 
     def losses(generator: torch.Generator) -> Iterator[Tensor]:
         with half(torch.device(device)):
@@ -107,15 +109,7 @@ def train_autoencoder(
             far = far + F.l1_loss(made, true)
             for axis in (2, 3):
                 far = far + SHARP * F.l1_loss(made.diff(dim=axis), true.diff(dim=axis))
-            if done < JUDGED_FROM * plan.steps:
-                yield far
-                return
-            real, fake = discriminator(true), discriminator(made.detach())
-            judge = (1 - real).relu().mean() + (1 + fake).relu().mean()
-            # The decoder learns from the judge as it stands, and the judge from neither's gradient.
-            frozen = {k: p.detach() for k, p in discriminator.named_parameters()}
-            told_apart = -functional_call(discriminator, frozen, (made,)).mean()
-        yield far + judge + JUDGED * told_apart
+        yield far + FEATURES * feature_distance(made.float(), true)
 
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=plan.lr, weight_decay=0.0, betas=(0.9, 0.99)
@@ -123,7 +117,6 @@ def train_autoencoder(
     file = build / "autoencoder.safetensors"
     for step in fit(parameters, losses, optimizer, plan, averages, file):
         yield step
-        done = step.number
         if step.number % SHOWN_EVERY == 0 or step.number == step.steps:
             kept = {name: p.detach().clone() for name, p in parameters.items()}
             settle(parameters, averages)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch.utils.flop_counter import FlopCounterMode
 
+from hdbcli.faces.photo import read_photo
 from registry.errors import HdbError
-from registry.tiny.recipe.autoencoder import new_autoencoder, new_discriminator
+from registry.tiny.recipe.autoencoder import feature_distance, new_autoencoder
 from registry.tiny.recipe.base import new_scheduler, new_unet
 from registry.tiny.recipe.latents import GROUPS, Latents
 from registry.tiny.recipe.photographs import KINDS
@@ -39,7 +41,17 @@ def test_a_decode_is_cheap_and_the_network_is_stock(tmp_path: Path) -> None:
     window = model.decode(latents[:, :, :, :8]).sample
     assert torch.allclose(whole[..., :8], window[..., :8], atol=1e-5)
     assert not torch.allclose(whole[..., 56:64], window[..., 56:64], atol=1e-5)
-    assert new_discriminator()(whole).shape[-1] == 16
+
+
+def test_features_miss_what_a_blur_takes_more_than_a_shade(astronaut: Path) -> None:
+    rgb = torch.from_numpy(read_photo(astronaut)).permute(2, 0, 1)[None]
+    true = F.interpolate(rgb.float() / 127.5 - 1, size=(64, 64), mode="area")
+    blurred = F.avg_pool2d(true, 3, 1, 1, count_include_pad=False)
+    shade = F.l1_loss(blurred, true)
+    darker = true - shade  # as far away as the blur, by L1 of pixels
+    assert feature_distance(true, true).item() == 0
+    far, near = feature_distance(blurred, true).item(), feature_distance(darker, true).item()
+    assert far > 2 * near > 0
 
 
 def test_the_base_attends_on_every_grid_and_fits_the_budget() -> None:
