@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     _trains(step, base, count=8000, lr=1e-3, batch=64)
     step.add_argument("--compile", action="store_true", help="a third faster; needs a C++ compiler")
     step.add_argument("--side", type=int, default=128, help="of the pictures, in pixels")
-    step.add_argument("--from", dest="start", type=Path, help="weights of a run before, to go on")
+    step.add_argument("--from", dest="start", type=Path, help="pipeline of a run before")
     step.add_argument("--steady", action="store_true", help="keep the rate to the end")
     step = steps.add_parser("clip", help="train the in-domain CLIP that measures style")
     _trains(step, clip, count=800, lr=2e-3, batch=128)

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hdbcli.model.device import short_attention
 from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
+from registry.errors import HdbError
 from registry.tiny.recipe.latents import GROUPS, read_autoencoder, read_latents
 from registry.tiny.recipe.pictures import half, sheet, to_pixels
 from registry.tiny.recipe.styles import CAPTIONS
@@ -93,20 +93,20 @@ def train_base(
     side: int,
     start: Path | None,
 ) -> Iterator[Step]:
-    """Train on pictures of `side` px and their mirror images, from the weights in `start` if given.
+    """Train on pictures of `side` px and their mirror images, from the pipeline `start` if given.
 
-    Write `base-SIDE.safetensors`, which a run that was cut off goes on from and another starts at,
-    and now and then, with average weights, a sheet of samples and the pipeline so far.
+    Write `base-SIDE.safetensors`, which a run that was cut off goes on from, and now and then, with
+    average weights, a sheet of samples and the pipeline so far, where another run can start.
     """
     latents = read_latents(build, side, device)
     tokenizer = write_tokenizer(build / "vocabulary", _words())
     tokens = _tokens(tokenizer)
     torch.manual_seed(plan.seed)
     unet, text_encoder = new_unet().to(device), new_text_encoder(tokenizer).to(device)
+    if start is not None:
+        go_on_from(start, unet, text_encoder)
     parameters = {f"unet.{k}": p for k, p in unet.named_parameters()}
     parameters |= {f"text_encoder.{k}": p for k, p in text_encoder.named_parameters()}
-    if start is not None:
-        _go_on_from(start, parameters)
     unet.to(memory_format=torch.channels_last)
     signal = new_scheduler().alphas_cumprod.to(device)
     randomness = torch.Generator(device)
@@ -178,12 +178,16 @@ def _tokens(tokenizer: CLIPTokenizer) -> Tensor:
     return ids.view(len(GROUPS) + 1, 2 * len(PORTRAIT_WORDS), LENGTH)
 
 
-def _go_on_from(path: Path, parameters: dict[str, Tensor]) -> None:
-    """Take over the average weights of another run's checkpoint."""
-    found = load_file(path)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(found[f"average.{name}"])
+def go_on_from(pipeline: Path, unet: nn.Module, text_encoder: nn.Module) -> None:
+    """Take over the weights of a pipeline that an earlier run wrote. HdbError if there is none."""
+    if not (pipeline / "model_index.json").exists():
+        raise HdbError(f"no pipeline in {pipeline}; give the folder that a base step wrote")
+    for kind, name, model in (
+        (UNet2DConditionModel, "unet", unet),
+        (CLIPTextModel, "text_encoder", text_encoder),
+    ):
+        found = kind.from_pretrained(pipeline / name, local_files_only=True)
+        model.load_state_dict(found.float().state_dict())
 
 
 def _captions(tokens: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:

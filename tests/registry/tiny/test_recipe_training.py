@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextModel
 
 from hdbcli.faces.photo import read_photo
 from registry.errors import HdbError
+from registry.tiny import WEIGHTS
 from registry.tiny.recipe.autoencoder import feature_distance, new_autoencoder
-from registry.tiny.recipe.base import new_scheduler, new_unet
+from registry.tiny.recipe.base import go_on_from, new_scheduler, new_unet
 from registry.tiny.recipe.latents import GROUPS, Latents
 from registry.tiny.recipe.photographs import KINDS
 from registry.tiny.recipe.pictures import STYLES
@@ -60,6 +63,24 @@ def test_the_base_attends_on_every_grid_and_fits_the_budget() -> None:
     assert 15e6 < numbers < 25e6
     downs = [any("attn" in n for n, _ in block.named_modules()) for block in unet.down_blocks]
     assert downs == [True, True, True]
+
+
+def test_a_run_goes_on_from_the_pipeline_of_another(tmp_path: Path) -> None:
+    with pytest.raises(HdbError, match="no pipeline"):
+        go_on_from(tmp_path, new_unet(), new_unet())
+    unet = UNet2DConditionModel.from_pretrained(WEIGHTS / "unet")
+    words = CLIPTextModel.from_pretrained(WEIGHTS / "text_encoder")
+    fresh = UNet2DConditionModel.from_config(unet.config), CLIPTextModel(words.config)
+    for mine, theirs in zip(fresh, (unet, words), strict=True):
+        assert not same(mine, theirs)
+    go_on_from(WEIGHTS, *fresh)
+    for mine, theirs in zip(fresh, (unet, words), strict=True):
+        assert same(mine, theirs)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y.to(x)) for x, y in pairs)
 
 
 def test_the_last_step_of_the_schedule_is_pure_noise() -> None:
