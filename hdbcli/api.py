@@ -371,7 +371,7 @@ def generate(
     _check_seed(0 if seed is None else seed)
     several = [people] if isinstance(people, Identity | str | os.PathLike) else list(people)
     if not several:
-        raise HdbError("nobody was given; name one identity at least")
+        raise HdbError("no identity was given; name at least one")
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
     if not prompts:
         raise HdbError("no prompt was given; say what to draw, such as 'a [V] face'")
@@ -407,7 +407,7 @@ def generate(
         for each in stacked:
             if each.unread:
                 note(f"warning: {each.problem}")
-        if len(read) > 1:  # each wears their own; one person alone serves all pictures
+        if len(read) > 1:  # an adapter a picture; of one person alone, one for all
             theta = theta[list(whose)]
         more = lora_stack.parameters(stacked)
 
@@ -415,8 +415,8 @@ def generate(
             parts = []
             for (person, prompt, seed), each in zip(wanted, drawn, strict=False):
                 name = read[person][0]
-                worn = f"{name} {strength:g}"
-                text = sample.parameters_text(prompt, settings, each, spec.name, worn, more)
+                identity = f"{name} {strength:g}"
+                text = sample.parameters_text(prompt, settings, each, spec.name, identity, more)
                 parts.append(Picture(each.image, name, prompt, seed, text))
             return tuple(parts)
 
@@ -495,8 +495,8 @@ def export(
     """Write an identity as a plain LoRA for other tools; `out` None is NAME-lora.safetensors.
 
     `format` is kohya or diffusers, `dtype` fp16 or fp32. With `check` the file is kept only if
-    every tool that its format is meant for, and that knows this kind of base, would apply all of
-    it.
+    every tool that its format is meant for, and that knows this kind of base, would apply all
+    of it.
     """
     from hdbcli.interop import export as lora
     from hdbcli.interop.diffusers_reader import require_peft
@@ -712,7 +712,7 @@ def _from_photos(
     cropped = time.perf_counter() - start
     if agree is not None:
         agree()
-    start = time.perf_counter() - cropped  # nobody's thinking counts
+    start = time.perf_counter() - cropped  # the time a user takes to answer does not count
     if out is not None:
         sample.save_crops([each.image for each in crops], out)
     if not isinstance(place.base, Base):
@@ -804,7 +804,7 @@ def _weighted(
         _check_numbers(weight=weight)
         found[name] = _read(person)[1], weight
     if not found:
-        raise HdbError("nobody was given; name one identity at least")
+        raise HdbError("no identity was given; name at least one")
     return found
 
 

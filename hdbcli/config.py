@@ -46,7 +46,7 @@ MAIN_METHODS = "hyperdreambooth,lora,dreambooth,inversion"
 
 
 def unnamed(prompt: str) -> str:
-    """Return a prompt without the [V] that says who: of anybody."""
+    """Return a prompt without its [V]: of any person."""
     return " ".join(prompt.replace(PLACEHOLDER, " ").split())
 
 

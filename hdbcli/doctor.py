@@ -1,5 +1,5 @@
-"""Examine an installation: libraries, devices, base models, plug-ins, the store, caches and the
-environment.
+"""Examine an installation: libraries, devices, base models, plug-ins, the store, caches and
+the environment.
 
 What can take a process down, native libraries above all, is tried in a process of its own.
 """
@@ -91,8 +91,8 @@ SECONDS = 120.0  # that a probe may take; importing torch from a cold disk takes
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: what was found, with what to do if it is bad, and numbers for
-    scripts."""
+    """One thing looked at: what was found, with what to do if it is bad, and numbers
+    for scripts."""
 
     section: str
     name: str

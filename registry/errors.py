@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class HdbError(Exception):
-    """What was wrong, with the values, and what to do next; the command line prints it and exits
-    1."""
+    """What was wrong, with the values, and what to do next; the command line prints it and
+    exits 1."""
 
 
 class HdbWarning(UserWarning):

@@ -1,5 +1,5 @@
-"""Fetch a published package with its registry's own client, check its hash, and unpack what is
-wanted.
+"""Fetch a published package with its registry's own client, check its hash, and unpack what
+is wanted.
 
 The recipe's assets and the judge of `hdb compare` come this way: what may be used and not shipped.
 """

@@ -42,7 +42,7 @@ def write_beside(path: Path, new: bool = False) -> Iterator[Path]:
         if path.is_symlink() and not new:
             path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():  # root may replace /dev/null for everybody
+        if path.exists() and not path.is_file():  # root may replace /dev/null for all users
             raise HdbError(f"cannot write {said}: it is no plain file; give another name")
         temporary = temporary_beside(path)
         with open(temporary, "xb") as file:  # here, so that an unwritable folder is told first

@@ -92,8 +92,8 @@ class Registry(Generic[Spec]):
 
 
 def load_registry() -> Registry[BaseSpec]:
-    """Discover every base model, and those that the user added; what fails becomes one line in
-    `problems`."""
+    """Discover every base model, and those that the user added; what fails becomes one line
+    in `problems`."""
     registry = _discover(Registry(BaseSpec))
     for found in added_bases():
         if isinstance(found, str):

@@ -117,8 +117,8 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class Frugal(Protocol):
-    """What a backbone may offer beside, for little memory; one that does not works as it always
-    does."""
+    """What a backbone may offer beside, for little memory; one that does not works as it
+    always does."""
 
     def save_memory(self, recompute: bool) -> None:
         """From now on decode picture by picture, and with `recompute` compute what the backward
@@ -138,11 +138,11 @@ class Limited(Protocol):
 
 @runtime_checkable
 class Drafting(Protocol):
-    """What a backbone may offer beside, so that a hypernetwork can learn from what is drawn."""
+    """What a backbone may offer as well, so that training can learn from the pictures it draws."""
 
     def draft(self, prompts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
         """Draw latents (B, c, h, w) in a few steps from noise of that shape, with gradients to
-        whatever is worn."""
+        the adapter."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images (B, 3, H, W), about -1..1, of latents, with gradients."""

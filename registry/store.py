@@ -182,8 +182,8 @@ def copy(source: Path, target: Path, new: bool = False) -> Path:
 
 
 def rename(source: Path, target: Path, new: bool = False) -> Path:
-    """Give an identity's file another name, which takes the place of nothing if it is to be
-    `new`."""
+    """Give an identity's file another name, which takes the place of nothing if it is to
+    be `new`."""
     try:
         (move_to_new if new else os.replace)(source, target)
     except OSError as error:

@@ -89,7 +89,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def tiny() -> Iterator[Base]:
-    """Load the shipped base once; tests leave it wearing nobody."""
+    """Load the shipped base once; tests leave it without an adapter."""
     from hdbcli.model.base import load_base
     from registry.plugins import load_registry
 

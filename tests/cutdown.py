@@ -158,7 +158,8 @@ def write_single(folder: Path, out: Path) -> Path:
 
 
 def _leftovers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what original files hold besides: the schedule, buffers, and layers nobody reads."""
+    """Return what original files hold besides: the schedule, buffers, and layers that
+    nothing reads."""
     found = {"alphas_cumprod": torch.linspace(0.9991, 0.0047, 1000)}
     clip = "cond_stage_model.transformer.text_model.embeddings.position_ids"
     if any(key.startswith("cond_stage_model.transformer.") for key in tensors):

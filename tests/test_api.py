@@ -184,9 +184,9 @@ def test_what_is_refused_says_what_the_command_says(
     ):
         with pytest.raises(HdbError, match=fact):
             wrong()
-    for nobody in (lambda: api.generate([], "a [V] face"), lambda: api.compose({})):
-        with pytest.raises(HdbError, match="nobody was given"):
-            nobody()
+    for call in (lambda: api.generate([], "a [V] face"), lambda: api.compose({})):
+        with pytest.raises(HdbError, match="no identity was given"):
+            call()
     assert alice.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == [
         "aside",
         "empty.png",

@@ -33,7 +33,7 @@ SEEDS = 4  # pictures of a step of a walk
 
 
 def run(folder: Path | None, tell: Tell) -> list[Row]:
-    """Make everybody's identity as `hdb new` does; DATA has a folder of photos a person."""
+    """Make each person's identity as `hdb new` does; DATA has a folder of photos a person."""
     if folder is None:
         raise HdbError("benchmark derived needs people; give --people tests/data/heldout")
     base = open_base(BASE)
@@ -51,8 +51,8 @@ def run(folder: Path | None, tell: Tell) -> list[Row]:
     theta = refine_all(base, predicted, read, given, tell)
     count = len(theta)
     whole, small = (
-        float(FaceMetric().likeness(_portraits(base, worn, tell).numpy(), truth.numpy()).mean())
-        for worn in (theta, _stored(base, theta, "int8"))
+        float(FaceMetric().likeness(_portraits(base, adapter, tell).numpy(), truth.numpy()).mean())
+        for adapter in (theta, _stored(base, theta, "int8"))
     )
     pairs = list(pairwise(range(min(count, PAIRS + 1))))
     orders = [_order(base, theta, truth, pair, tell) for pair in pairs]
@@ -75,7 +75,7 @@ def _portraits(base: Base, theta: Theta, tell: Tell) -> Tensor:
 
 
 def _stored(base: Base, theta: Theta, dtype: str) -> Theta:
-    """Send everybody through a file of this number format."""
+    """Send all people through a file of this number format."""
     back = []
     with tempfile.TemporaryDirectory() as folder:
         for k in range(len(theta)):
@@ -89,9 +89,9 @@ def _order(base: Base, theta: Theta, truth: Tensor, pair: tuple[int, int], tell:
     """Return how well the steps of a walk lie in order on the line between two true faces."""
     first, last = pair
     steps = walk([theta[first : first + 1], theta[last : last + 1]])
-    worn = steps[[k for k in range(len(steps)) for _ in range(SEEDS)]]
+    adapter = steps[[k for k in range(len(steps)) for _ in range(SEEDS)]]
     seeds = list(range(SEEDS)) * len(steps)
-    drawn = generate(base, worn, PORTRAIT, seeds, base.spec.sampling, tell)
+    drawn = generate(base, adapter, PORTRAIT, seeds, base.spec.sampling, tell)
     faces = embed([picture.image for picture in drawn]).view(len(steps), SEEDS, -1).nanmean(1)
     return spearman(faces @ (truth[last] - truth[first]))
 

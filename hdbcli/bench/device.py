@@ -91,7 +91,7 @@ def speeds(spec: BaseSpec, device: str) -> list[Row]:
         step = statistics.median(step_seconds(steps, partial(wait_for, device))[2:])
         rows.append(Row(f"{spec.name}, plan {plan.name}, {label}: a step", step, "s"))
         settings = SampleSettings(steps=STEPS)
-        draw = partial(generate, base, trial.worn(), PORTRAIT, [0], settings, lambda *_: None)
+        draw = partial(generate, base, trial.adapter(), PORTRAIT, [0], settings, lambda *_: None)
         drawn = timed(draw)
         rows.append(Row(f"{spec.name}, plan {plan.name}: a picture of {STEPS} steps", drawn, "s"))
         if device.startswith("cuda"):

@@ -95,7 +95,7 @@ def _methods() -> list[Row]:
             Row(f"{name}: {contender.steps} steps", contender.steps * each.step, "s"),
             Row(f"{name}: peak memory", each.memory / 1e9, "GB", 5 if name == "hdb" else None),
         ]
-    # What `hdb new` takes until somebody has trained a hypernetwork.
+    # What `hdb new` takes on a base without a hypernetwork.
     unpredicted = UNPREDICTED_STEPS * alone["hdb"].step
     rows.append(Row(f"hdb without hypernetwork: {UNPREDICTED_STEPS} steps", unpredicted, "s"))
     saved = (alone["hdb"].memory - alone["hdb, nf4 weights"].memory) / 1e9
@@ -139,8 +139,8 @@ def _overhead() -> list[Row]:
     steps.close()
     settings = SampleSettings(steps=4)
 
-    def draw(worn: Theta | None) -> None:
-        generate(base, worn, PORTRAIT, [0], settings, lambda *_: None)
+    def draw(adapter: Theta | None) -> None:
+        generate(base, adapter, PORTRAIT, [0], settings, lambda *_: None)
 
     drawing = paired(lambda: draw(theta), lambda: draw(None), rounds=3)
     return [
@@ -177,7 +177,7 @@ def _apart(base: Base) -> float:
     prompts = [base.prompt(PORTRAIT)] * 2
 
     def losses(part: slice) -> Tensor:
-        with base.wearing(both[part]):
+        with base.adapted(both[part]):
             return base.backbone.loss(latents[part], prompts[part], noise[part], t[part])
 
     alone = torch.cat([losses(slice(0, 1)), losses(slice(1, 2))])

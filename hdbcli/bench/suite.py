@@ -64,8 +64,8 @@ def _people(*_: object) -> list[Row]:
     first = base.first_theta(rank=4, people=4)
     four = Theta(first.down, torch.randn(first.up.shape).to(first.up) * 0.02)
 
-    def draw(worn: Theta) -> None:
-        generate(base, worn, PORTRAIT, range(4), base.spec.sampling, lambda *_: None)
+    def draw(adapter: Theta) -> None:
+        generate(base, adapter, PORTRAIT, range(4), base.spec.sampling, lambda *_: None)
 
     ratio = paired(lambda: draw(four), lambda: draw(four[:1]))
     return [Row("4 people in a batch / 4 pictures of one person", ratio, "x", below=1.3)]

@@ -111,7 +111,7 @@ def measure(base: Base, batch: int, title: str) -> Iterator[Row]:
     """Return seconds a step, samples a second, peak memory, and TFLOP a second of a training."""
     config = PretrainConfig(steps=STEPS, batch=batch)
     model = new_hypernetwork(base, 0)
-    steps = pretrain(base, model, _nobody(base), config, lambda *_: None)
+    steps = pretrain(base, model, _random_people(base), config, lambda *_: None)
     with FlopCounterMode(display=False) as counter:
         next(steps)  # warms up, and is counted
     seconds = statistics.median(step_seconds(steps, partial(wait_for, base.device)))
@@ -123,7 +123,7 @@ def measure(base: Base, batch: int, title: str) -> Iterator[Row]:
     yield Row(f"{title}, {plan}: reached", rate, "TFLOP/s")
 
 
-def _nobody(base: Base) -> People:
+def _random_people(base: Base) -> People:
     """Return four people who do not exist, in memory: noise, which costs as much as faces."""
     count, side = 4, base.spec.resolution
     generator = np.random.default_rng(0)

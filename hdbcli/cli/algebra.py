@@ -214,7 +214,7 @@ def _sheet_path(show: bool, out: Path | None, name: str, people: int) -> Path | 
 
 
 def _check_unchanged(source: Path, stamp: tuple[int, int, int] | None) -> None:
-    """Refuse to replace what somebody else wrote meanwhile."""
+    """Refuse to replace a file that another process wrote meanwhile."""
     if store.stamp(source) != stamp:
         raise HdbError(f"{source.stem} changed while it was read; nothing was written, try again")
 

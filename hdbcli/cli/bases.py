@@ -181,7 +181,7 @@ def base_set_hypernetwork(
 
 
 def _check_known(name: str) -> None:
-    """Raise HdbError for a name that nobody gave, with the likely one."""
+    """Raise HdbError for a name that no base has, with the likely one."""
     if added_of(name) is None:  # else known, even if this hdb cannot work with it
         bases().get(name)
 

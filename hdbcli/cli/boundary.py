@@ -45,8 +45,8 @@ class Grouped(typer.core.TyperGroup):
 
 
 class Boundary(Grouped):
-    """The one place where errors become a line on stderr and an exit code; bugs keep their
-    traceback."""
+    """The one place where errors become a line on stderr and an exit code; bugs keep
+    their traceback."""
 
     def main(self, *args: Any, **more: Any) -> Any:
         """Run a command; a closed pipe ends it without a word, a full disk with a line."""

@@ -217,8 +217,8 @@ def gen(
 ) -> None:
     """Draw an identity in any style, such as "a Pixar character of a [V] face".
 
-    The same seed gives the same picture. Prompt and negative prompt both wear the identity. Several
-    people and prompts are drawn in one pass, each with the same seeds.
+    The same seed gives the same picture. The identity adapts prompt and negative prompt alike.
+    Several people and prompts are drawn in one pass, each with the same seeds.
     """
     from hdbcli import api
     from hdbcli.cli import outputs
@@ -302,8 +302,8 @@ app.add_typer(train_app, name="train", rich_help_panel=LOOK)
 
 
 def _ask_consent(yes: bool, bars: render.Bars) -> None:
-    """Ask for every new person, once the photo is known to be usable, where there is somebody to
-    ask: a script answers with --yes, or is taken to have asked."""
+    """Ask about every new person, once the photo is known to be usable, if there is a terminal to
+    ask at: a script answers with --yes, or is taken to have asked."""
     if yes or not sys.stdin.isatty():
         return
     with bars.paused():

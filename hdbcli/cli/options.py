@@ -1,5 +1,5 @@
-"""What all command modules share: option types, the boundary of errors, and ways to a base and its
-identities."""
+"""What all command modules share: option types, the boundary of errors, and ways to a base and
+its identities."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ Strength = Annotated[
 Negative = Annotated[
     str,
     typer.Option(
-        callback=as_text, help="What to avoid. It wears the identity too, as in a merged model."
+        callback=as_text, help="What to avoid. The identity adapts it too, as in a merged model."
     ),
 ]
 Count = Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="How many pictures.")]
@@ -236,8 +236,8 @@ def prompts_in(file: TextIO | None) -> list[str]:
 
 
 def new_path(name: str, force: bool) -> Path:
-    """Return where a new identity goes; before any work, refuse a taken name or an unwritable
-    place."""
+    """Return where a new identity goes; before any work, refuse a taken name or an
+    unwritable place."""
     path = store.path_of(name)
     if path.exists() and not force:
         raise HdbError(f"{path.stem} exists already; give another name, or --force to replace it")

@@ -42,8 +42,8 @@ def stem_of(name: str, prompt: str, seed: int) -> str:
 def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool, page: bool = False) -> Outputs:
     """Name the files before the work: `STEM.png` in a folder, or exactly the .png given.
 
-    Nothing is overwritten but a file that was named itself. Raise HdbError for what cannot be
-    written.
+    Nothing is overwritten but a file that was named itself. Raise HdbError for what cannot
+    be written.
     """
     kind = "" if out is None or out.is_dir() else out.suffix.lower()
     if kind in PICTURES and kind != ".png":

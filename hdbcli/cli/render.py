@@ -1,5 +1,5 @@
-"""Turn facts into what a person or a script reads: tables, one JSON document, progress with time
-left."""
+"""Turn facts into what a person or a script reads: tables, one JSON document, progress with
+time left."""
 
 from __future__ import annotations
 
@@ -265,8 +265,8 @@ def base_facts(spec: BaseSpec, source: str, added: Added | None) -> dict[str, An
 
 
 def show_evaluation(result: Evaluation) -> None:
-    """Print the held-out losses with their intervals, and retrieval beside its ceilings and
-    chance."""
+    """Print the held-out losses with their intervals, and retrieval beside its ceilings
+    and chance."""
 
     def interval(value: Interval) -> str:
         return f"{value.mean:+.4f} (95 % {value.low:+.4f} to {value.high:+.4f})"
@@ -278,7 +278,7 @@ def show_evaluation(result: Evaluation) -> None:
         (
             ("with their own theta", f"{result.own:.4f}"),
             ("with another's theta", f"{result.another:.4f}"),
-            ("base, nobody's theta", f"{result.base:.4f}"),
+            ("base model", f"{result.base:.4f}"),
             ("base - own, paired", interval(result.base_minus_own)),
             ("another's - own, paired", interval(result.another_minus_own)),
         ),

@@ -107,7 +107,7 @@ def train_bank(
     device: Device = None,
     memory: Memory = "auto",
 ) -> None:
-    """Optimise the LiDB of everybody in a folder; interrupted, the same command goes on."""
+    """Optimise the LiDB of every person in a folder; interrupted, the same command goes on."""
     from hdbcli.model.base import on_base
     from hdbcli.training import bank
     from hdbcli.training.shards import open_people
@@ -258,7 +258,7 @@ def train_hypernetwork(
     if accumulate > batch:
         raise HdbError(f"a batch of {batch} has no {accumulate} parts; lower --accumulate")
     if not held_out:
-        refuse_given("--held-out 0 leaves nobody to look at; drop it or", look=look)
+        refuse_given("--held-out 0 leaves no one to look at; drop it or", look=look)
     _check_hypernetwork_out(out, start)
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
     beta, look = PretrainConfig.beta if beta is None else beta, look or PretrainConfig.look
@@ -368,8 +368,8 @@ def train_evaluate(
     memory: Memory = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure a hypernetwork on people it never saw: loss with intervals, retrieval of
-    portraits."""
+    """Measure a hypernetwork on people it never saw: loss with intervals, retrieval
+    of portraits."""
     from hdbcli.model.base import load_predictor, on_base
     from hdbcli.model.hypernetwork_file import targets_of
     from hdbcli.training import evaluate

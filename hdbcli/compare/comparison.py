@@ -46,7 +46,7 @@ AXES = Axes(
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Whom pictures of everybody find by each recogniser, the share of them with a face, and of
+    """Whom pictures of each person find by each recogniser, the share of them with a face, and of
     those that are also named right, as portraits are."""
 
     portraits: Mapping[str, Found]
@@ -67,7 +67,7 @@ class TrueStyle:
 class Limits:
     """Between what one recogniser's likeness lies, and whom true photos find by it."""
 
-    floor: Interval  # portraits by the base, which knows nobody
+    floor: Interval  # portraits by the base model alone
     autoencoder: Interval  # the photo that methods learned from, encoded and decoded
     photo: Interval  # that photo itself: another true picture of the person
     through: Found | None  # how well that photo finds its person, through the autoencoder
@@ -94,7 +94,7 @@ def run(
     out: Path,
     load: Callable[[], tuple[Base, HyperNetwork | None]],
 ) -> tuple[Contest, dict[str, Record]]:
-    """Let everybody compete; the first contender is the one that others are held against."""
+    """Run every method; the first is the one that others are compared with."""
     records: dict[str, Record] = {}
     standings: list[Standing] = []
     judges, limits = _bounds(arena)
@@ -147,10 +147,10 @@ def true_styles(folder: Path, people: People, arena: Arena) -> list[TrueStyle]:
     """Judge true pictures as drawn ones are judged: `folder/PERSON/STYLE-*.png`, where STYLE is a
     word of the prompt, spaces left out, such as rockstar.
 
-    Raise HdbError if somebody has none in a style that others have.
+    Raise HdbError if a person has none in a style that others have.
     """
     styles: list[TrueStyle] = []
-    for prompt in PROMPTS[1:] if len(people.names) > 1 else ():  # one alone is nobody's neighbour
+    for prompt in PROMPTS[1:] if len(people.names) > 1 else ():  # one alone has no neighbour
         words = prompt.lower().replace(" ", "")
         rows = [
             [f for f in sorted((folder / name).glob("*-*.png")) if f.stem.split("-")[0] in words]
@@ -242,8 +242,8 @@ def document(contest: Contest, command: str) -> dict[str, Any]:
 
 
 def _finite(facts: Any) -> Any:
-    """Put None where a figure is no number, such as a share of a way that is none: JSON knows no
-    NaN."""
+    """Put None where a figure is no number, such as a share of a way that is none: JSON knows
+    no NaN."""
     if isinstance(facts, dict):
         return {key: _finite(value) for key, value in facts.items()}
     if isinstance(facts, list | tuple):

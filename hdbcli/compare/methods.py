@@ -1,5 +1,5 @@
-"""Who competes in `hdb compare`: HyperDreamBooth, its ablations, and the methods beside it, as
-data.
+"""Who competes in `hdb compare`: HyperDreamBooth, its ablations, and the methods beside it,
+as data.
 
 HyperDreamBooth table 1 and table 2. One loop trains them all with one batch size; they differ in
 what is trained, from where, how long and how fast.
@@ -165,7 +165,7 @@ def choose(names: Sequence[str], most: int | None = None) -> list[Contender]:
 def suited(contender: Contender, base: Base, most: int | None = None) -> Contender:
     """Give HyperDreamBooth and its ablations what `hdb new` would give them on this base: the rank
     that the budget of bytes allows, the rate where nothing is drawn for likeness, and on a base
-    without a hypernetwork the iterations of a start from nobody, at most so many."""
+    without a hypernetwork the iterations of a start from scratch, at most so many."""
     if not contender.steps or not (contender.predicted or contender.trains == "lidb"):
         return contender
     new = settle(base, None, None, RefineConfig.seed, contender.optimizer, contender.likeness)
@@ -222,7 +222,7 @@ def _drawn(contender: Contender, base: Base, trial: Trial, faces: Sequence[Faces
 def _start(
     contender: Contender, base: Base, model: HyperNetwork | None, faces: Sequence[Faces]
 ) -> Theta:
-    """Predict everybody's theta, or take theta_0."""
+    """Predict each person's theta, or take theta_0."""
     if not contender.predicted:
         return base.first_theta(people=len(faces))
     assert model is not None, f"{contender.name} starts from a prediction"

@@ -20,7 +20,7 @@ READING = """\
 Seconds and memory are one person's, in a process of their own, start-up apart. Likeness to
 {photo} is 1 - distance of dlib's face embeddings, and the cosine of FaceRes' where it was fetched
 (`--judge`); every picture is embedded by its own landmarks, one without a face counts 0 and finds
-nobody. Of each person and prompt {drawings} pictures are drawn; 95 % intervals are over people.
+no one. Of each person and prompt {drawings} pictures are drawn; 95 % intervals are over people.
 Bytes are two a trained number. Fidelity is how well a metric finds a picture to fit its prompt,
 drift the mean change of a pixel, of 255, in pictures whose prompt has no [V]."""
 PAPERS = (1200, 5000)  # steps of DreamBooth and of Textual Inversion

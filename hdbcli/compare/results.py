@@ -1,5 +1,5 @@
-"""Judge the records of a comparison: likeness with intervals, seconds to the same likeness, styles,
-drift.
+"""Judge the records of a comparison: likeness with intervals, seconds to the same likeness,
+styles, drift.
 
 All of it is a pure function of records, so that a table can be made again without a model. P
 people, K drawings of each, S captions.
@@ -33,7 +33,7 @@ class Bounds:
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """One recogniser, everybody's true face by it (P, D), and its bounds."""
+    """One recogniser, each person's true face by it (P, D), and its bounds."""
 
     name: str
     recogniser: Recogniser
@@ -47,8 +47,8 @@ class Judge:
 
 
 def likeness_of(recogniser: Recogniser, faces: Tensor, truth: Tensor) -> Tensor:
-    """Return the mean likeness of each person's pictures (P, K, D) to their photo (P or more, D):
-    (P,)."""
+    """Return the mean likeness of each person's pictures (P, K, D) to their photo (P or more,
+    D): (P,)."""
     theirs = truth[: len(faces), None].expand_as(faces)
     rows = recogniser.likeness(*(each.flatten(0, 1).numpy() for each in (faces, theirs)))
     return torch.from_numpy(rows).view(faces.shape[:2]).double().mean(1)
@@ -112,7 +112,7 @@ def stand(
         floor = judge.bounds.floor[:people]
         gained = judge.likeness(record) - floor
         ways[judge.name] = bootstrap_ratio(gained, judge.bounds.photo[:people] - floor)
-        if len(judge.truth) < 2:  # one alone is told from nobody
+        if len(judge.truth) < 2:  # one alone has no other to be told from
             continue
         looks = [find(faces, judge.truth) for faces in record.faces[judge.name]]
         portraits[judge.name] = looks[0][0]
@@ -162,8 +162,8 @@ def seconds_to(goal: float, finished: Sequence[Standing], key: str) -> float | N
 
 
 def reached(seconds: Sequence[float], likeness: Sequence[float], goal: float) -> float | None:
-    """Return when a curve first reaches `goal`, straight between its points; None if it never
-    does."""
+    """Return when a curve first reaches `goal`, straight between its points; None if it
+    never does."""
     for i, (second, value) in enumerate(zip(seconds, likeness, strict=True)):
         if value >= goal:
             if i == 0:

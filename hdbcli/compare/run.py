@@ -26,7 +26,7 @@ from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, RefineConfig, Tell, unnam
 from hdbcli.faces.embedding import landmarks
 from hdbcli.measure.metrics import FACE, FaceMetric, Judges
 from hdbcli.method.hypernet import HyperNetwork
-from hdbcli.model.base import Base, Worn
+from hdbcli.model.base import Adapter, Base
 from hdbcli.model.sample import generate
 from hdbcli.training import preservation
 from hdbcli.training.likeness_loss import CONTRAST
@@ -44,14 +44,15 @@ DRAWINGS = 4  # of each person and prompt, from noises of their own
 
 @dataclass(frozen=True, eq=False)
 class Arena:
-    """What all contenders share: base, hypernetwork, people, metrics, and what nobody changed."""
+    """What all contenders share: base, hypernetwork, people, metrics, and pictures by the
+    base alone."""
 
     base: Base
     model: HyperNetwork | None  # of a base that has one
     given: tuple[np.ndarray, ...]  # each person's crop (S, S, 3) that methods learn from
     photos: tuple[np.ndarray, ...]  # another photo of each, or the same if there is one
     truth: Mapping[str, Tensor]  # recogniser -> (P, D) embeddings of those
-    same_photo: bool  # somebody has but one
+    same_photo: bool  # at least one person has one photo only
     judges: Judges
     recognisers: Mapping[str, Recogniser]  # dlib's first
     plain: np.ndarray  # (2 P, S, S, 3): prompts without [V], by the base
@@ -140,7 +141,7 @@ def _group(arena: Arena, contender: Contender, persons: range, file: Path) -> Re
     with entered(contender, base, arena.model, faces, arena.tell) as trial:
         for step in train(base, trial, latents, config) if contender.steps else ():
             arena.tell(contender.name, step.number, contender.steps)
-        record = _final(arena, trial.worn(), persons, contender.steps, trial.numbers)
+        record = _final(arena, trial.adapter(), persons, contender.steps, trial.numbers)
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v for k, v in vars(record).items() if isinstance(v, Tensor)}
     for kind in _KINDS:
@@ -151,19 +152,23 @@ def _group(arena: Arena, contender: Contender, persons: range, file: Path) -> Re
 
 
 @torch.no_grad()
-def _draw(arena: Arena, worn: Worn | None, prompt: str, persons: range) -> list[list[np.ndarray]]:
-    """Draw everybody K times: a list of K pictures for each person."""
-    base, everybody = arena.base, len(arena.given)
+def _draw(
+    arena: Arena, adapter: Adapter | None, prompt: str, persons: range
+) -> list[list[np.ndarray]]:
+    """Draw each person K times: a list of K pictures for each person."""
+    base, people = arena.base, len(arena.given)
     rounds = []
     for k in range(DRAWINGS):
-        seeds = [person + k * everybody for person in persons]
-        drawn = generate(base, worn, prompt, seeds, base.spec.sampling, arena.tell)
+        seeds = [person + k * people for person in persons]
+        drawn = generate(base, adapter, prompt, seeds, base.spec.sampling, arena.tell)
         rounds.append([picture.image for picture in drawn])
     return [list(theirs) for theirs in zip(*rounds, strict=True)]
 
 
-def _final(arena: Arena, worn: Worn | None, persons: range, steps: int, numbers: int) -> Record:
-    drawn = [_draw(arena, worn, prompt, persons) for prompt in PROMPTS]
+def _final(
+    arena: Arena, adapter: Adapter | None, persons: range, steps: int, numbers: int
+) -> Record:
+    drawn = [_draw(arena, adapter, prompt, persons) for prompt in PROMPTS]
     flat = [image for prompted in drawn for theirs in prompted for image in theirs]
     shape = len(PROMPTS), len(persons), DRAWINGS
     texts = [unnamed(prompt) for prompt in PROMPTS]
@@ -178,7 +183,7 @@ def _final(arena: Arena, worn: Worn | None, persons: range, steps: int, numbers:
         for name, metric in arena.judges.persons.items()
         if name not in arena.recognisers  # which get embeddings
     }
-    ours = _plain(arena.base, worn, persons, arena.tell)
+    ours = _plain(arena.base, adapter, persons, arena.tell)
     pick = [2 * p + k for p in persons for k in range(2)]
     change = np.abs(ours.astype(np.float32) - arena.plain[pick].astype(np.float32))
     kept = [p for p in persons if p < SHOWN]
@@ -204,12 +209,12 @@ def _final(arena: Arena, worn: Worn | None, persons: range, steps: int, numbers:
     )
 
 
-def _plain(base: Base, worn: Worn | None, persons: range, tell: Tell) -> np.ndarray:
-    """Draw two prompts without [V] for everybody: other people, whom an identity must leave
-    alone."""
+def _plain(base: Base, adapter: Adapter | None, persons: range, tell: Tell) -> np.ndarray:
+    """Draw two prompts without [V] for each person: other people, whom an identity must
+    leave alone."""
     prompts = [unnamed(prompt) for prompt in (PORTRAIT, CAPTIONS[1])]
     rows = [
-        [p.image for p in generate(base, worn, prompt, list(persons), base.spec.sampling, tell)]
+        [p.image for p in generate(base, adapter, prompt, list(persons), base.spec.sampling, tell)]
         for prompt in prompts
     ]
     return np.stack([image for pair in zip(*rows, strict=True) for image in pair])

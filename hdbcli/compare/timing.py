@@ -1,5 +1,5 @@
-"""Time one method for one person in a process of its own: start-up, preparation, a step, peak
-memory."""
+"""Time one method for one person in a process of its own: start-up, preparation, a step,
+peak memory."""
 
 from __future__ import annotations
 

@@ -159,8 +159,8 @@ def at_landmarks(
     """Align the largest face of each picture (H, W, 3) uint8 to a recogniser's `template` (5, 2),
     `size` pixels square, and embed it with `model`: (N, width).
 
-    A picture in which the detector finds no face gets a row of NaN: whoever judges counts it as a
-    miss.
+    A picture in which the detector finds no face gets a row of NaN: whoever judges counts it as
+    a miss.
     """
     told = torch.full((len(images), width), torch.nan)
     chips = {}

@@ -1,5 +1,5 @@
-"""Choose the rank and number format of an identity so that its file keeps within its base's
-budget."""
+"""Choose the rank and number format of an identity so that its file keeps within its
+base's budget."""
 
 from __future__ import annotations
 

@@ -328,8 +328,8 @@ def _header(metadata: dict[str, str], infos: dict[str, TensorInfo]) -> bytes:
 
 
 def theta_for(base: Base, identity: Identity) -> tuple[Theta, str | None]:
-    """Return an identity's theta for this base, and a warning if it was made on another of the
-    family."""
+    """Return an identity's theta for this base, and a warning if it was made on another of
+    the family."""
     warning = fit(identity, base.spec, base.injected)
     theta = Theta(identity.down[None].to(base.device), identity.up[None].to(base.device))
     return theta, warning

@@ -1,5 +1,5 @@
-"""Look inside an identity: energy and singular values of every target, summed by component and
-kind.
+"""Look inside an identity: energy and singular values of every target, summed by component
+and kind.
 
 Energy is the squared Frobenius norm of dW. The basis is orthonormal, so that of the core is the
 same, and no base model is needed for the numbers, only for the targets' names.

@@ -50,9 +50,9 @@ def draw(base: Base, thetas: Sequence[Theta], tell: Tell) -> Picture:
     is a sample of its own, so that one pass draws all that fit in it."""
     steps = walk(thetas)
     columns = len(steps)
-    worn = steps[[column for _ in ROWS for column in range(columns)]]
+    adapter = steps[[column for _ in ROWS for column in range(columns)]]
     prompts = [prompt for prompt in ROWS for _ in range(columns)]
     settings = base.spec.sampling
-    pictures = sample.generate(base, worn, prompts, [SEED] * len(prompts), settings, tell)
+    pictures = sample.generate(base, adapter, prompts, [SEED] * len(prompts), settings, tell)
     rows = in_rows([picture.image for picture in pictures], columns)
     return Picture(contact_sheet(rows), SEED)

@@ -47,8 +47,8 @@ def read_foreign(path: Path) -> Identity:
 
 
 def take_in(file: Path, identity: Identity, path: Path, new: bool) -> None:
-    """Copy the file that an identity was read from into the store; HdbError if by now it is
-    another."""
+    """Copy the file that an identity was read from into the store; HdbError if by now it
+    is another."""
     with store.write_beside(path, new) as beside:
         beside.write_bytes(file.read_bytes())
         taken = load(beside)

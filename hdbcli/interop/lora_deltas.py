@@ -102,8 +102,8 @@ def _product(parts: Parts, left: str, right: str, core: str) -> Tensor:
 
 
 def _cored(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return sum over j, k of core[j, k, ...] a[j, n] b[k, m]: a convolution by Tucker's
-    decomposition."""
+    """Return sum over j, k of core[j, k, ...] a[j, n] b[k, m]: a convolution by
+    Tucker's decomposition."""
     return torch.einsum("jk...,jn,km->nm...", core, a, b)
 
 

@@ -188,8 +188,8 @@ def _count(reader: str, base: Base, tensors: Mapping[str, Tensor], locate: Locat
 
 
 def _exact(parts: Mapping[str, Tensor], layer: LiDBLayer) -> bool:
-    """Say whether a layer is changed by up @ down: a missing alpha is a scale of 1, as alpha = rank
-    is."""
+    """Say whether a layer is changed by up @ down: a missing alpha is a scale of 1, as alpha =
+    rank is."""
     if "up" not in parts or "down" not in parts:
         return False
     rank, (n, m) = len(parts["down"]), layer.shape
@@ -276,8 +276,8 @@ def _ldm_name(component: str, path: str, layout: Sequence[int], second: bool) ->
 
 
 def _ldm_path(path: str, layout: Sequence[int]) -> str | None:
-    """Name a target of the UNet as the original network of that layout does, None where it has
-    none."""
+    """Name a target of the UNet as the original network of that layout does, None where it
+    has none."""
     block = re.match(r".*\.transformer_blocks\.\d+", path)
     if block and block[0] not in ldm_blocks(layout):
         return None

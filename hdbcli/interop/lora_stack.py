@@ -1,5 +1,5 @@
-"""Stack LoRA files of other tools on a base's weights: styles and few-step models, under whoever
-is worn.
+"""Stack LoRA files of other tools on a base's weights: styles and few-step models, under the
+LiDB layers of identities.
 
 W + strength x dW replaces the weight of a layer; LiDB layers add their residual beside it. What dW
 is depends on the kind of file, see `lora_deltas`; here are the names that each tool gives layers,
@@ -208,8 +208,8 @@ def named_layers(base: Base) -> dict[str, list[Layer]]:
 
 
 def _names(family: str, component: str, path: str) -> Iterator[str]:
-    """Yield what kohya, diffusers of today and of old, PEFT, ComfyUI and OneTrainer call a
-    layer."""
+    """Yield what kohya, diffusers of today and of old, PEFT, ComfyUI and OneTrainer call
+    a layer."""
     shorts = SHORTS.get(component, (component,))
     dotted = [component, f"{component}.{PEFT[:-1]}", PEFT[:-1], *(f"lora_{s}" for s in shorts)]
     flat = [f"lora_{short}" for short in shorts]

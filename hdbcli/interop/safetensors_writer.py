@@ -18,8 +18,8 @@ CHUNK = 2**23  # bytes copied at a time
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor to come: its entry in the header, and the chunks of its bytes when their turn
-    comes."""
+    """One tensor to come: its entry in the header, and the chunks of its bytes when their
+    turn comes."""
 
     key: str
     dtype: str

@@ -1,5 +1,5 @@
-"""The measures that ship: dlib's face embedding; FaceRes, CLIP and DINO where their weights can be
-had.
+"""The measures that ship: dlib's face embedding; FaceRes, CLIP and DINO where their weights can
+be had.
 
 CLIP-I, CLIP-T and DINO are the scores of HyperDreamBooth's table 1, with the encoders that
 DreamBooth names (§4.1). Nothing else is called by those names.
@@ -83,8 +83,8 @@ class FaceMetric:
 
 
 class FaceResMetric(FaceMetric):
-    """Likeness of faces by FaceRes, a cosine: of one person .8, of two .4 (60 people's official
-    portraits)."""
+    """Likeness of faces by FaceRes, a cosine: of one person .8, of two .4 (60 people's
+    official portraits)."""
 
     def __init__(self) -> None:
         from hdbcli.measure.faceres import load_faceres
@@ -165,8 +165,8 @@ def _unit(encode: Callable[..., Any], inputs: Any) -> Tensor:
 
 
 def _from_hub(kind: Any, name: str) -> Any:
-    """Load from the hub's cache, never from the hub itself: a score is no reason to download
-    gigabytes."""
+    """Load from the hub's cache, never from the hub itself: a score is no reason to
+    download gigabytes."""
     try:
         return kind.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:

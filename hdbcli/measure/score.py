@@ -19,7 +19,7 @@ from hdbcli.faces.embedding import SAME_PERSON, embed, found
 from hdbcli.faces.photo import Crop
 from hdbcli.measure.metrics import FACE, Judges
 from hdbcli.model import sample
-from hdbcli.model.base import Base, Worn
+from hdbcli.model.base import Adapter, Base
 from hdbcli.model.memory import Work
 from registry.metric import Metric
 from registry.spec import BaseSpec
@@ -71,9 +71,9 @@ def work_of(spec: BaseSpec) -> Work:
     return sample.work_of(len(SEEDS), spec.resolution)
 
 
-def score(base: Base, worn: Worn, crops: Sequence[Crop], judges: Judges, tell: Tell) -> Score:
+def score(base: Base, adapter: Adapter, crops: Sequence[Crop], judges: Judges, tell: Tell) -> Score:
     """Draw the portrait and each caption with four seeds, with the identity on and without."""
-    mine, plain = ([_draw(base, w, p, tell) for p in PROMPTS] for w in (worn, None))
+    mine, plain = ([_draw(base, w, p, tell) for p in PROMPTS] for w in (adapter, None))
     styles = {}
     for name, metric in judges.texts.items():
         (own, own_named), (without, base_named) = (_judged(metric, rows) for rows in (mine, plain))
@@ -85,7 +85,7 @@ def score(base: Base, worn: Worn, crops: Sequence[Crop], judges: Judges, tell: T
         if crops
     }
     likeness = subjects.pop(FACE, None)
-    faces, drift = float(seen.float().mean()), _drift(base, worn, tell)
+    faces, drift = float(seen.float().mean()), _drift(base, adapter, tell)
     return Score(likeness, subjects, styles, faces, drift)
 
 
@@ -128,14 +128,14 @@ def _way(like: Likeness) -> str:
     )
 
 
-def _draw(base: Base, worn: Worn | None, prompt: str, tell: Tell) -> list[np.ndarray]:
-    drawn = sample.generate(base, worn, prompt, SEEDS, base.spec.sampling, tell)
+def _draw(base: Base, adapter: Adapter | None, prompt: str, tell: Tell) -> list[np.ndarray]:
+    drawn = sample.generate(base, adapter, prompt, SEEDS, base.spec.sampling, tell)
     return [picture.image for picture in drawn]
 
 
 def _judged(metric: Metric, rows: Sequence[Sequence[np.ndarray]]) -> tuple[float, float]:
-    """Return the mean score of pictures against their own prompt, and how often it is the
-    highest."""
+    """Return the mean score of pictures against their own prompt, and how often it is
+    the highest."""
     texts = [unnamed(prompt) for prompt in PROMPTS]
     table = torch.tensor([metric.score(row, texts) for row in rows])  # (prompts, seeds, texts)
     own = torch.arange(len(rows))[:, None]
@@ -150,8 +150,8 @@ def _likeness(
     strangers: Sequence[np.ndarray],
     photos: Sequence[np.ndarray],
 ) -> Likeness:
-    """Compare with every photo; the ceiling is the photos with each other, or one through the
-    autoencoder."""
+    """Compare with every photo; the ceiling is the photos with each other, or one through
+    the autoencoder."""
 
     def near(pictures: Sequence[np.ndarray]) -> Tensor:
         return torch.tensor(metric.score(pictures, photos))
@@ -163,11 +163,11 @@ def _likeness(
     return Likeness(*(float(each.mean()) for each in (near(portraits), near(strangers), ceiling)))
 
 
-def _drift(base: Base, worn: Worn, tell: Tell) -> float:
+def _drift(base: Base, adapter: Adapter, tell: Tell) -> float:
     changes = []
     for prompt in (PORTRAIT, CAPTIONS[1]):
         with_it, without = (
-            np.array(_draw(base, w, unnamed(prompt), tell), np.float32) for w in (worn, None)
+            np.array(_draw(base, w, unnamed(prompt), tell), np.float32) for w in (adapter, None)
         )
         changes.append(np.abs(with_it - without).mean())
     return float(np.mean(changes))

@@ -67,8 +67,8 @@ def look_up(queries: Tensor, gallery: Tensor, owners: Tensor | None = None) -> L
 
     Compare by cosine after taking each set's mean away, since what a style or a camera adds to all
     pictures of a set says nothing about a person. Ties count against the query, in the AUC half. A
-    row of NaN is a picture without a face: as a query it finds nobody, in the gallery nobody finds
-    it.
+    row of NaN is a picture without a face: as a query it finds no one, in the gallery it is not
+    found it.
     """
     count = len(queries)
     if owners is None:

@@ -26,8 +26,8 @@ PROBE_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What an identity file remembers of its basis: exact sign bits by digest, a few values by
-    probe."""
+    """What an identity file remembers of its basis: exact sign bits by digest, a few values
+    by probe."""
 
     scheme: str
     seed: int
@@ -36,8 +36,8 @@ class Fingerprint:
 
 
 def sign_bits(seed: int, target: str, side: str, rows: int, columns: int) -> bytes:
-    """Return rows x columns bits, packed eight to a byte: the hash of the matrix's own
-    description."""
+    """Return rows x columns bits, packed eight to a byte: the hash of the matrix's
+    own description."""
     text = f"{SCHEME}|{seed}|{target}|{side}|{rows}x{columns}".encode()
     return hashlib.shake_256(text).digest((rows * columns + 7) // 8)
 

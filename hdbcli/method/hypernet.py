@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hdbcli.method.lidb import Theta, first_theta
 
 # Adam moves each weight of a head by the learning rate, and theta by `width` times that: without
-# this brake theta runs off before the faces have a say in it, and everybody gets the same.
+# this brake theta runs off before the faces have a say in it, and all people get the same.
 HEAD_SCALE = 4.0
 
 TRAITS = 128  # numbers of the face recogniser
@@ -124,8 +124,8 @@ class HyperNetwork(nn.Module):
 
     @torch.no_grad()
     def predict(self, photos: Faces, iterations: int | None = None) -> Theta:
-        """Predict one theta from N photos of one person: their face tokens are averaged, not their
-        thetas.
+        """Predict one theta from N photos of one person: their face tokens are averaged, not
+        their thetas.
 
         A core is defined up to (c up, down / c), so averaged factors would mean nothing.
         """

@@ -36,14 +36,14 @@ class Injected:
     seed: int
     digest: str | None = None  # of the weights as they are stored, where they were rounded since
 
-    def wear(self, worn: Theta | Factors | None) -> None:
-        """Put identities on every target at once: a batch of them, one for all, or None to take
-        them off."""
-        if worn is None:
+    def set_adapter(self, adapter: Theta | Factors | None) -> None:
+        """Set the residual of every target: of a batch of identities, of one for all samples,
+        or none."""
+        if adapter is None:
             for layer in self.layers.values():
                 layer.residual = None
             return
-        factors = self.factors(worn) if isinstance(worn, Theta) else worn
+        factors = self.factors(adapter) if isinstance(adapter, Theta) else adapter
         for layer, down, up in zip(self.layers.values(), factors.down, factors.up, strict=True):
             layer.residual = down, up
 
@@ -61,13 +61,13 @@ class Injected:
         return Factors(tuple(down for down, _ in pairs), tuple(up for _, up in pairs))
 
     @contextmanager
-    def wearing(self, worn: Theta | Factors | None) -> Iterator[None]:
-        """Wear what is given inside the block only."""
-        self.wear(worn)
+    def adapted(self, adapter: Theta | Factors | None) -> Iterator[None]:
+        """Set an adapter inside the block only."""
+        self.set_adapter(adapter)
         try:
             yield
         finally:
-            self.wear(None)
+            self.set_adapter(None)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -78,8 +78,8 @@ class Injected:
         return basis.fingerprint(self.seed, self.shapes, self.a, self.b)
 
     def targets_digest(self) -> str:
-        """Hash the ordered target names: their order is the order of theta and of hypernetwork
-        tokens."""
+        """Hash the ordered target names: their order is the order of theta and of
+        hypernetwork tokens."""
         return digest_names(self.layers)
 
     def weights_digest(self) -> str:

@@ -1,5 +1,5 @@
-"""Lightweight DreamBooth (LiDB): a layer whose residual lives in a frozen basis, one identity per
-sample.
+"""Lightweight DreamBooth (LiDB): a layer whose residual lives in a frozen basis, one identity
+per sample.
 
 HyperDreamBooth §3.2:  dW = up_basis @ up @ down @ down_basis.  Letters, here and in every file of
 the maths: B samples, L targets, R rank, a and b the widths of the basis on the input (down) and
@@ -50,7 +50,7 @@ class Theta:
 class Factors:
     """Residuals of B samples without a basis, a pair for each target: D (B, R, m), U (B, n, R).
 
-    What theta becomes when it is worn, and what LoRA trains.
+    What theta is multiplied out to before use, and what LoRA trains.
     """
 
     down: tuple[Tensor, ...]
@@ -70,7 +70,7 @@ class Factors:
 
 
 class LiDBLayer(nn.Module):
-    """A frozen layer with weight W (n, m) and, while an identity is worn, the residual dW = U D of
+    """A frozen layer with weight W (n, m) and, while it is adapted, the residual dW = U D of
     each sample's own.
 
     A kind of layer only says what `project` and `add` are; the rest is the same for all.
@@ -100,8 +100,8 @@ class LiDBLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + U (D x).
 
-        x holds k B samples, sample i wears identity i mod B: with B = 1 everyone wears the same,
-        and k is 2 under classifier-free guidance, which stacks the batch.
+        x holds k B samples, and sample i has the residual of identity i mod B: with B = 1 all have
+        the same, and k is 2 under classifier-free guidance, which stacks the batch.
         """
         y: Tensor = self.base(x)
         if self.residual is None:
@@ -123,8 +123,8 @@ class LiDBLayer(nn.Module):
         return down, up
 
     def delta(self) -> Tensor:
-        """Return dW (n, m) in float32 of the one identity worn: U @ D."""
-        assert self.residual is not None and len(self.residual[0]) == 1, "wear one identity first"
+        """Return dW (n, m) in float32 of the layer's one identity: U @ D."""
+        assert self.residual is not None and len(self.residual[0]) == 1, "set one identity first"
         down, up = self.residual
         return up[0].float() @ down[0].float()
 
@@ -240,8 +240,8 @@ def inner(x: Theta, y: Theta) -> Tensor:
 def pack(theta: Theta) -> Tensor:
     """Flatten theta into one tensor (B, L x R x (a+b)): one parameter for the optimizer.
 
-    8-bit optimizers keep tensors under 4,096 numbers in 32 bits, so separate cores would gain
-    nothing.
+    8-bit optimizers keep tensors under 4,096 numbers in 32 bits, so separate cores would
+    gain nothing.
     """
     return torch.cat([theta.down.flatten(1), theta.up.flatten(1)], dim=1)
 

@@ -1,5 +1,5 @@
-"""A base model made ready: loaded, with LiDB layers on every target, and its hypernetwork at
-hand."""
+"""A base model made ready: loaded, with LiDB layers on every target, and its hypernetwork
+at hand."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from registry.spec import Backbone, BaseSpec, Frugal
 _MARK = re.escape(PLACEHOLDER)
 
 T = TypeVar("T")
-Worn: TypeAlias = Theta | Factors | Tokens
+Adapter: TypeAlias = Theta | Factors | Tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A base model on its device, wearing nobody."""
+    """A base model on its device, with LiDB layers on its targets."""
 
     spec: BaseSpec
     backbone: Backbone
@@ -59,13 +59,14 @@ class Base:
         return Theta(*repeated).to(self.device)
 
     @contextmanager
-    def wearing(self, worn: Worn | None) -> Iterator[None]:
-        """Draw and train inside the block with a batch of people on, one for all, or nobody."""
-        if isinstance(worn, Tokens):
-            with worn.on(self.backbone):
+    def adapted(self, adapter: Adapter | None) -> Iterator[None]:
+        """Adapt the model inside the block: to a batch of people, to one for all samples,
+        or not."""
+        if isinstance(adapter, Tokens):
+            with adapter.on(self.backbone):
                 yield
         else:
-            with self.injected.wearing(worn):
+            with self.injected.adapted(adapter):
                 yield
 
     def free_autoencoder(self) -> None:
@@ -169,8 +170,8 @@ def open_pair(
 
 
 def load_predictor(base: Base) -> tuple[HyperNetwork, str]:
-    """Load the base's hypernetwork and its digest; HdbError if it has none or it is another
-    base's."""
+    """Load the base's hypernetwork and its digest; HdbError if it has none or it is
+    another base's."""
     path = base.spec.hypernetwork
     if path is None or not path.exists():
         where = f" at {path}" if path else ""

@@ -20,8 +20,8 @@ def contact_sheet(
     names: Sequence[str] = (),
     captions: Sequence[Sequence[str]] = (),
 ) -> np.ndarray:
-    """Return uint8 pictures, all of one size (H, W, 3), as one on white; a row may be shorter than
-    others."""
+    """Return uint8 pictures, all of one size (H, W, 3), as one on white; a row may be shorter
+    than others."""
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = rows[0][0].shape[:2]

@@ -158,7 +158,7 @@ def machine(device: str) -> str:
 
 def peak_memory(device: str) -> int:
     """Return the most memory in bytes that this process has held, on a GPU that of the GPU; 0 where
-    nobody can say."""
+    it is unknown."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:  # getrusage counts what the process that started this one held
@@ -204,8 +204,8 @@ def has_amx() -> bool:
 def make_optimizer(
     name: str, parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0
 ) -> tuple[torch.optim.Optimizer, str]:
-    """Build the optimizer; return it and the name of what it really is, with a warning if that
-    differs.
+    """Build the optimizer; return it and the name of what it really is, with a warning if
+    that differs.
 
     AdamW8bit keeps its two moments in 8 bits (in tensors of 4,096 numbers or more). Where
     bitsandbytes is missing or broken torch's AdamW serves instead.

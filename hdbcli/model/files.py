@@ -32,8 +32,8 @@ STEMS = tuple(dict.fromkeys(WEIGHTS.values()))
 
 @dataclass(frozen=True)
 class Place:
-    """The rows `first` to `first + n` of tensor `key` in `file` are a target's weight, (n, m) as a
-    matrix."""
+    """The rows `first` to `first + n` of tensor `key` in `file` are a target's weight, (n, m) as
+    a matrix."""
 
     file: Path
     key: str
@@ -43,8 +43,8 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A base model's files, by component (one file of all has the component ""), and its
-    targets."""
+    """A base model's files, by component (one file of all has the component ""), and
+    its targets."""
 
     spec: BaseSpec
     root: Path

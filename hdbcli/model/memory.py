@@ -56,8 +56,8 @@ PLANS = (  # from generous to frugal
 
 @dataclass(frozen=True)
 class Work:
-    """What a run asks of a base: samples in one pass of so many pixels a side, with gradients or
-    without."""
+    """What a run asks of a base: samples in one pass of so many pixels a side, with gradients
+    or without."""
 
     samples: int
     side: int
@@ -185,8 +185,8 @@ def describe(plan: MemoryPlan) -> str:
 
 
 def measure(spec: BaseSpec) -> Size | None:
-    """Count a base's numbers from the headers of its files; None if it names none that can be
-    read."""
+    """Count a base's numbers from the headers of its files; None if it names none that can
+    be read."""
     if spec.files is None:
         return None
     try:
@@ -226,7 +226,7 @@ def gigabytes(count: float) -> str:
 
 
 def free_memory(device: str) -> int | None:
-    """Return the bytes that a device has free, None where nobody can say."""
+    """Return the bytes that a device has free, None where it is unknown."""
     kind = device.split(":")[0]
     if kind == "cuda":
         return torch.cuda.mem_get_info(device)[0]

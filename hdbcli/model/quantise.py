@@ -109,8 +109,8 @@ def quantised(linear: nn.Linear, kind: str) -> nn.Linear:
 
 
 def _probe(kind: str, device: torch.device) -> None:
-    """Send numbers and a gradient through a scratch layer: a broken library shows itself only
-    then."""
+    """Send numbers and a gradient through a scratch layer: a broken library shows itself
+    only then."""
     scratch = quantised(nn.Linear(64, 64, device=device), kind)
     x = torch.ones((2, 64), device=device, requires_grad=True)
     scratch(x).sum().backward()

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from hdbcli import __version__
 from hdbcli.config import Tell
-from hdbcli.model.base import Base, Worn
+from hdbcli.model.base import Adapter, Base
 from hdbcli.model.memory import Work
 from registry.errors import HdbWarning
 from registry.files import write_kept
@@ -35,15 +35,14 @@ class Picture:
 
 def generate(
     base: Base,
-    worn: Worn | None,
+    adapter: Adapter | None,
     prompt: str | Sequence[str],
     seeds: Sequence[int],
     settings: SampleSettings,
     tell: Tell,
     keep: Callable[[Sequence[Picture]], None] | None = None,
 ) -> list[Picture]:
-    """Draw one picture a seed. Prompt and negative prompt both wear the identity, as a merged
-    model would.
+    """Draw one picture a seed. The adapter serves prompt and negative prompt, as in a merged model.
 
     One identity, and one prompt, serves all seeds; a batch of as many as there are seeds, one each.
     `keep` is handed all pictures so far, after each pass.
@@ -60,12 +59,12 @@ def generate(
     for done in range(passes):
         part = slice(done * at_once, (done + 1) * at_once)
         batch = seeds[part]
-        theirs = worn if worn is None or len(worn) == 1 else worn[part]
+        theirs = adapter if adapter is None or len(adapter) == 1 else adapter[part]
 
         def progress(step: int, steps: int, done: int = done) -> None:
             tell("draw", done * steps + step, passes * steps)
 
-        with base.wearing(theirs):
+        with base.adapted(theirs):
             images = base.backbone.sample(texts[part], settings, batch, progress)
         pictures += [Picture(image, seed) for image, seed in zip(images, batch, strict=True)]
         if keep is not None:
@@ -131,8 +130,8 @@ def parameters_text(
     identity: str,
     more: Mapping[str, str] | None = None,
 ) -> str:
-    """Describe a picture in A1111's form: prompt, negative prompt, one line of `key: value`
-    pairs."""
+    """Describe a picture in A1111's form: prompt, negative prompt, one line of `key:
+    value` pairs."""
     height, width = picture.image.shape[:2]
     pairs = {
         "Steps": settings.steps,

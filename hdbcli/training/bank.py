@@ -1,6 +1,6 @@
 """The bank: optimised LiDBs of many people, which supervise the hypernetwork.
 
-HyperDreamBooth §3.3. Everybody starts from theta_0, the same for all, and is optimised side by side
+HyperDreamBooth §3.3. All people start from the same theta_0 and are optimised side by side
 with others through the per-sample layer. A folder of safetensors shards with an index: a run that
 was cut off goes on after the last shard.
 """
@@ -43,7 +43,7 @@ class Shard:
 
 
 def work_of(spec: BaseSpec, at_once: int) -> Work:
-    """Say what a bank asks of a base: a step takes everybody of a shard, so that no plan can part
+    """Say what a bank asks of a base: a step takes all people of a shard, so that no plan can part
     them, and nothing rounded, since hypernetworks learn from it."""
     samples = at_once * spec.batch
     return Work(samples, spec.resolution, trains=True, exact=True, least=at_once)
@@ -52,7 +52,8 @@ def work_of(spec: BaseSpec, at_once: int) -> Work:
 def build_bank(
     base: Base, people: People, folder: Path, config: BankConfig, tell: Tell
 ) -> Iterator[Shard]:
-    """Optimise everybody not in the bank yet, a shard of `config.at_once` people at a time."""
+    """Optimise the people who are not in the bank yet, a shard of `config.at_once` people at
+    a time."""
     index = _open_index(folder, _settings(base, config))
     done = {name for shard in index["shards"] for name in shard["names"]}
     assert people.latents is not None
@@ -78,7 +79,7 @@ def build_bank(
 
 
 def read_bank(folder: Path, base: Base) -> dict[str, Theta]:
-    """Read the theta of everybody by name; HdbError if the bank is another base's or damaged."""
+    """Read the theta of all people by name; HdbError if the bank is another base's or damaged."""
     path = folder / INDEX
     if not path.exists():
         raise HdbError(f"{folder} holds no bank ({INDEX} is missing); make one: hdb train bank")

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     read: Tensor  # (P,) the photo that the hypernetwork reads
     mirror: Tensor  # (P,) in 0..1: half of the people are read and drawn mirrored
     drawn: Tensor  # (P, K) others of the person; the last half in styles, where there are such
-    anybody: Tensor  # (P, K) photos of whomever
+    others: Tensor  # (P, K) random people, for prior preservation
     empty: Tensor  # (P, K) which of those have an empty prompt
     seed: Tensor  # (P, K) of the noise, which `noises` draws: each process that of its own people
     t: Tensor  # (P, K)

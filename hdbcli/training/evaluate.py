@@ -1,5 +1,5 @@
-"""Measure a hypernetwork on people it never saw: three losses with intervals, and retrieval of
-portraits."""
+"""Measure a hypernetwork on people it never saw: three losses with intervals, and retrieval
+of portraits."""
 
 from __future__ import annotations
 
@@ -56,14 +56,16 @@ def work_of(spec: BaseSpec, refined: int) -> Work:
 def evaluate(
     base: Base, model: HyperNetwork, people: People, refined: int, tell: Tell
 ) -> Evaluation:
-    """Predict everyone from their first photo and test on their second, which nothing has read.
+    """Predict each person from their first photo and test on their second, which nothing has read.
 
     `refined` people are also relaxed, refined with the defaults and drawn (0: none).
     """
     if len(people.names) < 2 or any(len(m) < 2 for m in people.members):
         raise HdbError("evaluation needs at least two people with two usable photos each")
     if refined == 1:
-        raise HdbError("one refined person has nobody to be told from; refine 0, or two or more")
+        raise HdbError(
+            "one refined person has no other to be told from; refine 0 people, or two or more"
+        )
     refined = min(refined, len(people.names))
     assert people.latents is not None
     given, kept_back = ([m[k] for m in people.members] for k in range(2))
@@ -75,7 +77,7 @@ def evaluate(
     theta = _predict(model, base.faces(list(first)))
     others = Theta(theta.down.roll(1, 0), theta.up.roll(1, 0))
     own, another, none = (
-        person_losses(base, worn, latents, tell) for worn in (theta, others, None)
+        person_losses(base, adapter, latents, tell) for adapter in (theta, others, None)
     )
     gallery = embed(list(second))
     more = None
@@ -100,11 +102,11 @@ def evaluate(
 def person_losses(
     base: Base, theta: Theta | None, latents: Tensor, tell: Tell, pairs: int = PAIRS
 ) -> Tensor:
-    """Return the loss (P,) of everybody's one photo (P, c, h, w), over the same pairs."""
+    """Return the loss (P,) of each person's one photo (P, c, h, w), over the same pairs."""
     parts = []
     for part in _parts(base, len(latents)):
-        worn = None if theta is None else theta[part]
-        parts.append(portrait_loss(base, worn, list(latents[part, None]), pairs))
+        adapter = None if theta is None else theta[part]
+        parts.append(portrait_loss(base, adapter, list(latents[part, None]), pairs))
         tell("loss", min(part.stop, len(latents)), len(latents))
     return torch.cat(parts)
 
@@ -134,7 +136,7 @@ def refine_all(base: Base, theta: Theta, crops: np.ndarray, encoded: Tensor, tel
 
 
 def _retrieval_of(base: Base, theta: Theta, gallery: Tensor, tell: Tell) -> Retrieval:
-    """Draw one portrait of everybody and look each up among the true photos."""
+    """Draw one portrait of each person and look each up among the true photos."""
     seeds = list(range(len(theta.down)))
     drawn = generate(base, theta, PORTRAIT, seeds, base.spec.sampling, tell)
     return retrieval(embed([picture.image for picture in drawn]), gallery)

@@ -1,5 +1,5 @@
-"""Train the hypernetwork of a base model: the diffusion loss of each person wearing the predicted
-theta.
+"""Train the hypernetwork of a base model: the diffusion loss of each person under the
+predicted theta.
 
 HyperDreamBooth §3.3, eq. 4: the diffusion loss, and with a bank of optimised LiDBs beta times the
 distance from them, taken between residuals, since factors are only defined up to a scale. The face
@@ -120,7 +120,7 @@ def pretrain(
         writes=workers.rank == 0,
         agree=workers.agree,
     )
-    with base.injected.wearing(None):
+    with base.injected.adapted(None):
         yield from _watched(
             steps,
             lambda: _averaged(parameters, averages),
@@ -283,12 +283,12 @@ def _part_losses(
     own = samples(batch.drawn, material.people.caption(batch.drawn))
     yield from objective.diffusion(base, leaf, own, counts, precision)
     if some and config.prior:
-        anybody, empty = batch.anybody[:some], batch.empty[:some].T.flatten()
+        others, empty = batch.others[:some], batch.empty[:some].T.flatten()
         captions = [
             "" if each else unnamed(caption)
-            for each, caption in zip(empty, material.people.caption(anybody), strict=True)
+            for each, caption in zip(empty, material.people.caption(others), strict=True)
         ]
-        asked, weight = samples(anybody, captions), share * config.prior
+        asked, weight = samples(others, captions), share * config.prior
         yield from objective.prior(base, leaf[:some], asked, weight, precision)
     if some and config.likeness:
         drawn = batch.drawn[:some]
@@ -309,7 +309,7 @@ def _part_losses(
 
 def share_out(batch: int, workers: Workers, share: int) -> tuple[int, float]:
     """Return how many of this process's people have portraits drawn and others left alone, one in
-    `share` of everybody's, and what a mean over them counts beside the other processes'."""
+    `share` of all people's, and what a mean over them counts beside the other processes'."""
     total = -(-batch * workers.count // share)
     mine = len(range(workers.rank, total, workers.count))
     return mine, mine * workers.count / total
@@ -348,7 +348,7 @@ def _averaged(parameters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) 
 
 
 def _known(bank: Mapping[str, Theta], people: People, device: str) -> Theta:
-    """Put the bank in the order of the people; HdbError if somebody is not in it."""
+    """Put the bank in the order of the people; HdbError if a person is not in it."""
     missing = [name for name in people.names if name not in bank]
     if missing:
         raise HdbError(

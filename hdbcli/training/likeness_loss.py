@@ -1,12 +1,12 @@
 """The likeness loss: draw the person in a few steps, and ask a face recogniser how far they are
 from the true picture.
 
-The recogniser hardly sees colours: alone it gave everybody one complexion and blue eyes. So the
+The recogniser hardly sees colours: alone it gave all people one complexion and blue eyes. So the
 middle of the picture, coarse as a mosaic, is compared too. And faces in a haze please it: with half
 the contrast of true ones, eyes and glasses gone. So contrast is compared in the same cells.
 
 Not in HyperDreamBooth. The diffusion loss never sees a picture drawn from noise, where small errors
-of every step add up to somebody else; this one goes through the drawing itself, as PuLID does with
+of every step add up to another person; this one goes through the drawing itself, as PuLID does with
 a distilled model (Guo et al. 2024, §3.3).
 """
 
@@ -45,7 +45,7 @@ def likeness_loss(
 
     `noise` (B, c, h, w) is what they are drawn from, `true` (B, 3, S, S) the aligned pictures in
     -1..1 and `traits` (B, 128) the embeddings of their faces; B is a multiple of the people whom
-    the base wears, who lie fastest.
+    the base is adapted to, who lie fastest.
     """
     backbone = check_drafts(base)
     with autocast(base.device, precision, noise):
@@ -60,22 +60,22 @@ def likeness_loss(
 def portrait_likeness(
     base: Base, faces: Sequence[Faces], weight: float
 ) -> Callable[[Theta | Factors | None, torch.Generator, int, int], Iterator[Tensor]]:
-    """Return what yields the loss of a step for P people, person p wearing row p: the weighted
-    distance of their portraits from the faces on their photos, in turn.
+    """Return what yields the loss of a step for P people, person p by row p of the adapter: the
+    weighted distance of their portraits from the faces on their photos, in turn.
 
-    It is handed what they wear, and the step's generator, batch and number; everybody's portraits
+    It takes their adapter, and the step's generator, batch and number; all people's portraits
     start from the same noise.
     """
     check_drafts(base)
     shape = faces[0].latents.shape[1:]
 
     def losses(
-        worn: Theta | Factors | None, generator: torch.Generator, batch: int, turn: int
+        adapter: Theta | Factors | None, generator: torch.Generator, batch: int, turn: int
     ) -> Iterator[Tensor]:
         count = max(1, batch // SHARE)
         own = [(each, (turn + k) % len(each.crops)) for k in range(count) for each in faces]
         noise = torch.randn((count, *shape), generator=generator).repeat_interleave(len(faces), 0)
-        with base.wearing(worn), base.short_attention(noise):
+        with base.adapted(adapter), base.short_attention(noise):
             far = likeness_loss(
                 base,
                 [base.prompt(PORTRAIT)] * len(own),

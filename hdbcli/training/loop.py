@@ -1,5 +1,5 @@
-"""The one training loop: steps, schedule, average weights, and checkpoints that resume to the same
-numbers.
+"""The one training loop: steps, schedule, average weights, and checkpoints that resume to the
+same numbers.
 
 The recipe of `tiny` and every stage of hdb use it; what differs is which parameters are trained
 and which loss is taken. Checkpoints are safetensors, never pickle.

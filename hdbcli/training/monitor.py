@@ -1,8 +1,9 @@
-"""Watch a hypernetwork learn: losses and portraits of people it does not train on, as a log and a
-picture.
+"""Watch a hypernetwork learn: losses and portraits of people it does not train on, as a log and
+a picture.
 
-Three curves say whether it knows anybody: with their own theta, with another's, with nobody's. Own
-below another's is the person; own below nobody's alone could be the mere look of the photos.
+Three curves of the loss show whether it knows its people: with their own theta, with another
+person's, with the base model alone. Own below another's is the person; own below the base model's
+alone could be the mere look of the photos.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Look:
 
 
 class Watch:
-    """Looks at a hypernetwork now and then; `OUT-run.jsonl` and `OUT-run.png` are whole at any
-    time."""
+    """Looks at a hypernetwork now and then; `OUT-run.jsonl` and `OUT-run.png` are whole at
+    any time."""
 
     def __init__(
         self, base: Base, people: People, out: Path, tell: Tell, tracker: GeneralTracker | None
@@ -62,7 +63,7 @@ class Watch:
         assert people.latents is not None
         tested = people.latents[[photos[-1] for photos in people.members]][:, 0]
         self.latents = torch.from_numpy(tested).float().to(base.device)
-        self.nobody = float(person_losses(base, None, self.latents, tell, PAIRS).mean())
+        self.plain = float(person_losses(base, None, self.latents, tell, PAIRS).mean())
 
     def look(self, step: int, training: float, model: HyperNetwork) -> Look:
         """Measure, draw, and write both files anew; looks at later steps, of a run cut off, go."""
@@ -70,10 +71,10 @@ class Watch:
             theta = model(self.base.faces(list(self.read)))
         turned = theta[torch.arange(len(theta)).roll(1)]
         own, another = (
-            float(person_losses(self.base, worn, self.latents, self.tell, PAIRS).mean())
-            for worn in (theta, turned)
+            float(person_losses(self.base, adapter, self.latents, self.tell, PAIRS).mean())
+            for adapter in (theta, turned)
         )
-        now = Look(step, training, own, another, self.nobody)
+        now = Look(step, training, own, another, self.plain)
         looks = [*(past for past in read_looks(self.log) if past.step < step), now]
         lines = "".join(json.dumps(asdict(each)) + "\n" for each in looks)
         with write_beside(self.log) as beside:
@@ -141,6 +142,6 @@ def _curves(looks: Sequence[Look]) -> list[Curve]:
     steps = [look.step for look in looks]
     return [
         Curve("another's theta", steps, [look.another for look in looks]),
-        Curve("base, nobody's theta", steps, [look.base for look in looks]),
+        Curve("base model", steps, [look.base for look in looks]),
         Curve("their own theta", steps, [look.own for look in looks]),
     ]

@@ -1,9 +1,9 @@
 """What the hypernetwork is trained for, taken from a few people at a time where memory is small:
-diffusion loss, preservation of what is nobody's, likeness of what is drawn, distance from a bank.
+diffusion loss, prior preservation, likeness of what is drawn, distance from a bank.
 
-HyperDreamBooth §3.3, eq. 4; DreamBooth §3.3, prior preservation; and the likeness loss. P people
-have DRAWS pictures each; samples lie people fastest, the order in which the layer deals out
-identities.
+HyperDreamBooth §3.3, eq. 4; DreamBooth §3.3, prior preservation; and the likeness loss. P
+people have DRAWS pictures each; samples lie people fastest, the order in which the layer deals
+out identities.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Portraits(NamedTuple):
 def diffusion(
     base: Base, theta: Theta, samples: Samples, weight: float, precision: str
 ) -> Iterator[Tensor]:
-    """Yield the weighted mean diffusion loss, of as many people at a time as the memory plan
-    allows."""
+    """Yield the weighted mean diffusion loss, of as many people at a time as the memory
+    plan allows."""
     clean, prompts, noise, t = samples
     for some, rows in _parts(base, theta):
-        with base.injected.wearing(theta[some]):
+        with base.injected.adapted(theta[some]):
             with autocast(base.device, precision):
                 theirs = [prompts[row] for row in rows.tolist()]
                 losses = base.backbone.loss(clean[rows], theirs, noise[rows], t[rows])
@@ -70,8 +70,8 @@ def diffusion(
 def prior(
     base: Base, theta: Theta, samples: Samples, weight: float, precision: str
 ) -> Iterator[Tensor]:
-    """Yield, likewise, how far the answer to prompts that name nobody is from the base's own:
-    weight * mean || v(x_t, c; theta) - v(x_t, c) ||^2.
+    """Yield, likewise, how far the answer to prompts that do not name the person is from the base's
+    own: weight * mean || v(x_t, c; theta) - v(x_t, c) ||^2.
 
     DreamBooth compares with pictures that the base drew. Its answers themselves say the same
     without their noise.
@@ -79,9 +79,9 @@ def prior(
     clean, prompts, noise, t = samples
     for some, rows in _parts(base, theta):
         asked = clean[rows], [prompts[row] for row in rows.tolist()], noise[rows], t[rows]
-        with base.injected.wearing(None), torch.no_grad(), autocast(base.device, precision):
+        with base.injected.adapted(None), torch.no_grad(), autocast(base.device, precision):
             own = base.backbone.predict(*asked)
-        with base.injected.wearing(theta[some]):
+        with base.injected.adapted(theta[some]):
             with autocast(base.device, precision):
                 far = F.mse_loss(base.backbone.predict(*asked), own)
             yield weight * far * (len(rows) / len(clean))
@@ -94,7 +94,7 @@ def likeness(
     prompts, noise, true, traits = portraits
     for some, rows in _parts(base, theta):
         theirs = [prompts[row] for row in rows.tolist()]
-        with base.injected.wearing(theta[some]):
+        with base.injected.adapted(theta[some]):
             far = likeness_loss(base, theirs, noise[rows], true[rows], traits[rows], precision)
             yield weight * far.sum() / len(noise)
 
@@ -109,8 +109,8 @@ def _parts(base: Base, theta: Theta) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def weight_loss(predicted: Theta, bank: Theta) -> Tensor:
-    """Return how far each sample's residuals (B,) are from the bank's, as a share of their
-    energy."""
+    """Return how far each sample's residuals (B,) are from the bank's, as a share of
+    their energy."""
     energy = inner(bank, bank).sum(1)
     far = inner(predicted, predicted) - 2 * inner(predicted, bank) + inner(bank, bank)
     return far.sum(1) / energy.clamp(min=1e-12)

@@ -1,7 +1,7 @@
 """Read a folder of people: a folder of photos per person, or one photo per person side by side.
 
-Reading needs no torch: the processes that `read_pictures` starts find and crop faces, and nothing
-else.
+Reading needs no torch: the processes that `read_pictures` starts find and crop faces, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell:
     files = [file for files in persons.values() for file in files]
     pictures = told(read_pictures(files, spec, aligned, processes=1), len(files), tell)
     people = assemble(persons, pictures, spec)
-    check_anybody(folder, len(files), len(people.names), [*people.skipped, *skipped])
+    check_people(folder, len(files), len(people.names), [*people.skipped, *skipped])
     return replace(people, skipped=(*skipped, *people.skipped))
 
 
-def check_anybody(folder: Path, files: int, people: int, skipped: Sequence[str]) -> None:
+def check_people(folder: Path, files: int, people: int, skipped: Sequence[str]) -> None:
     """Raise HdbError if no picture of a folder can be used."""
     if not people:
         reason = f"first: {skipped[0]}" if skipped else "there is none"
@@ -128,7 +128,7 @@ def check_anybody(folder: Path, files: int, people: int, skipped: Sequence[str])
 
 
 def list_people(folder: Path, pattern: str) -> tuple[dict[str, list[Path]], list[str]]:
-    """Return everybody's photos by name, and a line for each file and folder that is left out.
+    """Return each person's photos by name, and a line for each file and folder that is left out.
 
     HdbError if there is no photo at all.
     """
@@ -145,7 +145,7 @@ def list_people(folder: Path, pattern: str) -> tuple[dict[str, list[Path]], list
 
 
 def photos_by_person(folder: Path, pattern: str) -> tuple[dict[str, list[Path]], list[str]]:
-    """Return the photos of everybody by name, and what is said of those that are nobody's."""
+    """Return each person's photos by name, and notes on the photos that belong to no person."""
 
     def photos(place: Path) -> list[Path]:
         try:
@@ -173,10 +173,10 @@ def photos_by_person(folder: Path, pattern: str) -> tuple[dict[str, list[Path]],
 
 
 def assemble(persons: Persons, pictures: Iterator[Picture], spec: BaseSpec) -> People:
-    """Put together what came of the photos of some people, in order; there may be nobody left.
+    """Put together what came of the photos of some people, in order; there may be none left.
 
-    `skipped` gets a line for each picture that cannot be used, and one for each person of whom none
-    can.
+    `skipped` gets a line for each picture that cannot be used, and one for each person of whom
+    none can.
     """
     crops: list[np.ndarray] = []
     names: list[str] = []

@@ -84,8 +84,8 @@ def settle(
     likeness: float | None = None,
     goes_on: bool = False,
 ) -> RefineConfig:
-    """Fill in what the user left open: what suits a start from a prediction, from somebody whose
-    refinement `goes_on`, or from nobody; and the base's budget of bytes."""
+    """Fill in what the user left open: what suits a start from a prediction, from an
+    identity whose refinement `goes_on`, or from scratch; and the base's budget of bytes."""
     spec = base.spec
     predicted = goes_on or spec.hypernetwork is not None
     rate = RefineConfig.lr if weight_of(spec, likeness) else DIFFUSION_LR
@@ -101,10 +101,9 @@ def settle(
 
 
 def create(crops: Sequence[Crop], base: Base, config: RefineConfig | None, tell: Tell) -> Created:
-    """Make an identity from the crops of one person; `config` None keeps the prediction as it
-    is.
+    """Make an identity from the crops of one person; `config` None keeps the prediction as it is.
 
-    On a base without a hypernetwork it starts from theta_0, which everybody shares; HdbError if
+    On a base without a hypernetwork it starts from theta_0, which all people share; HdbError if
     that should be kept.
     """
     if base.spec.hypernetwork is None and config is None:
@@ -184,8 +183,8 @@ def likeness_of(
     # A face that was found in the photo but not again in its crop: there it lies aligned.
     reference = reference.where(found(reference)[:, None], faces.traits.cpu())
     scores = []
-    for worn in (theta, None):
-        drawn = sample.generate(base, worn, PORTRAIT, seeds, base.spec.sampling, tell)
+    for adapter in (theta, None):
+        drawn = sample.generate(base, adapter, PORTRAIT, seeds, base.spec.sampling, tell)
         near = 1 - torch.cdist(embed([picture.image for picture in drawn]), reference)
         scores.append(float(near.clamp(min=0).nan_to_num(0.0).mean()))
     return scores[0], scores[1]

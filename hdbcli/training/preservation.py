@@ -5,7 +5,7 @@ too, are answered as before.
       a prompt without [V], such as "a face": before is the base model alone
       a caption with [V], "a Pixar character of a [V] face": before is the prediction
 
-Without the first everybody becomes the person. Without the second refinement, which looks at plain
+Without the first all people become the person. Without the second refinement, which looks at plain
 portraits alone, forgets what else a prompt says: a selfie becomes the photo once more. x_t is noise
 on a picture that `before` drew of the prompt. DreamBooth (Ruiz et al. 2022, §3.3) preserves such
 pictures; here the answers themselves are compared, which says the same without the noise of the
@@ -58,9 +58,9 @@ def preservation(
         t = EARLIEST + (1 - EARLIEST) * torch.rand(1, generator=generator)
         asked = clean, [base.prompt(prompt)] * people, noise, t.expand(people).to(clean)
         precision = autocast(base.device, latents=clean)
-        with base.wearing(before if adapted else None), torch.no_grad(), precision:
+        with base.adapted(before if adapted else None), torch.no_grad(), precision:
             wanted = base.backbone.predict(*asked)
-        with base.wearing(now), base.short_attention(clean):
+        with base.adapted(now), base.short_attention(clean):
             with autocast(base.device, latents=clean):
                 far = (base.backbone.predict(*asked) - wanted).square().mean((1, 2, 3))
             yield WEIGHT * far.sum()
@@ -80,13 +80,13 @@ def _turns(predicted: bool) -> list[tuple[str, bool]]:
 
 @torch.no_grad()
 def _drawn(base: Base, adapter: Factors | None, prompt: str, photos: Tensor, seed: int) -> Tensor:
-    """Draw latents (P, c, h, w) in a few steps, everybody's from the same noise."""
+    """Draw latents (P, c, h, w) in a few steps, all from the same noise."""
     if not isinstance(base.backbone, Drafting):
         return photos
     count = 1 if adapter is None else len(photos)
     noise = torch.randn((1, *photos.shape[1:]), generator=torch.Generator().manual_seed(seed))
     noise = noise.expand(count, -1, -1, -1).to(base.device)
     prompts = [base.prompt(prompt)] * count
-    with base.wearing(adapter), autocast(base.device, latents=noise):
+    with base.adapted(adapter), autocast(base.device, latents=noise):
         clean = base.backbone.draft(prompts, noise, STEPS, base.spec.guidance)
     return clean.float().expand_as(photos)

@@ -18,7 +18,7 @@ from torch import Tensor
 from hdbcli.config import PORTRAIT, RefineConfig, Tell
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Factors, Theta, pack, unpack
-from hdbcli.model.base import Base, Worn
+from hdbcli.model.base import Adapter, Base
 from hdbcli.model.device import autocast, make_optimizer
 from hdbcli.model.tokens import Tokens
 from hdbcli.training.likeness_loss import portrait_likeness
@@ -28,7 +28,7 @@ from hdbcli.training.preservation import preservation
 from registry.errors import HdbError
 from registry.spec import BaseSpec
 
-# (generator, batch, step) -> other losses of what P people wear
+# (generator, batch, step) -> other losses of P people
 Beside: TypeAlias = Callable[[torch.Generator, int, int], Iterator[Tensor]]
 
 PAIRS = 8  # times a step's batch: (timestep, noise) pairs that the loss is reported on
@@ -39,14 +39,14 @@ POSITIONS = 16_384  # of latents, measured at once: 256 samples of 8 x 8, 4 of 6
 
 @dataclass(frozen=True)
 class Trial:
-    """What a method trains for P people, `numbers` each, and how they wear it at this moment.
+    """What a method trains for P people, `numbers` each, and the adapter it makes at this moment.
 
     LiDB here, the methods beside it in `methods`: the loop is one.
     """
 
     people: int
     parameters: Mapping[str, Tensor]
-    worn: Callable[[], Worn | None]
+    adapter: Callable[[], Adapter | None]
     numbers: int
     beside: Beside | None = None  # other losses of a step
     prior: Callable[[torch.Generator, int], Samples] | None = None  # as many more, one person's
@@ -81,7 +81,7 @@ def refine(
     for step in train(base, trial, latents, config, optimizer):
         tell("refine", step.number, step.steps)
     with torch.no_grad():
-        refined = trial.worn()
+        refined = trial.adapter()
     assert isinstance(refined, Theta)
     return Refined(refined, start, portrait_loss(base, refined, latents), label)
 
@@ -96,10 +96,10 @@ def lidb_trial(base: Base, theta: Theta) -> Trial:
     flat = pack(theta).detach().clone().requires_grad_(True)
     targets, spec = len(base.injected.layers), base.spec
 
-    def worn() -> Theta:
+    def adapter() -> Theta:
         return unpack(flat, targets, spec.a, spec.b)
 
-    return Trial(len(flat), {"theta": flat}, worn, flat.shape[1])
+    return Trial(len(flat), {"theta": flat}, adapter, flat.shape[1])
 
 
 def weight_of(spec: BaseSpec, likeness: float | None) -> float:
@@ -124,9 +124,9 @@ def with_losses(
     weight = weight_of(base.spec, likeness)
 
     def factors() -> Factors | None:
-        worn = trial.worn()
-        assert not isinstance(worn, Tokens)
-        return base.injected.factors(worn) if isinstance(worn, Theta) else worn
+        adapter = trial.adapter()
+        assert not isinstance(adapter, Tokens)
+        return base.injected.factors(adapter) if isinstance(adapter, Theta) else adapter
 
     alike = portrait_likeness(base, faces, weight) if weight else None
     start = factors() if preserves else None
@@ -172,7 +172,7 @@ def train(
             samples = _samples(base, latents, noise[part], t[part], turn + first)
             if prior is not None:
                 samples = samples.joined(prior.part(part))
-            with base.wearing(trial.worn()), base.short_attention(noise):
+            with base.adapted(trial.adapter()), base.short_attention(noise):
                 with autocast(base.device, latents=samples.clean):
                     value = base.backbone.loss(*samples).sum() / batch
                 yield value
@@ -184,7 +184,7 @@ def train(
 def draw_times(count: int, generator: torch.Generator) -> Tensor:
     """Draw a time (count,) in each of `count` equal parts of 0..1, bent towards the noise.
 
-    Who somebody is matters where noise hides it: on `tiny` 97 % of what an identity takes off the
+    Identity matters where noise hides it: on `tiny` 97 % of what an identity takes off the
     loss lies at t > 0.6, nothing at t < 0.4. The density is 3 t^2; equal parts make the gradient
     less noisy.
     """
@@ -194,7 +194,7 @@ def draw_times(count: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def portrait_loss(
-    base: Base, worn: Worn | None, latents: Sequence[Tensor], pairs: int | None = None
+    base: Base, adapter: Adapter | None, latents: Sequence[Tensor], pairs: int | None = None
 ) -> Tensor:
     """Return each person's diffusion loss (P,) of "a [V] face", the mean over fixed pairs."""
     pairs = pairs or PAIRS * base.spec.batch
@@ -203,7 +203,7 @@ def portrait_loss(
     t = ((torch.arange(pairs) + 0.5) / pairs)[torch.randperm(pairs, generator=generator)]
     size = max(1, POSITIONS // (len(latents) * noise[0, 0].numel()))
     size = _at_once(base, len(latents), size)
-    with base.wearing(worn), autocast(base.device):
+    with base.adapted(adapter), autocast(base.device):
         parts = [
             base.backbone.loss(*_samples(base, latents, noise[i : i + size], t[i : i + size], i))
             for i in range(0, pairs, size)
@@ -217,7 +217,7 @@ def _check(trial: Trial, latents: Sequence[Tensor]) -> None:
 
 
 def _at_once(base: Base, people: int, pairs: int) -> int:
-    """Return how many pairs go in one pass, everybody's: all of them, or what the plan allows."""
+    """Return how many pairs go in one pass, of all people: all of them, or what the plan allows."""
     return min(pairs, max(1, (base.plan.at_once or pairs * people) // people))
 
 
@@ -225,7 +225,7 @@ def _samples(
     base: Base, latents: Sequence[Tensor], noise: Tensor, t: Tensor, first: int
 ) -> Samples:
     """Put pair k before person p, K P samples, k counted from `first`: noise (K, c, h, w) and
-    t (K,) serve everybody.
+    t (K,) serve all people.
 
     Person p is drawn from their photos in turn; the caller moves on from step to step, by one, so
     that every photo gets every part of the times. Samples lie pair by pair, people fastest: the

@@ -37,7 +37,7 @@ from hdbcli.training.people import (
     People,
     Persons,
     assemble,
-    check_anybody,
+    check_people,
     list_people,
     read_pictures,
     told,
@@ -111,10 +111,10 @@ def prepare(
     tell: Tell,
     processes: int | None = None,
 ) -> Prepared:
-    """Read, crop and encode everybody's photos into `out`; a run that was cut off goes on.
+    """Read, crop and encode all photos into `out`; a run that was cut off goes on.
 
     Files whose photos have not changed since are kept. HdbError if `out` was prepared for another
-    base, if nobody is left, or if it cannot be written.
+    base, if no person is left, or if it cannot be written.
     """
     if data.resolve() == out.resolve():
         raise HdbError(f"{out} is the folder of the photos; give another place with --out")
@@ -173,7 +173,7 @@ def _finish(
             }
         )
     total = sum(len(files) for part in parts for files in part.persons.values())
-    check_anybody(data, total, people, left_out)
+    check_people(data, total, people, left_out)
     index = {"kind": KIND, "format": FORMAT, "base": facts, "files": listed}
     found = _opened(out, index)
     alike = tuple(twins(found, tell))
@@ -419,7 +419,7 @@ def _made_of(persons: Persons, facts: dict[str, Any], aligned: bool) -> str:
 def _kept(part: Part, name: str, facts: dict[str, Any]) -> Header | None:
     """Return the header of a part that is whole and still up to date; None if it is to be made.
 
-    HdbError if it was prepared for another base: nobody wants to lose that by a wrong --out.
+    HdbError if it was prepared for another base, which a wrong --out must not destroy.
     """
     if not part.file.exists():
         return None

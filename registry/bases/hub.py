@@ -1,5 +1,5 @@
-"""Find the source of a base model: a path, or a model of the Hugging Face hub, in the hub's own
-cache."""
+"""Find the source of a base model: a path, or a model of the Hugging Face hub, in the hub's
+own cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def locate(source: str, revision: str | None) -> tuple[Path, str]:
 
     HdbError for what is nowhere.
     """
-    path = Path(os.path.expanduser(source))  # a ~somebody that is nobody stays
+    path = Path(os.path.expanduser(source))  # a ~name that is no user's stays as it is
     if path.exists():
         if revision:
             raise HdbError(f"{source} is a path; --revision is for models of the hub")

@@ -15,7 +15,7 @@ from registry.spec import BaseSpec
 from registry.store import check_name, root
 
 FORMAT = 1
-DEFAULT = "tiny"  # where nobody said otherwise
+DEFAULT = "tiny"  # unless the user chose another
 
 
 @dataclass(frozen=True)

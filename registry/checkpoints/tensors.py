@@ -23,8 +23,8 @@ FLOATS = {
 
 
 def canonical(component: str, path: str) -> str:
-    """Name a module so that the name lasts: newer transformers dropped `text_model.` from CLIP's
-    paths."""
+    """Name a module so that the name lasts: newer transformers dropped `text_model.` from
+    CLIP's paths."""
     own = path.startswith(("text_model.", "text_projection"))
     if component.startswith("text_encoder") and not own:
         return f"text_model.{path}"
@@ -37,8 +37,8 @@ def read_floats(
     dtype: torch.dtype,
     renamed: Callable[[Iterable[str]], Mapping[str, str]] | None = None,
 ) -> dict[str, Tensor]:
-    """Return the tensors whose names start with `prefix`, as `dtype`; HdbError for what is no
-    float.
+    """Return the tensors whose names start with `prefix`, as `dtype`; HdbError for what is
+    no float.
 
     `renamed` gives each tensor of a file the name that counts; position ids, of which old files
     hold a row and new ones make it, are left out.

@@ -111,8 +111,8 @@ def _read_part(part: str, file: Path, prefix: str, configs: Path, dtype: torch.d
 
 
 def _scheduler_of(file: Path, configs: Path, prediction: str) -> Any:
-    """Make the family's scheduler, for what the UNet predicts, up to the very end if the file says
-    that."""
+    """Make the family's scheduler, for what the UNet predicts, up to the very end if the file
+    says that."""
     import diffusers
 
     config = read_config(configs / "scheduler" / "scheduler_config.json")
@@ -182,8 +182,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def _reading(source: Path) -> Iterator[None]:
-    """Turn what the libraries raise for a bad model into one line; keep their advice off the
-    terminal."""
+    """Turn what the libraries raise for a bad model into one line; keep their advice off
+    the terminal."""
     with without_compiler(), quiet():
         from diffusers.loaders.single_file_utils import SingleFileComponentError
 
@@ -206,8 +206,8 @@ def _reading(source: Path) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' bars and advice off the terminal while a model loads; errors still
-    raise."""
+    """Keep the libraries' bars and advice off the terminal while a model loads; errors
+    still raise."""
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log
 

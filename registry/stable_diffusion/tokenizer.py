@@ -1,5 +1,5 @@
-"""CLIP's tokenizer, built from its merges alone: one file serves every text encoder of Stable
-Diffusion."""
+"""CLIP's tokenizer, built from its merges alone: one file serves every text encoder of
+Stable Diffusion."""
 
 from __future__ import annotations
 

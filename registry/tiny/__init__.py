@@ -1,5 +1,5 @@
-"""`tiny`: the base model that ships, small enough that the whole method runs on a laptop without a
-network."""
+"""`tiny`: the base model that ships, small enough that the whole method runs on a laptop without
+a network."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ TEMPLATE = ((0.331, 0.423), (0.669, 0.423), (0.5, 0.626), (0.357, 0.773), (0.643
 
 
 def load(device: str, dtype: str) -> StableDiffusion:
-    """Load the weights that ship with the package; HdbError when the installation lacks
-    them."""
+    """Load the weights that ship with the package; HdbError when the installation lacks them."""
     import torch
 
     from registry.stable_diffusion.loading import load_folder

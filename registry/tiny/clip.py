@@ -1,5 +1,5 @@
-"""In-domain CLIP: a small encoder of pictures and captions, trained on the captioned renders of
-`tiny`.
+"""In-domain CLIP: a small encoder of pictures and captions, trained on the captioned renders
+of `tiny`.
 
 It measures what CLIP measures for Stable Diffusion, whether a picture shows what its caption says,
 and is no CLIP: it knows the styles of `tiny` and nothing else (Radford et al. 2021 for the method).

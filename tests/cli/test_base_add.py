@@ -78,7 +78,7 @@ def test_default_verify_and_rm(narrow: Narrow, hdb_home: Path, folder: Path) -> 
     assert told("base", "default", "mine") == {"default": "Mine"}
     assert [base["name"] for base in told("base", "list") if base["default"]] == ["Mine"]
     assert "Mine  *" in hdb("base", "list").stdout
-    refused("base", "default", "nobody", says="Mine, tiny")
+    refused("base", "default", "missing", says="Mine, tiny")
     verified = told("base", "verify", "Mine")
     assert verified["files"] == len([p for p in folder.rglob("*") if p.is_file()])
     assert verified["bytes"] == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

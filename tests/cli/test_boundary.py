@@ -1,5 +1,5 @@
-"""What happens at the edge: errors of the system, signals, questions, and others who write
-meanwhile."""
+"""What happens at the edge: errors of the system, signals, questions, and others who
+write meanwhile."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_errors_of_the_system_are_lines(alice: Path, tmp_path: Path) -> None:
         assert "too long" in refused(*words, says="aaa")
     said = refused("base", "add", "tiny", tmp_path, says="a base model tiny already")
     assert "hdb base rm" not in said  # which would refuse: it ships
-    refused("base", "add", "foo", "~nobody-of-that-name/model", says="no such file")
+    refused("base", "add", "foo", "~no-user-of-that-name/model", says="no such file")
     refused("gen", "alice", "a [V] face", "--device", "cpu:x", says="not available")
     assert hdb("gen", "alice", "x", "--size", 2**40).exit_code == 2
     assert "no text" in hdb("gen", "alice", "\udcff [V] face").stderr
@@ -206,7 +206,7 @@ def test_an_interrupt_keeps_the_pictures_that_were_drawn(
     assert names == ["alice-a-v-face-1.png", "alice-a-v-face-2.png"]
 
 
-def test_refining_revives_nobody_and_replaces_nobody_elses_work(
+def test_refining_neither_revives_nor_replaces_what_changed_meanwhile(
     alice: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = personalise.continue_refining
@@ -252,14 +252,14 @@ def test_an_identity_of_another_shape_is_refused(alice: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("does", "makes", "rank"), [("shrink", "shrunk", 1), ("relax", "relaxed", 6)]
 )
-def test_replacing_in_place_replaces_nobody_elses_work(
+def test_replacing_in_place_refuses_a_file_that_changed_meanwhile(
     does: str, makes: str, rank: int, alice: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, other = getattr(derivation, makes), load(alice)
     words = does, "alice", "--rank", rank, *(["--yes"] * (does == "shrink"))
 
     def slow(*args: Any) -> Any:
-        save(replace(other, steps=99), alice)  # somebody refines while this one is asked
+        save(replace(other, steps=99), alice)  # another process refines while this one asks
         return original(*args)
 
     monkeypatch.setattr(derivation, makes, slow)
@@ -268,18 +268,18 @@ def test_replacing_in_place_replaces_nobody_elses_work(
     assert hdb(*words).exit_code == 0 and load(alice).rank == rank
 
 
-def test_renaming_replaces_nobody(alice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_renaming_replaces_no_file(alice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, bob = cli_store.new_path, alice.with_name("bob.safetensors")
 
     def slow(*args: Any) -> Path:
         path = original(*args)
-        bob.write_bytes(b"somebody")  # between the look and the move
+        bob.write_bytes(b"another")  # between the look and the move
         return path
 
     monkeypatch.setattr(cli_store, "new_path", slow)
     said = hdb("mv", "alice", "bob").stderr
     assert "appeared while this ran" in said and said.count("\n") == 1
-    assert alice.exists() and bob.read_bytes() == b"somebody"
+    assert alice.exists() and bob.read_bytes() == b"another"
     ok("mv", "alice", "bob", "--force")  # the control
     assert not alice.exists() and load(bob).base == "tiny"
 
@@ -295,7 +295,7 @@ def test_what_is_taken_in_is_what_was_checked(
     other: Identity = replace(first, up=2 * first.up)
 
     def slow(open_base: Any) -> Any:
-        save(other, file)  # somebody writes while the base is opened
+        save(other, file)  # another process writes while the base is opened
         return check(open_base)
 
     monkeypatch.setattr(verification, "fits_here", slow)
@@ -332,7 +332,7 @@ def test_the_rate_follows_what_is_learned_from(
     assert rates == [RefineConfig.lr, DIFFUSION_LR, DIFFUSION_LR]
 
 
-def test_nobody_is_the_start_of_a_new_identity_alone(tiny: Base) -> None:
+def test_only_a_new_identity_starts_from_scratch(tiny: Base) -> None:
     bare = replace(tiny, spec=replace(tiny.spec, hypernetwork=None, likeness=0.0))
     new, on = (
         personalise.settle(bare, 3, 1, 0, "adamw", goes_on=goes_on) for goes_on in (False, True)

@@ -1,5 +1,5 @@
-"""Every command end to end on the shipped base, and what bad input gets: one line, exit 1, nothing
-written."""
+"""Every command end to end on the shipped base, and what bad input gets: one line, exit 1,
+nothing written."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def test_consent_is_asked_for_every_person_whose_photo_can_be_used(
     def work(*_: object) -> None:
         raise KeyboardInterrupt
 
-    nobody = tmp_path / "nobody.png"
-    Image.new("RGB", (128, 128)).save(nobody)
+    empty = tmp_path / "empty.png"
+    Image.new("RGB", (128, 128)).save(empty)
     monkeypatch.setattr("hdbcli.training.personalise.create", work)
-    assert new(astronaut, "") == (130, False)  # nobody is there to ask
+    assert new(astronaut, "") == (130, False)  # there is no terminal to ask at
     terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(main, "sys", terminal)
-    assert new(nobody, "y\n") == (1, False)
+    assert new(empty, "y\n") == (1, False)
     assert new(astronaut, "n\n") == (1, True) == new(astronaut, "")
     assert new(astronaut, "y\n") == (130, True)
     assert new(astronaut, "", "--yes") == (130, False)
@@ -144,7 +144,7 @@ def test_gen_of_several_people_is_each_alone(alice: Path, astronaut: Path, tmp_p
             assert (rows[top : top + 128, left : left + 128] == together).all()
             pictures[name, seed] = alone
     assert abs(pictures["alice", 5] - pictures["bob", 5]).max() > 1  # they are not the same person
-    refused("gen", "alice,nobody", "x", says="unknown identity 'nobody'")
+    refused("gen", "alice,missing", "x", says="unknown identity 'missing'")
     for words in (("--steps", 1001), ("--seed", 2**64)):
         result = hdb("gen", "alice", "x", *words)
         assert result.exit_code == 2 and "is not in the range" in result.stderr

@@ -1,5 +1,5 @@
-"""What is refused before any work: outputs in the way of other things, and options that would do
-nothing."""
+"""What is refused before any work: outputs in the way of other things, and options that would
+do nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from registry.plugins import load_registry
 
 
 def test_a_training_replaces_hypernetworks_alone(alice: Path, tmp_path: Path) -> None:
-    people, own = tmp_path / "nobody", load_registry().get("tiny").hypernetwork
+    people, own = tmp_path / "missing", load_registry().get("tiny").hypernetwork
     people.mkdir()
     assert own is not None
     older, words = tmp_path / "older.safetensors", ("train", "hypernetwork", people, "-o")
@@ -29,7 +29,7 @@ def test_a_training_replaces_hypernetworks_alone(alice: Path, tmp_path: Path) ->
         assert file.read_bytes() == before
     refused(*words, older, "--from", older, says="what is read")
     said = hdb(*words, older).stderr  # the control: an older hypernetwork may be replaced
-    assert "no hypernetwork of hdb" not in said and "nobody" in said
+    assert "no hypernetwork of hdb" not in said and "missing" in said
 
 
 def test_refining_says_first_that_it_cannot_write(

@@ -66,7 +66,7 @@ def run(base: Base, trial: Trial, latents: list[Tensor], method: str) -> Tensor:
         optimizer,
     ):
         pass
-    return portrait_loss(base, trial.worn(), latents)
+    return portrait_loss(base, trial.adapter(), latents)
 
 
 @pytest.mark.parametrize("method", list(LR))
@@ -77,7 +77,7 @@ def test_each_method_starts_as_the_base_and_learns(
     before = portrait_loss(tiny, None, one)
     weights = {k: v.clone() for k, v in tiny.backbone.components["unet"].state_dict().items()}
     with trial_of(method, tiny, 1) as trial:
-        torch.testing.assert_close(portrait_loss(tiny, trial.worn(), one), before)
+        torch.testing.assert_close(portrait_loss(tiny, trial.adapter(), one), before)
         assert trial.numbers == sum(p.numel() for p in trial.parameters.values())
         after = run(tiny, trial, one, method)
         assert after < before - 5e-4
@@ -139,7 +139,7 @@ def test_relaxation_outside_the_basis_starts_where_the_prediction_is(
     theta.up.normal_(generator=torch.Generator().manual_seed(0), std=0.3)
     trial = lora_trial(tiny, 1, 2, beneath=theta)
     predicted = portrait_loss(tiny, theta, latents[:1])
-    torch.testing.assert_close(portrait_loss(tiny, trial.worn(), latents[:1]), predicted)
+    torch.testing.assert_close(portrait_loss(tiny, trial.adapter(), latents[:1]), predicted)
     assert abs(float(predicted - portrait_loss(tiny, None, latents[:1]))) > 1e-3
 
 
@@ -147,8 +147,8 @@ def test_each_sample_reads_its_own_word(tiny: Base) -> None:
     tokens = own_tokens(tiny.backbone, tiny.spec.identifier, 2)
     settings = SampleSettings(steps=2)
 
-    def draw(worn: Tokens | None, seeds: list[int], prompt: str = PORTRAIT) -> np.ndarray:
-        return np.stack([p.image for p in generate(tiny, worn, prompt, seeds, settings, quiet)])
+    def draw(adapter: Tokens | None, seeds: list[int], prompt: str = PORTRAIT) -> np.ndarray:
+        return np.stack([p.image for p in generate(tiny, adapter, prompt, seeds, settings, quiet)])
 
     assert (draw(tokens, [3, 3]) == draw(None, [3, 3])).all()  # its own meaning changes nothing
     noise = torch.randn(tokens.vectors[0].shape, generator=torch.Generator().manual_seed(0))

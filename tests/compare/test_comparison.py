@@ -62,7 +62,7 @@ def test_a_portrait_without_a_face_is_a_miss_of_one_drawing() -> None:
     lost = record(truth, 0.25)
     lost.faces["face"][0, 3, 1] = torch.nan
     told = stand(a, lost, ALONE, [judge(truth)], None)
-    # one of 18 portraits counts 0 instead of 1 - 0.3, and finds nobody
+    # one of 18 portraits counts 0 instead of 1 - 0.3, and finds no one
     assert told.measured["likeness"].mean == pytest.approx(0.75 - 0.7 / 18, abs=1e-5)
     assert told.portraits["face"].first.mean == pytest.approx(17 / 18)
     assert told.portraits["face"].first.low < 17 / 18 < told.portraits["face"].first.high
@@ -96,7 +96,7 @@ def test_methods_that_learned_fewer_people_are_judged_on_those() -> None:
         assert paired.mean == pytest.approx(gap, abs=1e-5)
         assert {line.people, other.people} == {3, 9}
         assert other.portraits["face"].first.mean == 1.0
-    twin = torch.cat([truth[:5], truth[:1], truth[6:]])  # of somebody who was not learned
+    twin = torch.cat([truth[:5], truth[:1], truth[6:]])  # of a person who was not learned
     line = stand(a, few, ALONE, [judge(twin)], None)
     assert line.portraits["face"].first.mean == pytest.approx(2 / 3)
 
@@ -260,6 +260,6 @@ def test_compare_says_what_is_wrong(tmp_path: Path) -> None:
         (["-o", __file__], "is a file; give a folder"),
         ([], "does not exist"),
     ):
-        result = hdb("compare", tmp_path / "nobody", *words)
+        result = hdb("compare", tmp_path / "missing", *words)
         assert result.exit_code == 1 and says in result.stderr
     assert not list(tmp_path.iterdir())

@@ -60,7 +60,7 @@ def two(tiny: Base) -> People:
     return People(np.stack(crops), ("a", "b"), ((0, 1), (2, 3)), styled=((), ()))
 
 
-def test_prompts_of_anybody_name_nobody() -> None:
+def test_prompts_of_other_people_do_not_name_the_person() -> None:
     assert unnamed("a [V] face with bark skin") == "a face with bark skin"
     assert unnamed("an oil painting of [V]") == "an oil painting of"
     assert unnamed("[V], smiling, and [V]'s hat") == ", smiling, and 's hat"
@@ -88,8 +88,9 @@ def test_methods_get_what_hdb_new_would_give_them(tiny: Base) -> None:
     for name in ("hyperdreambooth", "free-relaxation"):
         assert suited(CONTENDERS[name], plain).lr == DIFFUSION_LR
     alone = replace(tiny, spec=replace(tiny.spec, hypernetwork=None, budget=20_000))
-    nobody = suited(CONTENDERS["no-hypernetwork"], alone)
-    assert (nobody.steps, nobody.lr) == (UNPREDICTED_STEPS, UNPREDICTED_LR) and nobody.rank < 4
+    scratch = suited(CONTENDERS["no-hypernetwork"], alone)
+    assert (scratch.steps, scratch.lr) == (UNPREDICTED_STEPS, UNPREDICTED_LR)
+    assert scratch.rank < 4
     assert suited(CONTENDERS["no-hypernetwork"], alone, 3).steps == 3
     for name in ("lora", "dreambooth", "inversion"):
         assert suited(CONTENDERS[name], alone) == CONTENDERS[name]
@@ -124,17 +125,17 @@ def test_records_rest_on_what_predicted_and_on_the_loss(
     assert held not in kept[:6] and without == newer  # LoRA has no such loss
 
 
-def test_everybody_is_held_against_their_own_pictures(
+def test_each_person_is_compared_with_their_own_pictures(
     tiny: Base, two: People, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
     monkeypatch.setattr(Contender, "at_once", lambda *_: 1)
     monkeypatch.setattr("hdbcli.compare.run.DRAWINGS", 1)  # of which pictures are kept
-    nobody = replace(CONTENDERS["no-hypernetwork"], steps=0)  # theta_0 is the base
+    plain = replace(CONTENDERS["no-hypernetwork"], steps=0)  # theta_0 is the base
     judges = Judges({}, {"face": FaceMetric(), "bright": Brightness()})
     arena = new_arena(tiny, new_hypernetwork(tiny, 0), two, judges, None, quiet)
     for _ in range(2):  # learned, and read again
-        found = compete(arena, nobody, tmp_path)
+        found = compete(arena, plain, tmp_path)
         assert found.drift.max() < 0.5 and list(found.persons) == ["bright"]
         drawn, photos = found.pictures[0].float(), np.stack(arena.photos).astype(float)
         near = drawn.mean((1, 2, 3)) - torch.from_numpy(photos.mean((1, 2, 3))).float()
@@ -168,7 +169,7 @@ def test_ablations_differ_from_hdb_new_in_what_they_say() -> None:
 def test_one_pass_is_one_pass(tiny: Base, two: People) -> None:
     faces, model = [tiny.faces([two.crops[0]])], load_predictor(tiny)[0]
     with entered(CONTENDERS["one-pass"], tiny, model, faces, quiet) as trial:
-        up = trial.worn().up[..., :1]  # type: ignore[union-attr]
+        up = trial.adapter().up[..., :1]  # type: ignore[union-attr]
     assert torch.equal(up, model.predict(faces[0], 1).up)
     assert not torch.equal(up, model.predict(faces[0]).up)
 

@@ -208,7 +208,7 @@ def test_copy_and_rename(keep: Keep) -> None:
     says(hdb("cp", "alice", "../bob"), "..")
     assert "bob is now carol" in hdb("mv", "bob", "carol").stdout
     assert not store.path_of("bob").exists() and store.path_of("carol").read_bytes() == content
-    says(hdb("mv", "nobody", "x"), "nobody")
+    says(hdb("mv", "missing", "x"), "missing")
     says(hdb("mv", "alice", "carol"), "carol exists already")
     assert hdb("mv", "alice", "carol", "--force").exit_code == 0 and not alice.exists()
     alice.write_bytes(content[:-4])
@@ -227,7 +227,7 @@ def test_inspect_adds_up(keep: Keep, tmp_path: Path) -> None:
     assert all(t["singular"] == sorted(t["singular"], reverse=True) for t in values["targets"])
     assert Image.open(tmp_path / "a.png").size[0] == 1200
     assert "strongest targets" in hdb("inspect", "alice").stdout
-    says(hdb("inspect", "nobody"), "nobody")
+    says(hdb("inspect", "missing"), "missing")
 
 
 def test_inspect_names_the_targets_of_a_real_identity(tiny: Base, hdb_home: Path) -> None:

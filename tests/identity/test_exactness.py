@@ -25,7 +25,7 @@ SPECTRA = {"flat": 1.0, "halving": 0.5, "steep": 0.1}
 
 def weights(base: Base, theta: Theta) -> dict[str, Tensor]:
     """Return dW of every target."""
-    with base.injected.wearing(theta):
+    with base.injected.adapted(theta):
         return {name: layer.delta() for name, layer in base.injected.layers.items()}
 
 
@@ -43,8 +43,8 @@ def on_tiny(base: Base, seed: int, rank: int) -> Identity:
 
 
 def of_sd15(seed: int, rank: int = 4, falling: float = 1.0) -> Identity:
-    """Return a random identity of Stable Diffusion 1.5's size; each rank is `falling` times the
-    last."""
+    """Return a random identity of Stable Diffusion 1.5's size; each rank is `falling` times
+    the last."""
     generator = torch.Generator().manual_seed(seed)
     targets, a, b = SD15.values()
     strengths = falling ** torch.arange(rank)

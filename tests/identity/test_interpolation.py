@@ -140,11 +140,11 @@ def test_what_cannot_be_shown_is_told_and_nothing_is_written(people: None, tmp_p
 def test_every_pass_has_its_own_people_and_prompts(
     tiny: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worn = stack([random_theta(tiny, seed, 2) for seed in range(3)])
+    adapter = stack([random_theta(tiny, seed, 2) for seed in range(3)])
     prompts, settings = (PORTRAIT, CAPTIONS[1], CAPTIONS[2]), SampleSettings(steps=STEPS)
 
     def drawn() -> np.ndarray:
-        pictures = generate(tiny, worn, prompts, [0] * 3, settings, lambda *_: None)
+        pictures = generate(tiny, adapter, prompts, [0] * 3, settings, lambda *_: None)
         return np.stack([picture.image for picture in pictures]).astype(int)
 
     whole = drawn()

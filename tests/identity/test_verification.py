@@ -204,7 +204,7 @@ def test_verify_reads_all_of_every_file(outside: Path, identity: Identity) -> No
     assert result.exit_code == 1 and result.stdout.count("BAD") == 3
     assert ok("verify", "alice", outside).stdout.count("good") == 2  # names, or files
     assert hdb("verify", "bob").exit_code == 1
-    refused("verify", "nobody", says="unknown identity")
+    refused("verify", "missing", says="unknown identity")
 
 
 def test_a_trainers_long_metadata_are_read_and_an_identitys_are_not(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_rm_says_the_bytes_and_purge_leaves_nothing(outside: Path) -> None:
     store.path_of("bob").write_bytes(b"damaged")
     assert "deleted bob  7 bytes" in ok("rm", "bob", "-y").stdout
     refused("rm", "both", says="--yes")
-    refused("rm", "both", "nobody", "-y", says="unknown identity")  # and `both` is still there
+    refused("rm", "both", "missing", "-y", says="unknown identity")  # and `both` is still there
 
 
 def test_gc_never_takes_an_identity(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:

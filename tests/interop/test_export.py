@@ -41,7 +41,7 @@ def test_both_forms_hold_dw(tiny: Base, theta: Theta) -> None:
     kohya = export_tensors(tiny, theta, "kohya", "fp32")
     peft = export_tensors(tiny, theta, "diffusers", "fp32")
     assert len(kohya) == 3 * len(tiny.injected.layers) and len(peft) == 2 * len(kohya) // 3
-    with tiny.injected.wearing(theta):
+    with tiny.injected.adapted(theta):
         for name, layer in tiny.injected.layers.items():
             component, _, path = name.partition(".")
             short = {"unet": "unet", "text_encoder": "te"}[component]
@@ -76,7 +76,7 @@ def test_diffusers_draws_the_same_with_it(
         return pipeline(prompt, height=64, width=64, **options).images[0]
 
     def fused(pipeline: StableDiffusionPipeline) -> None:
-        with tiny.injected.wearing(theta), torch.no_grad():
+        with tiny.injected.adapted(theta), torch.no_grad():
             for name, layer in tiny.injected.layers.items():
                 component, _, path = name.partition(".")
                 module = getattr(pipeline, component)

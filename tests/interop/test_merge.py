@@ -134,9 +134,9 @@ def test_a_folder_as_a_single_file_and_back(family: str, narrow: Narrow, tmp_pat
     """Against another writer of that layout; then that file is merged, all else byte for byte."""
     folder, theirs = narrow.folder(family), narrow.single(family)
     checkpoint = open_checkpoint(spec_of(family, folder))
-    nobody, theta = theta_for(checkpoint, 0.0), theta_for(checkpoint)
+    plain, theta = theta_for(checkpoint, 0.0), theta_for(checkpoint)
     mine = tmp_path / "mine.safetensors"
-    merged_files.write_single(Merge(checkpoint, nobody, None), mine, "nobody", quiet)
+    merged_files.write_single(Merge(checkpoint, plain, None), mine, "plain", quiet)
     hashes, wanted = tensor_hashes(mine), tensor_hashes(theirs)
     assert hashes.items() <= wanted.items()
     unread = [key for key in wanted if key not in hashes]
@@ -320,7 +320,7 @@ def test_a_damaged_base_is_noticed(small: Path, tmp_path: Path) -> None:
 def test_a_merged_model_is_added_and_draws_the_same(
     narrow: Narrow, hdb_home: Path, tmp_path: Path
 ) -> None:
-    """The base wearing alice, and three checkpoints with her in them, as bases of their own."""
+    """The base adapted to alice, and three checkpoints with her in them, as bases of their own."""
     ok("base", "add", "plain", narrow.folder("sd1"))
     ok("new", ASTRONAUT, "alice", "--base", "plain", "--steps", 2, "--yes")
     ok("merge", "alice=3", "--out", tmp_path / "folder", "--dtype", "fp32")
@@ -330,12 +330,12 @@ def test_a_merged_model_is_added_and_draws_the_same(
     ok("merge", "alice=0", "--base", "one", "--out", tmp_path / "unpacked")
     ok("base", "add", "unpacked", tmp_path / "unpacked")
     words = ["a [V] face", "-n", 1, "--seed", 0, "--steps", 3, "--negative", "bark skin"]
-    ok("gen", "alice", *words, "--strength", 3, "-o", tmp_path / "worn.png")
-    worn = picture(tmp_path / "worn.png")
+    ok("gen", "alice", *words, "--strength", 3, "-o", tmp_path / "adapted.png")
+    adapted = picture(tmp_path / "adapted.png")
     for base in ("folder", "one", "unpacked", "plain"):
-        nobody = ["--strength", 0, "--base", base, "-o", tmp_path / "p.png"]
-        ok("gen", "alice", *words, *nobody)
-        error = ((picture(tmp_path / "p.png") - worn) ** 2).mean()
+        plain = ["--strength", 0, "--base", base, "-o", tmp_path / "p.png"]
+        ok("gen", "alice", *words, *plain)
+        error = ((picture(tmp_path / "p.png") - adapted) ** 2).mean()
         assert (-10 * np.log10(error + 1e-12) > 50) == (base != "plain"), base
         (tmp_path / "p.png").unlink()
     said = read_header(tmp_path / "one.safetensors", 2**40).metadata

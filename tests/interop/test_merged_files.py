@@ -37,7 +37,7 @@ def spec_of(family: str, files: Path) -> BaseSpec:
     return added.spec_of(Added("narrow", str(files), family, "epsilon", 64, "", {}))
 
 
-def nobody(checkpoint: Checkpoint) -> Theta:
+def theta_0(checkpoint: Checkpoint) -> Theta:
     return first_theta(len(checkpoint.places), checkpoint.spec.a, checkpoint.spec.b)
 
 
@@ -48,7 +48,7 @@ def test_xl_as_a_single_file_says_that_it_predicts_v(narrow: Narrow, tmp_path: P
     for changes in ({}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}):
         config.write_text(json.dumps({**told, **changes}))
         checkpoint, out = open_checkpoint(spec_of("sdxl", folder)), tmp_path / "v.safetensors"
-        merged_files.write_single(Merge(checkpoint, nobody(checkpoint), None), out, "x", quiet)
+        merged_files.write_single(Merge(checkpoint, theta_0(checkpoint), None), out, "x", quiet)
         marks = {key for key, info in read_header(out, 2**40).tensors.items() if info.shape == (0,)}
         assert marks == ({"v_pred", "ztsnr"} if changes else set())
         assert prediction_of(read_checkpoint(out), FAMILIES["sdxl"], None) == (
@@ -63,7 +63,7 @@ def test_a_link_to_a_checkpoint_stays_a_link(narrow: Narrow, tmp_path: Path) -> 
     real.write_bytes(b"old")
     link.symlink_to(real)
     checkpoint = open_checkpoint(spec_of("sd1", narrow.folder("sd1")))
-    merged_files.write_single(Merge(checkpoint, nobody(checkpoint), None), link, "x", quiet)
+    merged_files.write_single(Merge(checkpoint, theta_0(checkpoint), None), link, "x", quiet)
     assert link.is_symlink() and read_header(real, 2**40).metadata["modelspec.title"] == "x"
     assert [each.name for each in real.parent.iterdir()] == ["m.safetensors"]
 
@@ -80,7 +80,7 @@ def test_stock_diffusers_loads_what_was_merged_from_the_hub(
     (folder / "safety_checker" / "config.json").write_text("{}")
     (folder / "safety_checker" / "pytorch_model.bin").write_bytes(b"a pickle")
     checkpoint, out = open_checkpoint(spec_of(family, folder)), tmp_path / "merged"
-    merged_files.write_folder(Merge(checkpoint, nobody(checkpoint), None), out, "x", quiet)
+    merged_files.write_folder(Merge(checkpoint, theta_0(checkpoint), None), out, "x", quiet)
     before, after = (json.loads((each / "model_index.json").read_text()) for each in (folder, out))
     lost = {"sd1": {"safety_checker"}, "sdxl": {"image_encoder"}}[family]
     assert after == before | {name: [None, None] for name in lost} and after != before
@@ -104,6 +104,6 @@ def test_words_of_an_index_are_no_paths(narrow: Narrow, tmp_path: Path) -> None:
     index.write_text(json.dumps(words))
     checkpoint, out = open_checkpoint(spec_of("sd1", folder)), tmp_path / "far" / "merged"
     out.parent.mkdir()
-    merged_files.write_folder(Merge(checkpoint, nobody(checkpoint), None), out, "x", quiet)
+    merged_files.write_folder(Merge(checkpoint, theta_0(checkpoint), None), out, "x", quiet)
     assert [each.name for each in out.parent.iterdir()] == ["merged"]
     assert {each.name for each in folder.iterdir()} == {each.name for each in out.iterdir()}

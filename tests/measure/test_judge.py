@@ -188,7 +188,7 @@ def test_a_picture_without_a_face_is_a_miss(astronaut: Path) -> None:
     told = look_up(queries, people)
     assert told.first.tolist() == told.five.tolist() == [float(i != 4) for i in range(12)]
     assert told.auc[4] == 0 and told.auc.sum() == 11
-    people[7] = torch.nan  # a true photo without a face: nobody finds it, nobody is taken for it
+    people[7] = torch.nan  # a true photo without a face: none finds it, none is taken for it
     told = look_up(queries, people)
     assert told.first.tolist() == [float(i not in (4, 7)) for i in range(12)]
     told = look_up(queries[3:6], people[3:6])  # among three, whom five hold all

@@ -1,5 +1,5 @@
-"""Metrics are found through their own door, load only when asked, and tell people and styles
-apart."""
+"""Metrics are found through their own door, load only when asked, and tell people and
+styles apart."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_spec_that_could_not_work_is_refused() -> None:
         with pytest.raises(HdbError, match=says):
             MetricSpec(*values)  # type: ignore[arg-type]
     with pytest.raises(HdbError, match="not a MetricSpec"):
-        Registry(MetricSpec).register("face", "somebody")  # type: ignore[arg-type]
+        Registry(MetricSpec).register("face", "third-party")  # type: ignore[arg-type]
 
 
 def test_faces_of_one_person_score_higher_than_of_two(tiny: Base) -> None:
@@ -189,5 +189,5 @@ def test_score_of_an_identity(
     assert 0 <= style["named"] <= 1 and style["base_named"] > 0.6 and values["drift"] > 0
     said = ok("score", "alice").stdout  # without a photo
     assert "drift" in said and "likeness" not in said
-    wrong = hdb("score", "nobody")
-    assert wrong.exit_code == 1 and "nobody" in wrong.stderr
+    wrong = hdb("score", "missing")
+    assert wrong.exit_code == 1 and "missing" in wrong.stderr

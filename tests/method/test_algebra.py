@@ -1,5 +1,5 @@
-"""Algebra of identities: sums are sums of dW, the lower rank is the closest, spectra are dW's
-own."""
+"""Algebra of identities: sums are sums of dW, the lower rank is the closest, spectra are
+dW's own."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def test_a_rank_without_energy_can_still_learn() -> None:
     twice = compose([x, x], [0.5, 0.5])
     assert twice.rank == 2 and (twice.up[..., 1] == 0).all()
     torch.testing.assert_close(twice.down[:, :, 1].norm(dim=-1), torch.ones(2, TARGETS))
-    nobody = compose([x, x], [1.0, -1.0])
-    assert (nobody.up == 0).all() and (nobody.down.norm(dim=-1) > 0.99).all()
+    nothing = compose([x, x], [1.0, -1.0])
+    assert (nothing.up == 0).all() and (nothing.down.norm(dim=-1) > 0.99).all()
 
 
 def test_composing_with_oneself_needs_no_second_rank() -> None:

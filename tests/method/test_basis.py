@@ -1,5 +1,5 @@
-"""The basis is a pure function: same numbers everywhere, orthonormal, another for every name and
-seed."""
+"""The basis is a pure function: same numbers everywhere, orthonormal, another for every name
+and seed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from registry.stable_diffusion.families import FAMILIES
 
 
 def sd15_targets() -> dict[str, tuple[int, int]]:
-    """Name SD 1.5's 192 targets with the (n, m) of their weights, from its published
-    configuration."""
+    """Name SD 1.5's 192 targets with the (n, m) of their weights, from its
+    published configuration."""
     targets = {}
     blocks = [
         (f"down_blocks.{i}.attentions.{j}", w)

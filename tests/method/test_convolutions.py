@@ -138,10 +138,10 @@ def test_linear_layers_and_convolutions_share_one_theta() -> None:
     injected = inject({"m": model}, {"m": ("conv1", "linear", "down")}, A, B, seed=1)
     assert injected.shapes == {"m.conv1": (N, 9 * C), "m.down": (N, 9 * N), "m.linear": (N, N)}
     theta = Theta(first_theta(3, A, B, 2).down.repeat(3, 1, 1, 1), torch.randn(3, 3, B, 2))
-    with injected.wearing(theta):
+    with injected.adapted(theta):
         together = model(x)
     for i in range(3):
-        with injected.wearing(theta[i : i + 1]):
+        with injected.adapted(theta[i : i + 1]):
             torch.testing.assert_close(together[i : i + 1], model(x[i : i + 1]))
             deltas = {name: layer.delta() for name, layer in injected.layers.items()}
     assert (together - before).abs().amax((1, 2, 3)).min() > 0.1

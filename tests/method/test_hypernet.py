@@ -87,7 +87,7 @@ def test_learns_to_tell_faces_apart() -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     mean = goal.mean(0).expand_as(goal)
-    assert losses[-1] < (mean - goal).pow(2).mean()  # better than one answer for everybody
+    assert losses[-1] < (mean - goal).pow(2).mean()  # better than one answer for all
 
 
 def test_photos_of_one_person_are_averaged_as_features() -> None:

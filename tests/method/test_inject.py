@@ -24,7 +24,7 @@ def loss(base: Base, theta: Theta | None, batch: int) -> torch.Tensor:
     side = base.backbone.encode_images(torch.zeros(batch, 3, 128, 128)).shape[1:]
     noise = torch.randn((1, *side), generator=generator).expand(batch, -1, -1, -1)
     t = torch.full((batch,), 0.5)
-    with base.injected.wearing(theta), torch.no_grad():
+    with base.injected.adapted(theta), torch.no_grad():
         return base.backbone.loss(noise.flip(1), ["a sks face"] * batch, noise, t)
 
 
@@ -46,7 +46,7 @@ def test_batch_of_people_equals_one_by_one(tiny: Base) -> None:
     assert (together - loss(tiny, None, 3)).abs().min() > 1e-4
 
 
-def test_theta_0_and_nobody_are_the_base(tiny: Base) -> None:
+def test_theta_0_and_no_adapter_are_the_base(tiny: Base) -> None:
     start = tiny.first_theta()
     assert torch.equal(loss(tiny, start, 1), loss(tiny, None, 1))
 
@@ -55,7 +55,7 @@ def test_gradients_reach_text_and_unet_targets(tiny: Base) -> None:
     theta = random_theta(tiny, 1)
     up = theta.up.clone().requires_grad_(True)
     latents = torch.randn(tiny.backbone.encode_images(torch.zeros(1, 3, 128, 128)).shape)
-    with tiny.injected.wearing(Theta(theta.down, up)):
+    with tiny.injected.adapted(Theta(theta.down, up)):
         value = tiny.backbone.loss(latents, ["a sks face"], latents.flip(1), torch.tensor([0.5]))
     value.sum().backward()
     assert up.grad is not None and (up.grad.abs().amax((0, 2, 3)) > 0).all()
@@ -70,9 +70,9 @@ def test_eject_restores_bitwise() -> None:
     injected = inject({"m": model}, {"m": (r"\d",)}, a=4, b=2, seed=1)
     assert list(injected.layers) == ["m.0", "m.2"]
     down, up = torch.randn(1, 2, 1, 4), torch.randn(1, 2, 2, 1)
-    injected.wear(Theta(down, up))
-    worn = model(x)
-    assert (worn - before).abs().max() > 1e-3
+    injected.set_adapter(Theta(down, up))
+    adapted = model(x)
+    assert (adapted - before).abs().max() > 1e-3
     eject({"m": model})
     assert {k: v.tolist() for k, v in model.state_dict().items()} == {
         k: v.tolist() for k, v in state.items()
@@ -109,7 +109,7 @@ def test_errors_name_the_values(tiny: Base) -> None:
         find_targets(model, {"m": ("nothing",)})
     assert len(find_targets(model, {"m": (".*",)})) == 1
     with pytest.raises(HdbError, match="3 targets"):
-        tiny.injected.wear(first_theta(3, tiny.spec.a, tiny.spec.b))
+        tiny.injected.set_adapter(first_theta(3, tiny.spec.a, tiny.spec.b))
 
 
 def test_canonical_names() -> None:

@@ -36,7 +36,7 @@ def test_residual_is_the_papers_formula() -> None:
     assert (lidb(x) - lidb.base(x)).abs().max() > 0.1
 
 
-def test_each_sample_wears_its_own() -> None:
+def test_each_sample_has_its_own_adapter() -> None:
     lidb, (down, up) = layer(), cores(4, 2)
     x = torch.randn(4, 7, M)
     lidb.residual = lidb.factors(down, up)

@@ -36,11 +36,11 @@ def learnt(base: Base, optimizer: str) -> tuple[list[float], torch.dtype]:
     latents = [base.backbone.encode_images(base.images([face]))]
     chosen, name = make_optimizer(optimizer, trial.parameters.values(), 5e-3)
     assert name == optimizer
-    losses = [float(portrait_loss(base, trial.worn(), latents))]
+    losses = [float(portrait_loss(base, trial.adapter(), latents))]
     config = RefineConfig(steps=15, rank=1, lr=5e-3, batch=8)
     losses += [step.loss for step in train(base, trial, latents, config, chosen)]
     (held,) = moments(chosen, trial.parameters["theta"])
-    return [*losses, float(portrait_loss(base, trial.worn(), latents))], held
+    return [*losses, float(portrait_loss(base, trial.adapter(), latents))], held
 
 
 def test_theta_learns_in_8_bits_as_in_32(tiny: Base) -> None:

@@ -94,7 +94,7 @@ def test_hypernetwork_in_parts_has_the_same_gradient(
         theta = Theta(*(core.clone().requires_grad_(True) for core in (down, up)))
         value = torch.zeros(())
         if plan is None:
-            with tiny.wearing(theta):
+            with tiny.adapted(theta):
                 value = tiny.backbone.loss(clean, prompts, noise, samples.t).mean()
                 answer = tiny.backbone.predict(clean, prompts, noise, samples.t)
             with torch.no_grad():
@@ -145,7 +145,7 @@ def test_cut_down_stable_diffusion_reads_its_autoencoder_again(narrow: Narrow) -
         assert backbone.pipeline.vae.dtype == torch.bfloat16
 
 
-def test_quantised_layers_wear_identities(keep_freed_memory: None) -> None:
+def test_quantised_layers_take_adapters(keep_freed_memory: None) -> None:
     base = load_base(TINY, "cpu", PLANS[-1])
     kinds = {type(layer.base).__name__ for layer in base.injected.layers.values()}
     assert kinds == {"Linear4bit"} and not base.notes
@@ -163,7 +163,7 @@ def test_likeness_has_its_weight_whole_or_in_parts(tiny: Base) -> None:
     first = tiny.first_theta(people=2)
     theta = Theta(first.down, 0.2 * torch.randn(first.up.shape, generator=generator))
     portraits = objective.Portraits(prompts, noise, true, traits)
-    with torch.no_grad(), tiny.injected.wearing(theta):
+    with torch.no_grad(), tiny.injected.adapted(theta):
         far = likeness_loss(tiny, prompts, noise, true, traits, "fp32").mean()
         for plan in (NORMAL, PLANS[2]):
             base = replace(tiny, plan=plan)

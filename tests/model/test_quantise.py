@@ -74,7 +74,7 @@ def test_gradient_flows_after_a_pass_without_one(kind: str) -> None:
 
 def test_only_plain_layers_are_replaced() -> None:
     class Own(nn.Linear):
-        """Somebody's layer that does more."""
+        """A third-party layer that does more."""
 
     model = nn.Sequential(nn.Linear(64, 64), nn.Conv2d(3, 3, 1), Own(64, 64), nn.Embedding(9, 64))
     kinds = [type(part) for part in model]

@@ -69,7 +69,7 @@ def loss(base: Base, theta: Theta | None, people: int) -> torch.Tensor:
     channels = base.backbone.pipeline.unet.config.in_channels
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((1, channels, side, side), generator=generator).expand(people, -1, -1, -1)
-    with base.injected.wearing(theta):
+    with base.injected.adapted(theta):
         t = torch.full((people,), 0.5)
         return base.backbone.loss(noise.flip(1), ["a sks face"] * people, noise, t)
 
@@ -147,10 +147,10 @@ def test_merged_is_what_was_injected(
     states = torch.randn((1, 77, unet.config.cross_attention_dim))
     with torch.no_grad():
         plain = unet(x, 500, states).sample
-        with base.injected.wearing(theta_of(identity)):
-            worn = unet(x, 500, states).sample
+        with base.injected.adapted(theta_of(identity)):
+            adapted = unet(x, 500, states).sample
         got = merged(x, 500, states).sample
-    assert (got - worn).abs().max() < 1e-3 < 0.05 < (got - plain).abs().max()
+    assert (got - adapted).abs().max() < 1e-3 < 0.05 < (got - plain).abs().max()
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
@@ -183,7 +183,7 @@ def test_a_lora_is_added_under_the_residual(spec: BaseSpec, identity: Identity) 
     assert stacked.layers == 1 and not stacked.unread
     added = torch.einsum("nrxy,rchw->nchw", up, down) / 2
     torch.testing.assert_close(layer.base.weight, before + added)
-    with base.injected.wearing(theta_of(identity)):
+    with base.injected.adapted(theta_of(identity)):
         x = torch.randn(1, c, 8, 8)
         whole = before + added + layer.delta().view_as(before)
         expected = torch.nn.functional.conv2d(x, whole, layer.base.bias, padding=1)
@@ -199,7 +199,7 @@ def test_recomputing_gives_the_same_gradients(spec: BaseSpec, base: Base) -> Non
     for each in (base, frugal):
         up = theta.up.clone().requires_grad_(True)
         injected = each.injected
-        with injected.wearing(Theta(theta.down, up)):
+        with injected.adapted(Theta(theta.down, up)):
             unet = each.backbone.pipeline.unet
             x = torch.randn(
                 (2, unet.config.in_channels, 16, 16), generator=torch.Generator().manual_seed(0)

@@ -1,5 +1,5 @@
-"""Files are written whole or not at all, and finished work is not lost, whatever a file system
-refuses."""
+"""Files are written whole or not at all, and finished work is not lost, whatever a file
+system refuses."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_finished_work_is_kept_elsewhere_and_the_place_is_said(
         kept = kept_in(error.value)
         assert kept.read_bytes() == b"hours of work" and kept.name == path.name
         assert kept.parent.parent == (tmp_path / place).resolve()
-        if os.name == "posix":  # a face belongs to somebody
+        if os.name == "posix":  # a face is personal data
             assert stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
         assert not os.listdir(path.parent)
         full.append(tmp_path / place)

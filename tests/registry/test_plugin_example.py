@@ -1,4 +1,4 @@
-"""Somebody else's package adds a family that hdb does not know, and the commands work on it."""
+"""A third-party package adds a family that hdb does not know, and the commands work on it."""
 
 from __future__ import annotations
 
@@ -65,12 +65,10 @@ def test_from_photo_to_pictures(installed: None, astronaut: Path, tmp_path: Path
     assert values["base"] == "example" and values["rank"] == 4 and values["bytes"] <= 20_000
     assert values["loss"]["end"] < values["loss"]["start"]
     words = ["a [V] face", "-n", 2, "--seed", 1, "--steps", 3]
-    for folder, more in (("a", ()), ("b", ()), ("nobody", ("--strength", 0))):
+    for folder, more in (("a", ()), ("b", ()), ("plain", ("--strength", 0))):
         ok("gen", "eve", *words, "-o", tmp_path / folder, *more)
-    a, b, nobody = (
-        read(tmp_path / folder / "eve-a-v-face-2.png") for folder in ("a", "b", "nobody")
-    )
-    assert a.shape == (32, 32, 3) and (a == b).all() and (a != nobody).any()
+    a, b, plain = (read(tmp_path / folder / "eve-a-v-face-2.png") for folder in ("a", "b", "plain"))
+    assert a.shape == (32, 32, 3) and (a == b).all() and (a != plain).any()
 
 
 def test_the_other_commands(installed: None, astronaut: Path, tmp_path: Path) -> None:
@@ -107,7 +105,7 @@ def test_merging_copies_it(
     weights = {
         part: load_file(merged / part / "model.safetensors") for part in ("denoiser", "words")
     }
-    with base.injected.wearing(theta):
+    with base.injected.adapted(theta):
         for name, layer in base.injected.layers.items():
             part, _, path = name.partition(".")
             expected = layer.base.weight + layer.delta()

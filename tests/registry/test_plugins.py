@@ -173,10 +173,10 @@ def test_hdb_plugins_narrows_third_parties_only(
         found = load_registry()
         assert found.names() == ["first", *(f"model-{name}" for name in wanted)]
         assert found.problems == []
-    monkeypatch.setenv("HDB_PLUGINS", "aaa,nobody")
+    monkeypatch.setenv("HDB_PLUGINS", "aaa,missing")
     found = load_registry()
     assert found.names() == ["first", "model-aaa"]
-    assert len(found.problems) == 1 and "'nobody'" in found.problems[0]
+    assert len(found.problems) == 1 and "'missing'" in found.problems[0]
 
 
 def test_a_choice_of_plugins_is_looked_up_in_every_group(
@@ -189,10 +189,10 @@ def test_a_choice_of_plugins_is_looked_up_in_every_group(
     monkeypatch.setenv("HDB_PLUGINS", "draws,measures")
     assert load_registry().names() == ["first", "mine"]
     assert load_registry().problems == [] == load_metrics().problems
-    monkeypatch.setenv("HDB_PLUGINS", "nobody")  # the control
+    monkeypatch.setenv("HDB_PLUGINS", "missing")  # the control
     for found in (load_registry(), load_metrics()):
         (problem,) = found.problems
-        assert "'nobody'" in problem and "hdb.models or hdb.metrics" in problem
+        assert "'missing'" in problem and "hdb.models or hdb.metrics" in problem
 
 
 def test_a_good_spec_holds() -> None:

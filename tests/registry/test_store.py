@@ -159,7 +159,7 @@ def test_resolve_takes_a_name_or_a_file(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(HdbError, match=r"no such file.*registry has 'alice'"):
         store.resolve("alice.safetensors")
-    for bad in ("nobody.safetensors", "x\0.safetensors", "x" * 5000 + ".safetensors"):
+    for bad in ("missing.safetensors", "x\0.safetensors", "x" * 5000 + ".safetensors"):
         with pytest.raises(HdbError, match="no such file"):
             store.resolve(bad)
 
@@ -292,7 +292,7 @@ def test_summary_is_what_list_and_show_print(keep: Callable[[str], Path]) -> Non
     }
     assert {key: told[key] for key in wanted} == wanted
     with pytest.raises(HdbError, match="no such file"):
-        store.summary(path.with_name("nobody.safetensors"))
+        store.summary(path.with_name("missing.safetensors"))
 
 
 def test_pickles_and_archives_are_refused_by_name(

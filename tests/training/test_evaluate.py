@@ -66,14 +66,16 @@ def test_likeness_is_of_the_identity_beside_the_base(
 ) -> None:
     (crop,) = crop_photos([astronaut], tiny.spec, None, quiet)
     drawn = {True: [crop.image] * 4, False: [np.ascontiguousarray(crop.image[::-1])] * 4}
-    monkeypatch.setattr("hdbcli.measure.score._draw", lambda _, worn, *__: drawn[worn is not None])
+    monkeypatch.setattr(
+        "hdbcli.measure.score._draw", lambda _, adapter, *__: drawn[adapter is not None]
+    )
     like = score(
         tiny, tiny.first_theta(), [crop], Judges({}, {"face": FaceMetric()}), quiet
     ).likeness
     assert like and like.portraits > 0.99 > 0.9 > like.floor
-    pictures = {worn: [Picture(image, 1) for image in row] for worn, row in drawn.items()}
+    pictures = {adapter: [Picture(image, 1) for image in row] for adapter, row in drawn.items()}
     monkeypatch.setattr(
-        "hdbcli.model.sample.generate", lambda _, worn, *__: pictures[worn is not None]
+        "hdbcli.model.sample.generate", lambda _, adapter, *__: pictures[adapter is not None]
     )
     mine, floor = likeness_of(tiny, tiny.first_theta(), [crop], tiny.faces([crop.image]), quiet)
     assert mine > 0.99 > 0.9 > floor

@@ -81,8 +81,8 @@ def test_pairs_are_two_photos_of_one_person() -> None:
         assert all(owner[each] == owner[read] for each in drawn)
         assert read not in drawn or owner[read] == 1  # who has one photo
         assert len(set(drawn)) == (2 if owner[read] == 0 else 1)
-    anybody = set(batch.anybody.flatten().tolist())
-    assert anybody == set(range(6))  # photo 6 is nobody's here: held out
+    others = set(batch.others.flatten().tolist())
+    assert others == set(range(6))  # photo 6 is held out
     assert all(len(each) == 200 for each in batch) and batch.seed.shape == (200, 2)
 
 
@@ -128,8 +128,8 @@ def test_pictures_in_styles_are_drawn_with_their_captions_and_never_read(
         read_people(tmp_path / "ann", tiny.spec, "bark*", True, quiet)
 
 
-def test_what_names_nobody_is_taught_to_stay_as_it_is(tiny: Base) -> None:
-    """Its loss is 0 for who changes nothing and large for somebody; its gradient leads to less."""
+def test_prompts_without_the_person_are_taught_to_stay_as_they_are(tiny: Base) -> None:
+    """Its loss is 0 for theta_0 and large for a person; its gradient leads to less."""
     generator = torch.Generator().manual_seed(1)
     clean, noise = torch.randn((2, 2 * DRAWS, 16, 16, 16), generator=generator)
     prompts = ["a face", "", "a bronze statue of a face", "a face"]
@@ -199,7 +199,7 @@ def test_train_resume_and_evaluate(
     assert result.exit_code == 0, result.stderr
     values = json.loads(result.stdout)
     assert values["people"] == 8 and values["refined_people"] == 2
-    refused(*words[:-2], 1, says="nobody to be told from")
+    refused(*words[:-2], 1, says="no other to be told from")
     interval = values["base_minus_own"]
     assert interval["low"] <= interval["mean"] <= interval["high"]
     assert values["base_minus_own"]["mean"] == pytest.approx(
@@ -270,8 +270,8 @@ def test_shipped_hypernetwork_knows_people(tiny: Base, people: Path) -> None:
     assert own.mean() < others.mean() - 0.005
     true = embed([read.crops[m[1]] for m in read.members])
 
-    def like(worn: Theta | None) -> float:
-        drawn = generate(tiny, worn, PORTRAIT, list(range(8)), SampleSettings(steps=12), quiet)
+    def like(adapter: Theta | None) -> float:
+        drawn = generate(tiny, adapter, PORTRAIT, list(range(8)), SampleSettings(steps=12), quiet)
         mine = embed([picture.image for picture in drawn]).numpy()
         return float(FaceMetric().likeness(mine, true.numpy()).mean())
 

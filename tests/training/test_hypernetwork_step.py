@@ -67,7 +67,7 @@ def test_a_step_learns_each_face_from_pictures_of_that_person(
     draw = torch.Generator().manual_seed(0)
     for part in _losses(tiny, model, material, config, ALONE, draw):  # type: ignore[arg-type]
         part.backward()
-    assert (first.up.grad == 3 * 16).all()  # each of three losses of everybody
+    assert (first.up.grad == 3 * 16).all()  # each of three losses of all people
     read, drawn = shown(seen["read"].crops), seen["diffusion"].clean[:, 0, 0, 0]
     other = read.repeat(DRAWS)
     assert torch.equal(seen["read"].traits[:, 0], read.abs() - 1)
@@ -79,11 +79,11 @@ def test_a_step_learns_each_face_from_pictures_of_that_person(
     assert seen["diffusion"].prompts == seen["likeness"].prompts == told and len(set(told)) == 3
     assert torch.equal(shown(seen["likeness"].true), drawn)
     assert torch.equal(seen["likeness"].traits[:, 0], drawn.abs() - 1)
-    nobody = seen["prior"].prompts
-    assert "" in nobody and "a face" in nobody and not any("sks" in text for text in nobody)
+    prior = seen["prior"].prompts
+    assert "" in prior and "a face" in prior and not any("sks" in text for text in prior)
 
 
-def test_the_bank_pulls_everybody_to_their_own(
+def test_the_bank_pulls_each_person_to_their_own(
     tiny: Base, material: Material, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hdbcli.training.objective.diffusion", lambda *_: iter(()))

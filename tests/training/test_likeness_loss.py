@@ -74,7 +74,7 @@ def test_a_draft_of_many_steps_is_what_ddim_draws(tiny: Base, predicted: Theta) 
     drawn = generate(tiny, predicted[:1], PORTRAIT, [3], settings, lambda *_: None)[0].image
     start = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(3))
     backbone, prompts = tiny.backbone, [tiny.prompt(PORTRAIT)]
-    with torch.no_grad(), tiny.wearing(predicted[:1]):
+    with torch.no_grad(), tiny.adapted(predicted[:1]):
         many, few, other = (
             _pixels(backbone.decode(backbone.draft(prompts, each, steps, 2.0)))
             for each, steps in ((start, 50), (start, 4), (start.flip(-1), 50))
@@ -115,7 +115,7 @@ def _pixels(images: Tensor) -> np.ndarray:
 def test_loss_knows_who_is_drawn(tiny: Base, crops: list[np.ndarray], predicted: Theta) -> None:
     true, traits, _ = tiny.faces(crops)
     prompts, start = [tiny.prompt(PORTRAIT)] * len(crops), noise(len(crops))
-    with torch.no_grad(), tiny.injected.wearing(predicted):
+    with torch.no_grad(), tiny.injected.adapted(predicted):
         own, face, colours = (
             likeness_loss(tiny, prompts, start, *each)
             for each in ((true, traits), (true, traits.roll(1, 0)), (true.roll(1, 0), traits))
@@ -131,7 +131,7 @@ def test_mosaics_see_complexion_and_not_wrinkles() -> None:
     edge[..., :16] = -1
     assert mosaic(plain).shape == (1, 3, 8, 8)
     assert (mosaic(lines) - mosaic(plain)).abs().max() < 1e-6
-    assert (mosaic(edge) - mosaic(plain)).abs().max() == 0  # the background is nobody's
+    assert (mosaic(edge) - mosaic(plain)).abs().max() == 0  # the background is not compared
     assert (mosaic(dark) - mosaic(plain)).mean() == pytest.approx(-0.3)
 
 
@@ -159,7 +159,7 @@ def test_a_person_in_a_haze_is_not_them(
     clean = backbone.encode_images(tiny.images(crops[:2]))
     monkeypatch.setattr(StableDiffusion, "draft", lambda *_: clean)
     assert isinstance(backbone, StableDiffusion)
-    with torch.no_grad(), tiny.injected.wearing(None):
+    with torch.no_grad(), tiny.injected.adapted(None):
         drawn = backbone.decode(clean)
         traits = tiny.embed(drawn)
         hazy = torch.nn.functional.avg_pool2d(drawn, 5, 1, 2, count_include_pad=False)
@@ -173,7 +173,7 @@ def test_a_person_in_a_haze_is_not_them(
 def test_gradients_reach_theta_and_nothing_else(tiny: Base, crops: list[np.ndarray]) -> None:
     first = tiny.first_theta(people=2)
     theta = Theta(first.down, (0.01 * torch.randn(first.up.shape)).requires_grad_(True))
-    with tiny.injected.wearing(theta):
+    with tiny.injected.adapted(theta):
         far = likeness_loss(tiny, PROMPTS, noise(2), *tiny.faces(crops[:2])[:2])
         far[0].backward()
     assert theta.up.grad is not None
@@ -197,7 +197,7 @@ def test_only_the_last_step_of_a_draft_keeps_its_gradient(
 
     monkeypatch.setattr(StableDiffusion, "_predict", seen)
     theta = Theta(predicted.down[:2], predicted.up[:2].clone().requires_grad_(True))
-    with tiny.wearing(theta):
+    with tiny.adapted(theta):
         drawn = tiny.backbone.draft(PROMPTS, noise(2), 3, 2.0)
         assert learns == [False, False, True]
         with torch.no_grad():
@@ -215,8 +215,8 @@ def test_a_step_along_the_gradient_brings_the_person_nearer(
     )
     true = tiny.faces(crops[:2])
 
-    def far(worn: Theta) -> Tensor:
-        with tiny.injected.wearing(worn):
+    def far(adapter: Theta) -> Tensor:
+        with tiny.injected.adapted(adapter):
             return likeness_loss(tiny, PROMPTS, noise(2), *true[:2]).sum()
 
     before = far(theta)
@@ -239,7 +239,7 @@ def test_refinement_learns_from_what_it_draws(
     true = Faces(*(torch.cat(each) for each in zip(*faces, strict=True)))
 
     def far(theta: Theta) -> Tensor:  # from the photo, in portraits of other noise
-        with torch.no_grad(), tiny.injected.wearing(theta):
+        with torch.no_grad(), tiny.injected.adapted(theta):
             return likeness_loss(tiny, PROMPTS, noise(2), *true[:2])
 
     config = RefineConfig(steps=12, rank=1, lr=1e-3, batch=4, likeness=1.0)

@@ -57,22 +57,22 @@ def photos(tiny: Base, faces: list[Faces]) -> Tensor:
 def test_nothing_is_lost_before_anything_changes(
     tiny: Base, faces: list[Faces], predicted: Theta
 ) -> None:
-    worn = tiny.injected.factors(predicted)
-    losses = preservation(tiny, worn, photos(tiny, faces), True)
+    adapter = tiny.injected.factors(predicted)
+    losses = preservation(tiny, adapter, photos(tiny, faces), True)
     turns = prior._turns(True)
     assert [prompt for prompt, held in turns if held] == list(CAPTIONS)
     unnamed_ones = [prompt for prompt, held in turns if not held]
     assert unnamed_ones[0] == unnamed_ones[-1] == "a face" and len(set(unnamed_ones)) == 6
     assert not any("[V]" in prompt for prompt in unnamed_ones)
     styles = [turn for turn, (_, held) in enumerate(turns) if held]
-    calm = [far(losses(worn, seeded(), turn)) for turn in styles]
+    calm = [far(losses(adapter, seeded(), turn)) for turn in styles]
     assert max(calm) < 1e-4
-    for each in worn.up:
+    for each in adapter.up:
         each *= 1.1  # in place, as optimizers do: what was before is kept apart
-    moved = [far(losses(worn, seeded(), turn)) for turn in styles]
+    moved = [far(losses(adapter, seeded(), turn)) for turn in styles]
     assert min(moved) > 20 * max(calm)
     assert len(set(moved)) == len(CAPTIONS)  # each turn asks another caption
-    assert far(losses(worn, seeded(), styles[0] + len(turns))) == moved[0]
+    assert far(losses(adapter, seeded(), styles[0] + len(turns))) == moved[0]
 
 
 def test_others_stay_as_the_base_draws_them(
@@ -105,23 +105,23 @@ def test_it_is_the_squared_distance_of_answers(
             with torch.no_grad():
                 clean = prior._drawn(tiny, adapter, prompt, faces[person].latents, turn)
                 asked = clean, [tiny.prompt(prompt)], noise, t
-                with tiny.wearing(own if held else None):
+                with tiny.adapted(own if held else None):
                     before = tiny.backbone.predict(*asked)
-                with tiny.wearing(own.scaled(0.5)):
+                with tiny.adapted(own.scaled(0.5)):
                     after = tiny.backbone.predict(*asked)
             by_hand += prior.WEIGHT * float((after - before).square().mean())
         assert found == pytest.approx(by_hand, rel=0.05)  # in other number formats
 
 
-def test_gradients_reach_what_is_worn(tiny: Base, faces: list[Faces], predicted: Theta) -> None:
+def test_gradients_reach_the_adapter(tiny: Base, faces: list[Faces], predicted: Theta) -> None:
     factors = tiny.injected.factors(predicted)
     up = tuple(each.clone().requires_grad_(True) for each in factors.up)
-    worn = Factors(factors.down, up)
-    losses = preservation(tiny, worn, photos(tiny, faces), True)
+    adapter = Factors(factors.down, up)
+    losses = preservation(tiny, adapter, photos(tiny, faces), True)
     with torch.no_grad():
         for each in up:
             each *= 1.1
-    for part in losses(worn, seeded(), 1):
+    for part in losses(adapter, seeded(), 1):
         part.backward()
         assert float(part.detach()) > 1e-3
     assert all(each.grad is not None for each in up)

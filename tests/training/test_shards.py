@@ -139,7 +139,7 @@ def test_who_is_left_out_and_why(tiny: Base, data: Path, tmp_path: Path) -> None
     assert any("900001 and twin look like one person" in line for line in report)
 
 
-def test_nobody_left(tiny: Base, tmp_path: Path) -> None:
+def test_no_person_left(tiny: Base, tmp_path: Path) -> None:
     (tmp_path / "data/ann").mkdir(parents=True)
     Image.new("RGB", (200, 200)).save(tmp_path / "data/ann/0.png")
     with pytest.raises(HdbError, match=r"none of the 1 photos .* no face found"):

@@ -1,5 +1,5 @@
-"""The network: words to vectors, and a transformer over patches that both read (DiT, Peebles & Xie
-2022).
+"""The network: words to vectors, and a transformer over patches that both read (DiT, Peebles &
+Xie 2022).
 
 Shapes: B samples, c = 48 numbers of a 4 x 4 patch, h x w patches, W words, d the width.
 """

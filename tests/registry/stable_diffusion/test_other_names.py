@@ -73,8 +73,8 @@ def test_a_file_with_names_of_other_tools_is_the_same_model(narrow: Narrow, tmp_
 
     one, other = (open_checkpoint(spec(path)) for path in (original, file))
     assert one.weights_digest() == other.weights_digest()
-    nobody = first_theta(len(other.places), other.spec.a, other.spec.b)
-    merged = {item.key for item in Merge(other, nobody, None).items(file)}
+    plain = first_theta(len(other.places), other.spec.a, other.spec.b)
+    merged = {item.key for item in Merge(other, plain, None).items(file)}
     assert merged == set(tensors)  # what hdb writes has the names that every reader knows
 
 
