@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ from hdbcli import __version__
 from hdbcli.cli import render
 from hdbcli.cli.algebra import compose, export, inspect, relax, shrink
 from hdbcli.cli.bases import base_app
-from hdbcli.cli.boundary import Boundary, ask, new_app
+from hdbcli.cli.boundary import Boundary, ask, new_app, only_asked
 from hdbcli.cli.doctor import doctor
 from hdbcli.cli.measure import bench, compare, score
 from hdbcli.cli.merge import merge
@@ -317,4 +316,7 @@ def _show(created: Created, saved: Saved, as_json: bool) -> None:
     (render.document if as_json else render.show_created)(values)
 
 
-main: Callable[[], None] = app
+def main() -> None:
+    """Run the command line."""
+    only_asked(app, sys.argv[1:])
+    app()

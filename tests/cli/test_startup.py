@@ -62,6 +62,27 @@ def test_files_are_looked_after_without_torch(words: list[str], says: str, hdb_h
     )
 
 
+def test_only_the_command_that_is_asked_for_is_built() -> None:
+    count = (
+        "import sys, typer.main\n"
+        "from hdbcli.__main__ import main\n"
+        "read, seen = typer.main.get_params_from_function, []\n"
+        "typer.main.get_params_from_function = lambda f: seen.append(f) or read(f)\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    print('READ', len(seen))\n"
+    )
+
+    def signatures(*words: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", count, *words], cwd=ROOT, capture_output=True, text=True
+        )
+        return int(done.stdout.rpartition("READ")[2])
+
+    assert signatures("list") < 10 < 50 < signatures("--help")
+
+
 def test_what_is_damaged_is_not_copied(hdb_home: Path) -> None:
     store_identity("alice")  # its digest is none
     refused("cp", "alice", "bob", says="digest does not agree")
