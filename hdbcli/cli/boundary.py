@@ -34,7 +34,11 @@ def only_asked(app: typer.Typer, words: Sequence[str]) -> None:
     """Drop every command but the one that the command line names, if it names one: Typer reads the
     signatures of all, which takes longer than `hdb list`."""
     name = next((word for word in words if not word.startswith("-")), None)
-    commands = [c for c in app.registered_commands if name == (c.name or c.callback.__name__)]
+    commands = [
+        c
+        for c in app.registered_commands
+        if name == (c.name or getattr(c.callback, "__name__", ""))
+    ]
     groups = [group for group in app.registered_groups if name == group.name]
     if commands or groups:
         app.registered_commands, app.registered_groups = commands, groups
