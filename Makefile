@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 run: export HDB_HOME := $(CURDIR)/$(RUN)/home
 run: $(STAMP)
 	@mkdir -p $(RUN) && rm -f $(PICTURE)
-	$(BIN)/hdb new $(PHOTO) astronaut --force --yes
+	$(BIN)/hdb new $(PHOTO) astronaut --force --yes --no-preview
 	$(BIN)/hdb gen astronaut "$(PROMPT)" --seed 0 --grid -o $(PICTURE)
 	@test -s $(PICTURE) && echo $(PICTURE)
 
@@ -32,8 +32,8 @@ sheet: export HDB_HOME := $(CURDIR)/build/sheet/home
 sheet: $(STAMP)
 	@mkdir -p docs && rm -rf build/sheet
 	@set -e; for photo in $(HELD); do \
-	  $(BIN)/hdb new $$photo $$(basename $$(dirname $$photo)) --yes; done
-	$(BIN)/hdb new $(PHOTO) --yes
+	  $(BIN)/hdb new $$photo $$(basename $$(dirname $$photo)) --yes --no-preview; done
+	$(BIN)/hdb new $(PHOTO) --yes --no-preview
 	@set -e; k=0; for prompt in "a [V] face" "An Instagram selfie of a [V] face" \
 	  "A Pixar character of a [V] face" "A [V] face with bark skin" \
 	  "A [V] face as a rock star" "A professional shot of a [V] face"; do \

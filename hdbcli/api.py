@@ -62,6 +62,7 @@ __all__ = [
     "Merged",
     "Picture",
     "Saved",
+    "Walk",
     "compare",
     "compose",
     "export",
@@ -147,6 +148,15 @@ class Drawn:
     def _caption(self, picture: Picture) -> str:
         whose = f"{picture.name}: " if self.people > 1 else ""
         return f"{whose}{picture.prompt}, seed {picture.seed}"
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """The way from one person to the next: a sheet of its steps, and the same as an animation
+    there and back, the bytes of a WebP file."""
+
+    sheet: Picture
+    animation: bytes
 
 
 @dataclass(frozen=True)
@@ -536,8 +546,8 @@ def walk(
     memory: str = "auto",
     tell: Tell = _silent,
     note: Note = _warn,
-) -> Picture:
-    """Draw the way from each person to the next, step by step, as one sheet."""
+) -> Walk:
+    """Draw the way from each person to the next, step by step."""
     from hdbcli.identity import interpolation
 
     read = [_read(each) for each in people]
@@ -546,12 +556,14 @@ def walk(
     spec = _spec(home)
     names = " to ".join(name for name, _ in read)
 
-    def draw(loaded: Base) -> Picture:
+    def draw(loaded: Base) -> Walk:
         theta = _adapter(loaded, read, note)
-        sheet = interpolation.draw(loaded, [theta[[i]] for i in range(len(read))], tell)
+        rows = interpolation.draw(loaded, [theta[[i]] for i in range(len(read))], tell)
+        sheet = sample.Picture(contact_sheet(rows), interpolation.SEED)
         prompts = " | ".join(interpolation.ROWS)
         text = sample.parameters_text(prompts, spec.sampling, sheet, spec.name, names)
-        return Picture(sheet.image, names, prompts, sheet.seed, text)
+        picture = Picture(sheet.image, names, prompts, sheet.seed, text)
+        return Walk(picture, interpolation.animation(rows))
 
     work = interpolation.work_of(spec, len(read))
     return _on(_Place(home, device, memory, work, first, note), draw)
@@ -707,7 +719,9 @@ def _from_photos(
 ) -> Created:
     """Crop before the base is loaded, since a bad photo should be told at once; then make."""
     start = time.perf_counter()
-    out = None if crop is None else _crop_file(Path(crop), _paths(photos))
+    out = None if crop is None else Path(crop)
+    if out is not None:
+        store.check_picture(out, *_paths(photos))
     crops = _cropped(photos, _spec(place.base), face, place.note, tell)
     cropped = time.perf_counter() - start
     if agree is not None:
@@ -732,16 +746,6 @@ def _cropped(
         for warning in crop.warnings:
             note(f"warning: {where}{warning}")
     return crops
-
-
-def _crop_file(out: Path, photos: Sequence[Path]) -> Path:
-    """Refuse a file for the crop that is no .png, is a photo, or cannot be written."""
-    if out.suffix.lower() != ".png":
-        raise HdbError(f"{out} is not named .png, the kind of picture that --crop writes")
-    if any(out.exists() and photo.exists() and out.samefile(photo) for photo in photos):
-        raise HdbError(f"{out} is the photo itself; give another file with --crop")
-    store.check_output(out)
-    return out
 
 
 def _check_counts(**values: int | None) -> None:

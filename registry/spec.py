@@ -174,6 +174,7 @@ class BaseSpec:
     # Targets to choose from by name, such as attention and all; `targets` are the default.
     target_sets: Mapping[str, Targets] = field(default_factory=dict)
     few_steps: FewSteps | None = None  # of a base that was distilled
+    captions: tuple[str, ...] = ()  # prompts that it was trained on, if it knows no others
 
     def with_targets(self, name: str) -> BaseSpec:
         """Return this spec with the target set of that name, and no other; HdbError if it
@@ -204,6 +205,10 @@ class BaseSpec:
                 raise HdbError(
                     f"base model {self.name}: {name} is {value!r}; an integer from {low} is needed"
                 )
+        if isinstance(self.captions, str) or not all(isinstance(c, str) for c in self.captions):
+            raise HdbError(
+                f"base model {self.name}: captions are {self.captions!r}; give a tuple of strings"
+            )
         for number in ("likeness", "guidance"):
             value = getattr(self, number)
             if not isinstance(value, int | float) or not 0 <= value < math.inf:

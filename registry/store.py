@@ -242,10 +242,17 @@ def check_output(out: Path, *inputs: Path) -> None:
 
     Then refuse one that cannot be written, before any work.
     """
-    if any(out.exists() and out.samefile(path) for path in inputs):
-        raise HdbError(f"{out} is what is read; give another file with -o")
+    if any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
+        raise HdbError(f"{out} is what is read; give another file")
     check_among(out)
     check_writable(out)
+
+
+def check_picture(out: Path, *inputs: Path) -> None:
+    """Refuse a picture that is not called .png, and what `check_output` refuses."""
+    if out.suffix.lower() != ".png":
+        raise HdbError(f"{out} is not named .png, the kind of picture that hdb draws")
+    check_output(out, *inputs)
 
 
 def check_folder(out: Path) -> None:

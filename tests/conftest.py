@@ -29,6 +29,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(4, cpus())))
 set_threads()
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in an empty folder: commands write pictures where they are called."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+
 @pytest.fixture
 def keep_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantise without telling glibc to give back what is freed from here on, which would slow all
@@ -120,7 +126,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, astronaut: Path) -> Path:
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HDB_HOME", str(home))
-        ok("new", astronaut, "alice", *QUICK)
+        ok("new", astronaut, "alice", "--no-preview", *QUICK)
         return store.path_of("alice")
 
 

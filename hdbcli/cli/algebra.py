@@ -19,12 +19,14 @@ from hdbcli.cli.options import (
     Identity,
     Json,
     Yes,
+    free_path,
     new_path,
     refuse_given,
     weights_of,
 )
 from registry import store
 from registry.errors import HdbError
+from registry.files import write_kept
 
 
 def inspect(
@@ -41,9 +43,7 @@ def inspect(
     path = store.resolve(identity)
     loaded = load(path)
     if out:
-        store.check_output(out, path)
-        if out.suffix.lower() != ".png":
-            raise HdbError(f"{out} is not named .png, the kind of picture that hdb draws")
+        store.check_picture(out, path)
     names, verified, problem = None, None, None
     try:
         spec, weights = weights_of(loaded.base, loaded.targets_digest)
@@ -133,7 +133,8 @@ def compose(
     """Add identities of one base up, exactly: what each changes, times its weight.
 
     A weight may be negative: "--" before the parts keeps alice=-0.5 from being an option. The walk
-    that --show draws leads from each identity to the next, whatever the weights.
+    that --show draws leads from each identity to the next, whatever the weights; an animation of it
+    lies beside the sheet.
     """
     from hdbcli import api
     from hdbcli.identity.derivation import read_weights
@@ -155,9 +156,13 @@ def compose(
                 note=render.note,
             )
     saved = api.save(made, new_name, dtype=dtype, replace=force)
+    shown: dict[str, str | None] = {"sheet": None, "animation": None}
     if sheet and drawn:
-        drawn.save(sheet)
-    _tell(path, made.rank, saved.bytes, as_json, sheet=str(sheet) if sheet else None)
+        drawn.sheet.save(sheet)
+        moving = free_path(sheet.parent, sheet.stem, suffix=".webp")
+        write_kept(moving, lambda file: file.write_bytes(drawn.animation))
+        shown = {"sheet": str(sheet), "animation": str(moving)}
+    _tell(path, made.rank, saved.bytes, as_json, **shown)
 
 
 def export(
@@ -226,8 +231,8 @@ def _tell(path: Path, rank: int, size: int, as_json: bool, **more: object) -> No
         render.document({**values, **more})
         return
     render.say(f"{path}  rank {rank}, {size:,} bytes")
-    if more.get("sheet"):
-        render.say(str(more["sheet"]))
+    for shown in filter(None, (more.get("sheet"), more.get("animation"))):
+        render.say(str(shown))
 
 
 def _source_and_target(identity: str, new_name: str | None, force: bool) -> tuple[Path, Path, bool]:

@@ -37,8 +37,10 @@ from hdbcli.cli.options import (
     Negative,
     NewOptimizer,
     NewSeed,
+    NoPreview,
     Optimizer,
     Photo,
+    Preview,
     PromptFile,
     Prompts,
     SamplingSteps,
@@ -49,6 +51,7 @@ from hdbcli.cli.options import (
     Strength,
     TargetSet,
     Yes,
+    free_path,
     name_for,
     new_path,
     photos_of,
@@ -57,8 +60,9 @@ from hdbcli.cli.options import (
 )
 from hdbcli.cli.store import cp, gc, import_identity, mv, rm, verify
 from hdbcli.cli.train import train_app
-from hdbcli.config import UNPREDICTED_STEPS, RefineConfig
+from hdbcli.config import PROMPTS, UNPREDICTED_STEPS, RefineConfig
 from registry import store
+from registry.errors import HdbError
 from registry.files import check_writable
 
 if TYPE_CHECKING:
@@ -107,6 +111,8 @@ def new(
     optimizer: NewOptimizer = None,
     likeness: Likeness = None,
     crop: CropFile = None,
+    preview: Preview = None,
+    no_preview: NoPreview = False,
     targets: TargetSet = None,
     force: Force = False,
     device: Device = None,
@@ -114,15 +120,22 @@ def new(
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Make an identity from one photo of a face (or several of the same person)."""
+    """Make an identity from one photo of a face (or several of the same person).
+
+    NAME-preview.png, in the current folder, then shows the face as it was cropped and a portrait.
+    """
     photos = photos_of(photo, more)
     name = name_for(photo, name)
     new_path(name, force)
+    if no_preview:
+        refuse_given("--no-preview draws none; drop it or", preview=preview)
+    shown = None if no_preview else _preview_file(preview, name, photos)
     given: dict[str, Any] = {"steps": steps, "rank": rank, "likeness": likeness}
     given |= {"seed": seed, "optimizer": optimizer}
     if no_refine:
         refuse_given("--no-refine keeps the prediction as it is; drop it or", **given)
     from hdbcli import api
+    from hdbcli.model.sample import save_crops
 
     with render.progress() as tell:
         created = api.new(
@@ -143,7 +156,10 @@ def new(
             tell=tell,
             note=render.note,
         )
-    _show(created, api.save(created.identity, name, replace=force), as_json)
+    saved = api.save(created.identity, name, replace=force)
+    if shown:
+        save_crops([created.preview()], shown)
+    _show(created, saved, as_json, preview=shown)
 
 
 @app.command(rich_help_panel=MAKE)
@@ -259,6 +275,21 @@ def gen(
     (render.document if as_json else render.show_pictures)(values)
 
 
+@app.command(rich_help_panel=MAKE)
+def styles(base: BaseName = None, as_json: Json = False) -> None:
+    """List the prompts a base model was trained on; hdb gen NAME --prompts - reads them."""
+    from registry.plugins import find_base
+
+    spec = find_base(base)
+    if not spec.captions and not as_json:
+        render.note(f"note: {spec.name} draws what you describe; these are the paper's examples")
+    captions = spec.captions or PROMPTS
+    if as_json:
+        render.document({"base": spec.name, "known": bool(spec.captions), "styles": captions})
+    else:
+        render.say("\n".join(captions))
+
+
 @app.command("list", rich_help_panel=KEEP)
 def list_identities(
     as_json: Json = False,
@@ -309,10 +340,25 @@ def _ask_consent(yes: bool, bars: render.Bars) -> None:
         ask("Faces belong to people. Does this person agree?")
 
 
-def _show(created: Created, saved: Saved, as_json: bool) -> None:
+def _preview_file(given: Path | None, name: str, photos: list[Path]) -> Path | None:
+    """Return where the preview goes: the file that was given, or a free one in the current folder;
+    None, saying so, where that cannot be written."""
+    if given is not None:
+        store.check_picture(given, *photos)
+        return given
+    path = free_path(Path(), f"{name}-preview")
+    try:
+        store.check_output(path)
+    except HdbError as error:
+        render.note(f"note: there will be no preview: {error}")
+        return None
+    return path
+
+
+def _show(created: Created, saved: Saved, as_json: bool, preview: Path | None = None) -> None:
     for warning in created.warnings:
         render.note(f"warning: {warning}")
-    values = render.created_facts(saved, created)
+    values = render.created_facts(saved, created, preview)
     (render.document if as_json else render.show_created)(values)
 
 

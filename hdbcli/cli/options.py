@@ -91,6 +91,11 @@ CropFile = Annotated[
     Path | None,
     typer.Option("--crop", metavar="FILE.png", help="Save the face as it was cropped."),
 ]
+Preview = Annotated[
+    Path | None,
+    typer.Option("--preview", metavar="FILE.png", help="Where the preview goes."),
+]
+NoPreview = Annotated[bool, typer.Option("--no-preview", help="Save no preview.")]
 Scheduler = Annotated[
     str | None,
     typer.Option(help="ddim, dpm++, euler, euler-a, lcm or unipc; default: the base's."),
@@ -242,6 +247,14 @@ def new_path(name: str, force: bool) -> Path:
     if path.exists() and not force:
         raise HdbError(f"{path.stem} exists already; give another name, or --force to replace it")
     check_writable(path)
+    return path
+
+
+def free_path(folder: Path, stem: str, taken: Sequence[Path] = (), suffix: str = ".png") -> Path:
+    """Return a file that is not there yet: STEM.png, STEM-2.png, ..."""
+    path, again = folder / f"{stem}{suffix}", 2
+    while path.exists() or path in taken:
+        path, again = folder / f"{stem}-{again}{suffix}", again + 1
     return path
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hdbcli.api import Drawn, Picture
+from hdbcli.cli.options import free_path
 from hdbcli.config import PICTURES
 from registry.errors import HdbError
 from registry.files import Taken, check_writable, write_kept
@@ -55,27 +56,20 @@ def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool, page: bool 
                 "--grid for a sheet of them"
             )
         check_writable(out)
-        beside = _free(out.parent, out.stem, suffix=".html") if page else None
+        beside = free_path(out.parent, out.stem, suffix=".html") if page else None
         return Outputs((), out, beside) if grid else Outputs((out,), None, beside, named=True)
     folder = out or Path()
     if folder.exists() and not folder.is_dir():
         raise HdbError(f"{folder} is a file; give a folder or a name that ends in .png")
     paths: list[Path] = []
     for stem in stems:  # two files in different folders may have one stem
-        paths.append(_free(folder, stem, paths))
+        paths.append(free_path(folder, stem, paths))
     check_writable(paths[0])
     return Outputs(
         tuple(paths),
-        _free(folder, f"{stems[0]}-grid") if grid else None,
-        _free(folder, stems[0], suffix=".html") if page else None,
+        free_path(folder, f"{stems[0]}-grid") if grid else None,
+        free_path(folder, stems[0], suffix=".html") if page else None,
     )
-
-
-def _free(folder: Path, stem: str, taken: Sequence[Path] = (), suffix: str = ".png") -> Path:
-    path, again = folder / f"{stem}{suffix}", 2
-    while path.exists() or path in taken:
-        path, again = folder / f"{stem}-{again}{suffix}", again + 1
-    return path
 
 
 @dataclass
@@ -130,4 +124,4 @@ def _save_free(picture: Picture, path: Path) -> Path:
             picture.save(path, new=True)
             return path
         except Taken:
-            path = _free(path.parent, stem)
+            path = free_path(path.parent, stem)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hdbcli.config import Tell
+from hdbcli.config import CAPTIONS, Tell
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -186,7 +186,7 @@ def _cell(name: str, value: object) -> str:
     return str(value)
 
 
-def created_facts(saved: Saved, created: Created) -> dict[str, Any]:
+def created_facts(saved: Saved, created: Created, preview: Path | None) -> dict[str, Any]:
     """Return what `hdb new --json` prints."""
     identity = created.identity
     return {
@@ -201,11 +201,12 @@ def created_facts(saved: Saved, created: Created) -> dict[str, Any]:
         "likeness": identity.likeness,
         "base_likeness": round(created.base_likeness, 4),
         "path": str(saved.path),
+        "preview": str(preview) if preview else None,
     }
 
 
 def show_created(values: Mapping[str, Any]) -> None:
-    """Print the small table that ends `hdb new` and `hdb refine`."""
+    """Print the small table that ends `hdb new` and `hdb refine`, and what to type next."""
     seconds, loss = values["seconds"], values["loss"]
     facts(
         {
@@ -216,6 +217,8 @@ def show_created(values: Mapping[str, Any]) -> None:
             "loss": f"{loss['start']:.4f} before, {loss['end']:.4f} after",
             "likeness": f"{values['likeness']:.2f} (the base's own: {values['base_likeness']:.2f})",
             "file": values["path"],
+            **({"preview": values["preview"]} if values["preview"] else {}),
+            "next": f'hdb gen {values["name"]} "{CAPTIONS[1]}"',
         }
     )
 

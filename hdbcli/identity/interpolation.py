@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
 
 from hdbcli.config import CAPTIONS, PORTRAIT, Tell
 from hdbcli.method.algebra import compose
@@ -10,14 +14,14 @@ from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import stack
 from hdbcli.model import sample
 from hdbcli.model.base import Base
-from hdbcli.model.contact_sheet import contact_sheet, in_rows
+from hdbcli.model.contact_sheet import in_rows
 from hdbcli.model.memory import Work
-from hdbcli.model.sample import Picture
 from registry.errors import HdbError
 from registry.spec import BaseSpec
 
 COLUMNS = 7  # from one identity to the next, both included
 ROWS = (PORTRAIT, CAPTIONS[1])
+END, STEP = 1000, 250  # milliseconds
 SEED = 0  # one for all: what differs between two pictures of a row is the person
 
 
@@ -45,14 +49,31 @@ def work_of(spec: BaseSpec, people: int) -> Work:
     return sample.work_of(len(ROWS) * len(weights_of(people)), spec.resolution)
 
 
-def draw(base: Base, thetas: Sequence[Theta], tell: Tell) -> Picture:
-    """Draw the walk as one sheet, a column a step and a row a prompt; every picture of the sheet
-    is a sample of its own, so that one pass draws all that fit in it."""
+def draw(base: Base, thetas: Sequence[Theta], tell: Tell) -> list[Sequence[np.ndarray]]:
+    """Draw the walk, a column a step and a row a prompt. Every picture is a sample of its own, so
+    that one pass draws all that fit in it."""
     steps = walk(thetas)
     columns = len(steps)
     adapter = steps[[column for _ in ROWS for column in range(columns)]]
     prompts = [prompt for prompt in ROWS for _ in range(columns)]
     settings = base.spec.sampling
     pictures = sample.generate(base, adapter, prompts, [SEED] * len(prompts), settings, tell)
-    rows = in_rows([picture.image for picture in pictures], columns)
-    return Picture(contact_sheet(rows), SEED)
+    return in_rows([picture.image for picture in pictures], columns)
+
+
+def animation(rows: Sequence[Sequence[np.ndarray]]) -> bytes:
+    """Return the walk there and back as an animated WebP, each step with its prompts side by side;
+    it rests at both ends. Lossless, since the lossy coder drops small steps."""
+    first, *rest = (Image.fromarray(np.hstack(step)) for step in zip(*rows, strict=True))
+    back, between = rest[-2::-1], [STEP] * (len(rest) - 1)
+    file = BytesIO()
+    first.save(
+        file,
+        "WEBP",
+        save_all=True,
+        append_images=[*rest, *back],
+        duration=[END, *between, END, *between],
+        loop=0,
+        lossless=True,
+    )
+    return file.getvalue()

@@ -31,6 +31,7 @@ from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import relax
 from hdbcli.model import sample
 from hdbcli.model.base import Base, load_predictor
+from hdbcli.model.contact_sheet import contact_sheet
 from hdbcli.model.device import wait_for
 from hdbcli.model.memory import Work
 from hdbcli.training.likeness_loss import drafts
@@ -43,7 +44,8 @@ LIKENESS_SEEDS = (1, 2, 3, 4)
 
 @dataclass(frozen=True, eq=False)
 class Created:
-    """A new identity and what making it took; seconds by stage, losses on the same pairs."""
+    """A new identity and what making it took; seconds by stage, losses on the same pairs; a crop
+    and a portrait (S, S, 3) uint8 of those that were compared."""
 
     identity: Identity
     seconds: dict[str, float]
@@ -51,6 +53,12 @@ class Created:
     loss_end: float
     base_likeness: float
     warnings: tuple[str, ...]
+    crop: np.ndarray
+    portrait: np.ndarray
+
+    def preview(self) -> np.ndarray:
+        """Return crop and portrait side by side."""
+        return contact_sheet([[self.crop, self.portrait]], ("photo", "portrait"))
 
 
 def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: Tell) -> list[Crop]:
@@ -161,18 +169,19 @@ def _refined(
             identity, steps=identity.steps + config.steps, optimizer=result.optimizer
         )
     seconds["refine"] = time.perf_counter() - start
-    mine, floor = likeness_of(base, theta, crops, faces, tell)
+    mine, floor, portrait = likeness_of(base, theta, crops, faces, tell)
     identity = replace(
         identity, down=theta.down[0].cpu(), up=theta.up[0].cpu(), likeness=round(mine, 4)
     )
-    return Created(identity, seconds, float(loss_start), float(loss_end), floor, ())
+    losses = float(loss_start), float(loss_end)
+    return Created(identity, seconds, *losses, floor, (), crops[0].image, portrait)
 
 
 def likeness_of(
     base: Base, theta: Theta, crops: Sequence[Crop], faces: Faces, tell: Tell
-) -> tuple[float, float]:
-    """Return the likeness of generated portraits to the crops, whose `faces` were read, and of
-    the base's own beside it.
+) -> tuple[float, float, np.ndarray]:
+    """Return the likeness of generated portraits to the crops, whose `faces` were read, that of
+    the base's own beside it, and the first portrait.
 
     The mean over as many seeds as a step of the base has samples, two for `tiny` and one where a
     picture takes long, the same for both: 1 - distance of the face embeddings, 0 to 1;
@@ -182,12 +191,13 @@ def likeness_of(
     reference = embed([crop.image for crop in crops])
     # A face that was found in the photo but not again in its crop: there it lies aligned.
     reference = reference.where(found(reference)[:, None], faces.traits.cpu())
-    scores = []
+    scores, portraits = [], []
     for adapter in (theta, None):
         drawn = sample.generate(base, adapter, PORTRAIT, seeds, base.spec.sampling, tell)
         near = 1 - torch.cdist(embed([picture.image for picture in drawn]), reference)
         scores.append(float(near.clamp(min=0).nan_to_num(0.0).mean()))
-    return scores[0], scores[1]
+        portraits.append(drawn[0].image)
+    return scores[0], scores[1], portraits[0]
 
 
 def describe(base: Base, theta: Theta, hypernetwork: str) -> Identity:

@@ -19,6 +19,19 @@ WEIGHTS = Path(__file__).parent / "weights"
 # trained on.
 TEMPLATE = ((0.331, 0.423), (0.669, 0.423), (0.5, 0.626), (0.357, 0.773), (0.643, 0.773))
 
+# As the recipe teaches them, the project page's five verbatim; the words of these are all it knows.
+CAPTIONS = (
+    "A [V] face",
+    "An Instagram selfie of a [V] face",
+    "A Pixar character of a [V] face",
+    "A [V] face with bark skin",
+    "A [V] face as a rock star",
+    "A professional shot of a [V] face",
+    "A pop art print of a [V] face",
+    "A marble bust of a [V] face",
+    "A bronze statue of a [V] face",
+)
+
 
 def load(device: str, dtype: str) -> StableDiffusion:
     """Load the weights that ship with the package; HdbError when the installation lacks them."""
@@ -57,6 +70,7 @@ def register(add: Callable[[BaseSpec], None]) -> None:
             files=WEIGHTS,
             batch=2,
             likeness=3.0,
+            captions=CAPTIONS,
         )
     )
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +19,16 @@ from commands import QUICK, hdb, ok, refused, told
 from PIL import Image
 from typer.testing import CliRunner
 
+from hdbcli import api
 from hdbcli.cli import main
 from hdbcli.cli.outputs import plan_outputs
+from hdbcli.config import PORTRAIT
 from registry import store
 from registry.bases.settings import customised, settings_path
 from registry.errors import HdbError
 from registry.plugins import load_registry
+from registry.spec import BaseSpec, SampleSettings
+from registry.tiny import CAPTIONS
 
 
 def test_new_json(hdb_home: Path, astronaut: Path) -> None:
@@ -344,6 +349,55 @@ def test_pictures_of_other_kinds_are_no_folders(tmp_path: Path) -> None:
         assert plan_outputs(tmp_path / name, ["alice-1"], grid=False).pictures
 
 
+def test_new_shows_crop_and_portrait_and_what_to_type_next(
+    hdb_home: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
+    words = "new", astronaut, "alice", "--no-refine", "--crop", "crop.png"
+    done = ok(*words)
+    lines = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    assert lines["preview"] == "alice-preview.png"
+    assert lines["next"] == 'hdb gen alice "A Pixar character of a [V] face"'
+    seen, crop = (np.asarray(Image.open(lines.get(n, "crop.png"))) for n in ("preview", ""))
+    assert seen.shape[1] == 2 * 128 and (seen[-128:, :128] == crop).all()
+    portrait, _ = (
+        np.asarray(each.image)
+        for each in api.generate("alice", PORTRAIT, count=2, seed=1, steps=2).pictures
+    )
+    assert abs(seen[-128:, 128:].astype(int) - portrait).mean() < 1 < abs(crop - portrait).mean()
+    assert Image.open("alice-preview.png").info == {}
+    ok(*words, "--force")
+    made = told(*words, "--force", "--preview", tmp_path / "p.png")
+    assert (
+        made["preview"] == str(tmp_path / "p.png") and Image.open(tmp_path / "p.png").width == 256
+    )
+    assert sorted(path.name for path in Path().glob("*-preview*")) == [
+        "alice-preview-2.png",
+        "alice-preview.png",
+    ]
+    assert told(*words, "--force", "--no-preview")["preview"] is None
+    refused(*words, "--force", "--preview", "p.jpg", says="not named .png")
+    refused(*words, "--force", "--no-preview", "--preview", "p.png", says="drop it or --preview")
+    name = Path(f"{'x' * 300}")  # no such file can be written
+    monkeypatch.setattr(main, "free_path", lambda *_: name)
+    assert "there will be no preview" in ok(*words, "--force").stderr
+
+
+def test_styles_are_those_of_the_base(alice: Path) -> None:
+    lines = ok("styles").stdout.splitlines()
+    assert lines == list(CAPTIONS) == told("styles")["styles"]
+    words = "gen", "alice", "--prompts", "-", "-n", "1", "--steps", "1"
+    done = CliRunner().invoke(main.app, list(words), input="\n".join(lines[:2]))
+    assert done.exit_code == 0 and len(done.stdout.splitlines()) == 2, done.stderr
+    with pytest.MonkeyPatch.context() as patch:  # a base that draws whatever is described
+        spec = replace(load_registry().get("tiny"), captions=())
+        patch.setattr("registry.plugins.find_base", lambda _: spec)
+        done = ok("styles")
+        assert "tiny draws what you describe" in done.stderr
+        assert "A [V] face as a rock star" in done.stdout
+        assert told("styles")["known"] is False
+
+
 def test_the_crop_is_saved_and_an_idle_face_number_told(
     hdb_home: Path, astronaut: Path, tmp_path: Path
 ) -> None:
@@ -353,4 +407,4 @@ def test_the_crop_is_saved_and_an_idle_face_number_told(
     assert Image.open(file).size == (side, side)
     assert "--face 1 changes nothing" in result.stderr
     refused("new", astronaut, "b", "--crop", tmp_path / "crop.jpg", says="not named .png")
-    refused("new", file, "b", "--crop", file, says="the photo itself")
+    refused("new", file, "b", "--crop", file, says="what is read")

@@ -102,6 +102,17 @@ def test_the_sheet_is_drawn_in_one_pass_and_is_true(
     picture = Image.open(sheet)
     assert picture.size == (COLUMNS * SIDE, len(ROWS) * SIDE)
     assert "alice to bob" in picture.text["parameters"]
+    moving = tmp_path / "both-walk.webp"
+    assert result.stdout.splitlines()[2] == moving.name
+    steps = [np.hstack([tile(sheet, row, c) for row in range(len(ROWS))]) for c in range(COLUMNS)]
+    with Image.open(moving) as animated:
+        assert (animated.n_frames, animated.size) == (2 * COLUMNS - 2, (len(ROWS) * SIDE, SIDE))
+        places = []
+        for frame in range(animated.n_frames):
+            animated.seek(frame)
+            now = np.asarray(animated.convert("RGB")).astype(int)
+            places.append([bool((now == step).all()) for step in steps].index(True))
+    assert places == [*range(COLUMNS), *range(COLUMNS - 2, 0, -1)]  # there and back
     middle = COLUMNS // 2
     for row, prompt in enumerate(ROWS):
         alone = {}
@@ -117,6 +128,7 @@ def test_a_walk_through_three_and_where_its_sheet_goes(people: None, tmp_path: P
     words = ("compose", "alice", "bob", "carol", "--as", "all", "--show", "--json")
     values = json.loads(hdb(*words, "-o", "here.png").stdout)
     assert values["name"] == "all" and values["sheet"] == "here.png" and values["rank"] == 9
+    assert values["animation"] == "here.webp" and Image.open("here.webp").n_frames == 24
     assert values["bytes"] == store.path_of("all").stat().st_size
     assert Image.open("here.png").size[0] == (2 * COLUMNS - 1) * SIDE
 

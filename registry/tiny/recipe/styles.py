@@ -8,22 +8,15 @@ from dataclasses import replace
 import cv2
 import numpy as np
 
+from registry import tiny
 from registry.tiny.recipe.draw import Look, Renderer, View
 from registry.tiny.recipe.person import Person
 
-# The project page's five prompts stand here verbatim (selfie, Pixar, bark, rock star,
-# professional); "[V]" marks the place of the identifier.
-CAPTIONS = {
-    "portrait": "A [V] face",
-    "selfie": "An Instagram selfie of a [V] face",
-    "pixar": "A Pixar character of a [V] face",
-    "bark": "A [V] face with bark skin",
-    "rockstar": "A [V] face as a rock star",
-    "professional": "A professional shot of a [V] face",
-    "popart": "A pop art print of a [V] face",
-    "marble": "A marble bust of a [V] face",
-    "bronze": "A bronze statue of a [V] face",
-}
+NAMES = (
+    *("portrait", "selfie", "pixar", "bark", "rockstar"),
+    *("professional", "popart", "marble", "bronze"),
+)
+CAPTIONS = dict(zip(NAMES, tiny.CAPTIONS, strict=True))
 STYLED = tuple(name for name in CAPTIONS if name != "portrait")
 
 CARTOON_SLIDERS = {
