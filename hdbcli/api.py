@@ -37,6 +37,7 @@ from hdbcli.model.device import choose_device
 from hdbcli.model.gallery import gallery
 from hdbcli.model.hypernetwork_file import targets_of
 from hdbcli.model.memory import Work
+from hdbcli.model.settings import Settings, read_settings
 from hdbcli.training import personalise
 from hdbcli.training.personalise import Created
 from registry import store
@@ -62,6 +63,7 @@ __all__ = [
     "Merged",
     "Picture",
     "Saved",
+    "Settings",
     "Walk",
     "compare",
     "compose",
@@ -70,6 +72,7 @@ __all__ = [
     "load",
     "merge",
     "new",
+    "read_settings",
     "refine",
     "save",
     "score",
@@ -94,14 +97,15 @@ class Saved:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One picture (H, W, 3) uint8, whom it shows, the prompt and the seed that make it again, and
-    how it was made in the words that A1111, Forge and ComfyUI read."""
+    """One picture (H, W, 3) uint8, whom it shows, its prompt and seed, how it was made in the words
+    that A1111, Forge and ComfyUI read, and what `generate` draws it again from."""
 
     image: np.ndarray
     name: str
     prompt: str
     seed: int
     parameters: str
+    settings: Settings | None = None
 
     def pil(self) -> Image.Image:
         """Return it as a PIL image."""
@@ -109,35 +113,33 @@ class Picture:
 
     def png(self) -> bytes:
         """Return it as a PNG file with how it was made inside."""
-        return sample.png(self.image, self.parameters)
+        return sample.png(self.image, self.parameters, self.settings)
 
     def save(self, path: str | os.PathLike[str], new: bool = False) -> None:
         """Write it as PNG with how it was made inside; HdbError if it is to be `new` and is not."""
-        sample.save_picture(self.image, Path(path), self.parameters, new)
+        sample.save_picture(self.image, Path(path), self.parameters, new, self.settings)
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """The pictures of one call, person by person and prompt by prompt, and the LoRA files that were
-    added."""
+    """The pictures of one call, person by person and prompt by prompt, what it settled on, and the
+    LoRA files that were added."""
 
     pictures: tuple[Picture, ...]
-    people: int
-    prompts: tuple[str, ...]
-    base: str
+    settings: Settings
     loras: tuple[Stacked, ...] = ()
 
     def sheet(self) -> Picture:
         """Lay the pictures out as one, each with its prompt and seed, and among several people its
         name: a row for each person and prompt, or for each person where seeds do not differ."""
-        count = len(self.pictures) // (self.people * len(self.prompts))
-        columns = count if count > 1 else len(self.prompts)
-        if self.people == 1 and 1 in (count, len(self.prompts)):
+        people, prompts = len(self.settings.people), len(self.settings.prompt)
+        columns = self.settings.count if self.settings.count > 1 else prompts
+        if people == 1 and 1 in (self.settings.count, prompts):
             columns = min(4, len(self.pictures))
         captions = [self._caption(each) for each in self.pictures]
         rows = in_rows([each.image for each in self.pictures], columns)
         image = contact_sheet(rows, captions=in_rows(captions, columns))
-        return replace(self.pictures[0], image=image)
+        return replace(self.pictures[0], image=image, settings=self.settings)
 
     def html(self) -> str:
         """Return a page for a browser that shows the pictures and needs no other file."""
@@ -146,7 +148,7 @@ class Drawn:
         return gallery(title, each)
 
     def _caption(self, picture: Picture) -> str:
-        whose = f"{picture.name}: " if self.people > 1 else ""
+        whose = f"{picture.name}: " if len(self.settings.people) > 1 else ""
         return f"{whose}{picture.prompt}, seed {picture.seed}"
 
 
@@ -382,7 +384,7 @@ def generate(
     several = [people] if isinstance(people, Identity | str | os.PathLike) else list(people)
     if not several:
         raise HdbError("no identity was given; name at least one")
-    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(dict.fromkeys(prompt))
     if not prompts:
         raise HdbError("no prompt was given; say what to draw, such as 'a [V] face'")
     read = [_read(each) for each in several]
@@ -408,6 +410,20 @@ def generate(
             which = "the prompt" if len(prompts) == 1 else repr(each)
             note(f'hint: {which} has no [V], the place of the person: "a [V] face as ..."')
     seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
+    made = Settings(
+        people=tuple(name for name, _ in read),
+        prompt=prompts,
+        count=count,
+        seed=seed,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        negative=negative,
+        strength=strength,
+        size=size,
+        scheduler=settings.scheduler,
+        loras=tuple(f"{each.path.name}={each.strength:g}" for each in files),
+        base=spec.name,
+    )
     wanted = list(product(range(len(read)), prompts, range(seed, seed + count)))
     whose, texts, seeds = zip(*wanted, strict=True)
 
@@ -427,7 +443,8 @@ def generate(
                 name = read[person][0]
                 identity = f"{name} {strength:g}"
                 text = sample.parameters_text(prompt, settings, each, spec.name, identity, more)
-                parts.append(Picture(each.image, name, prompt, seed, text))
+                one = replace(made, people=(name,), prompt=(prompt,), count=1, seed=seed)
+                parts.append(Picture(each.image, name, prompt, seed, text, one))
             return tuple(parts)
 
         def hand_on(drawn: Sequence[sample.Picture]) -> None:
@@ -435,7 +452,7 @@ def generate(
                 keep(described(drawn))
 
         drawn = sample.generate(loaded, theta, texts, seeds, settings, tell, hand_on)
-        return Drawn(described(drawn), len(read), prompts, spec.name, tuple(stacked))
+        return Drawn(described(drawn), made, tuple(stacked))
 
     if not isinstance(home, Base):
         tell("load", 0, 1)

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hdbcli import __version__
+from hdbcli import __version__, defaults
 from hdbcli.limits import free_ram
 from registry import orphans, store
 from registry.bases.settings import DEFAULT, customised, default_base, read_settings, settings_path
@@ -114,6 +114,7 @@ def examine(seconds: float = SECONDS) -> Iterator[Check]:
     yield from bases(registry)
     yield from plugins(registry, metrics)
     yield the_store()
+    yield the_defaults()
     yield hub_cache()
     for name, about in VARIABLES.items():
         value = os.environ.get(name)
@@ -259,6 +260,27 @@ def the_store() -> Check:
     if problems:
         found += f"; {len(problems)} damaged, see hdb verify: {problems[0]}"
     return Check("store", "identities", found, WARNING if problems else OK, facts)
+
+
+def the_defaults() -> Check:
+    """Say where the user's own defaults lie, and what they are."""
+    path, facts = defaults.path(), {"path": str(defaults.path())}
+    try:
+        values = list(_flat(defaults.read()))
+    except HdbError as error:
+        return Check("store", "defaults", str(error), WARNING, facts)
+    found = f"{', '.join(values) or 'none of the user'}; {path}"
+    found += "" if path.exists() else ", which is not there"
+    return Check("store", "defaults", found, facts={**facts, "values": values})
+
+
+def _flat(values: Mapping[str, Any], under: str = "") -> Iterator[str]:
+    """Write tables as lines: gen.steps = 30."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{under}{key}.")
+        else:
+            yield f"{under}{key} = {value}"
 
 
 def hub_cache() -> Check:

@@ -8,11 +8,26 @@ from typing import Any
 from typer.testing import CliRunner, Result
 
 from hdbcli.cli.main import app
+from hdbcli.model.settings import Settings
 from registry import store
 from registry.checkpoints.safetensors import TensorInfo
 from registry.identity_facts import content_digest
 
 QUICK = ["--steps", "2"]
+DRAWN = Settings(
+    people=("alice",),
+    prompt=("a [V] face",),
+    count=1,
+    seed=7,
+    steps=2,
+    guidance=3.0,
+    negative="",
+    strength=1.0,
+    size=None,
+    scheduler=None,
+    loras=(),
+    base="tiny",
+)
 
 
 def hdb(*words: object) -> Result:

@@ -18,6 +18,7 @@ from hdbcli.cli.options import (
     Force,
     Identity,
     Json,
+    Memory,
     Yes,
     free_path,
     new_path,
@@ -109,6 +110,7 @@ def shrink(
 
 
 def compose(
+    ctx: typer.Context,
     parts: Annotated[list[str], typer.Argument(help="NAME=WEIGHT, such as alice=0.6 bob=0.4.")],
     new_name: Annotated[str, typer.Option("--as", help="Name of the new identity.")],
     rank: Annotated[
@@ -126,7 +128,7 @@ def compose(
         typer.Option("-o", "--out", help="PNG of --show, or a folder; default: NAME-walk.png."),
     ] = None,
     device: Device = None,
-    memory: Annotated[str | None, typer.Option(help="auto, low or normal, for --show.")] = None,
+    memory: Memory = "auto",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -140,7 +142,7 @@ def compose(
     from hdbcli.identity.derivation import read_weights
 
     if not show:
-        refuse_given("nothing is drawn; add --show or drop", device=device, memory=memory)
+        refuse_given(ctx, "nothing is drawn; add --show or drop", "device", "memory")
     weights = read_weights(parts)
     path = new_path(new_name, force)
     sheet, drawn = _sheet_path(show, out, path.stem, len(weights)), None
@@ -151,7 +153,7 @@ def compose(
                 list(weights),
                 base=made.base,
                 device=device,
-                memory=memory or "auto",
+                memory=memory,
                 tell=tell,
                 note=render.note,
             )

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hdbcli import __version__
+from hdbcli import __version__, defaults
 from hdbcli.cli import render
 from hdbcli.cli.algebra import compose, export, inspect, relax, shrink
 from hdbcli.cli.bases import base_app
 from hdbcli.cli.boundary import Boundary, ask, new_app, only_asked
+from hdbcli.cli.defaults import default_map
 from hdbcli.cli.doctor import doctor
 from hdbcli.cli.measure import bench, compare, score
 from hdbcli.cli.merge import merge
 from hdbcli.cli.options import (
+    AsPicture,
     BaseName,
     Count,
     CropFile,
@@ -35,8 +37,6 @@ from hdbcli.cli.options import (
     Memory,
     More,
     Negative,
-    NewOptimizer,
-    NewSeed,
     NoPreview,
     Optimizer,
     Photo,
@@ -52,6 +52,7 @@ from hdbcli.cli.options import (
     TargetSet,
     Yes,
     free_path,
+    given,
     name_for,
     new_path,
     photos_of,
@@ -77,15 +78,19 @@ app = new_app("One photo of a face in, that person in any style out.", cls=Bound
 
 @app.callback(invoke_without_command=True)
 def root(
+    ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         render.say(f"hdb {__version__}")
         raise typer.Exit
+    if values := defaults.read():
+        ctx.default_map = default_map(ctx.command, values, defaults.path())
 
 
 @app.command(rich_help_panel=MAKE)
 def new(
+    ctx: typer.Context,
     photo: Photo,
     name: Annotated[str | None, typer.Argument(help="Default: the photo's file name.")] = None,
     more: More = None,
@@ -105,10 +110,10 @@ def new(
             help=f"Rank to refine at; default: {RefineConfig.rank}, if the base's budget allows.",
         ),
     ] = None,
-    seed: NewSeed = None,
+    seed: Seed = RefineConfig.seed,
     face: FaceNumber = None,
     no_refine: Annotated[bool, typer.Option("--no-refine", help="Keep the prediction.")] = False,
-    optimizer: NewOptimizer = None,
+    optimizer: Optimizer = RefineConfig.optimizer,
     likeness: Likeness = None,
     crop: CropFile = None,
     preview: Preview = None,
@@ -128,12 +133,11 @@ def new(
     name = name_for(photo, name)
     new_path(name, force)
     if no_preview:
-        refuse_given("--no-preview draws none; drop it or", preview=preview)
+        refuse_given(ctx, "--no-preview draws none; drop it or", "preview")
     shown = None if no_preview else _preview_file(preview, name, photos)
-    given: dict[str, Any] = {"steps": steps, "rank": rank, "likeness": likeness}
-    given |= {"seed": seed, "optimizer": optimizer}
     if no_refine:
-        refuse_given("--no-refine keeps the prediction as it is; drop it or", **given)
+        trained = "steps", "rank", "likeness", "seed", "optimizer"
+        refuse_given(ctx, "--no-refine keeps the prediction as it is; drop it or", *trained)
     from hdbcli import api
     from hdbcli.model.sample import save_crops
 
@@ -143,8 +147,8 @@ def new(
             base=base,
             steps=steps,
             rank=rank,
-            seed=seed or RefineConfig.seed,
-            optimizer=optimizer or RefineConfig.optimizer,
+            seed=seed,
+            optimizer=optimizer,
             likeness=likeness,
             refine=not no_refine,
             face=face,
@@ -206,11 +210,14 @@ def refine(
 
 @app.command(rich_help_panel=MAKE)
 def gen(
+    ctx: typer.Context,
     identity: Annotated[
-        str, typer.Argument(help="Name of an identity, or its file; several: alice,bob,carol.")
+        str,
+        typer.Argument(help="Name of an identity, or its file; several: alice,bob,carol."),
     ],
     prompts: Prompts = None,
     file: PromptFile = None,
+    picture: AsPicture = None,
     count: Count = 4,
     seed: FirstSeed = None,
     steps: SamplingSteps = None,
@@ -233,13 +240,18 @@ def gen(
     """Draw an identity in any style, such as "a Pixar character of a [V] face".
 
     The same seed gives the same picture. The identity adapts prompt and negative prompt alike.
-    Several people and prompts are drawn in one pass, each with the same seeds.
+    Several people and prompts are drawn in one pass, each with the same seeds. --from draws a
+    picture again, or everything on a sheet.
     """
     from hdbcli import api
     from hdbcli.cli import outputs
 
     first = int.from_bytes(os.urandom(4), "big") if seed is None else seed
     paths = [store.resolve(each) for each in identity.split(",")]
+    if file and not given(ctx, "prompts"):
+        prompts = None  # those of --from
+    if picture and given(ctx, "identity") and not given(ctx, "base"):
+        base = None  # another identity may be of another base
     texts = list(dict.fromkeys([*(prompts or []), *prompts_in(file)]))
     if not texts:
         raise typer.BadParameter('say what to draw, such as "a [V] face"', param_hint="PROMPT")
@@ -270,7 +282,8 @@ def gen(
             tell=tell,
             note=render.note,
         )
-    values = {"name": ",".join(map(store.shown, paths)), "base": drawn.base, **kept.close(drawn)}
+    values = kept.close(drawn)
+    values |= {"name": ",".join(map(store.shown, paths)), "base": drawn.settings.base}
     values |= {"prompts": texts, "loras": [each.facts() for each in drawn.loras]}
     (render.document if as_json else render.show_pictures)(values)
 
@@ -364,5 +377,6 @@ def _show(created: Created, saved: Saved, as_json: bool, preview: Path | None = 
 
 def main() -> None:
     """Run the command line."""
-    only_asked(app, sys.argv[1:])
+    if not defaults.path().exists():  # its keys are checked against all commands
+        only_asked(app, sys.argv[1:])
     app()

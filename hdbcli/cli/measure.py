@@ -37,6 +37,7 @@ _Judge = Annotated[
 
 
 def score(
+    ctx: typer.Context,
     identity: Identity,
     photo: More = None,
     base: Annotated[str | None, typer.Option(help="Another base than its own.")] = None,
@@ -51,7 +52,7 @@ def score(
     from hdbcli.measure.score import words
 
     if not photo:
-        refuse_given("there is no face to choose; add --photo or drop", face=face)
+        refuse_given(ctx, "there is no face to choose; add --photo or drop", "face")
     with render.progress() as tell:
         result = api.score(
             identity,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO, TypeVar
 
 import typer
 
-from hdbcli.config import LARGEST_SEED, OPTIMIZERS, PICTURES, RefineConfig
+from hdbcli.config import LARGEST_SEED, OPTIMIZERS, PICTURES
 from hdbcli.faces.source import KINDS, STDIN, check_photos
 from registry import store
 from registry.errors import HdbError
@@ -58,6 +58,30 @@ def one_of(noun: str, choices: Sequence[str]) -> Callable[[str | None], str | No
         return value
 
     return check
+
+
+def drawn_as(ctx: typer.Context, picture: Path | None) -> Path | None:
+    """Let all that is not given be as it was for a picture."""
+    if picture is None or ctx.resilient_parsing:
+        return picture
+    from hdbcli.model.settings import read_settings
+
+    made = vars(read_settings(picture))
+    names = {"people": "identity", "prompt": "prompts", "loras": "lora"}
+    values = {names.get(key, key): value for key, value in made.items()}
+    values["identity"] = ",".join(values["identity"])
+    values["lora"] = [_beside(picture, lora) for lora in values["lora"]]
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+    return picture
+
+
+def _beside(picture: Path, lora: str) -> str:
+    """Find the LoRA file that a picture names: here, or beside the picture."""
+    name, _, strength = lora.rpartition("=")
+    for path in (Path(name), picture.parent / name):
+        if path.is_file():
+            return f"{path}={strength}"
+    return lora  # reading it says that it is not there
 
 
 known_optimizer = one_of("optimizer", OPTIMIZERS)
@@ -151,6 +175,16 @@ Prompts = Annotated[
         help="What to draw, one picture or more each; [V] is the person's place in it.",
     ),
 ]
+AsPicture = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        metavar="PICTURE.png",
+        is_eager=True,
+        callback=drawn_as,
+        help="Draw it again with its own settings; whatever is given overrides.",
+    ),
+]
 PromptFile = Annotated[
     typer.FileText | None,
     typer.Option(
@@ -175,31 +209,24 @@ Memory = Annotated[
 Optimizer = Annotated[
     str, typer.Option(callback=known_optimizer, help=f"{' or '.join(OPTIMIZERS)}.")
 ]
-NewSeed = Annotated[
-    int | None,
-    typer.Option(
-        "--seed", min=0, max=LARGEST_SEED, help=f"Seed of the noise; default: {RefineConfig.seed}."
-    ),
-]
-NewOptimizer = Annotated[
-    str | None,
-    typer.Option(
-        "--optimizer",
-        callback=known_optimizer,
-        help=f"{' or '.join(OPTIMIZERS)}; default: {RefineConfig.optimizer}.",
-    ),
-]
 As = Annotated[str | None, typer.Option("--as", help="Name of the new one; default: replace.")]
 Data = Annotated[Path, typer.Argument(help="Folder of photos, or a folder of them per person.")]
 Pattern = Annotated[str, typer.Option(help="Which files to take, such as 'portrait-*'.")]
 Aligned = Annotated[bool, typer.Option("--aligned", help="Pictures are the base's crops already.")]
 
 
-def refuse_given(why: str, **options: object) -> None:
+def given(ctx: typer.Context, name: str) -> bool:
+    """Say whether an option or argument stands on the command line, rather than a default, be it
+    hdb's or the user's."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse_given(ctx: typer.Context, why: str, *names: str) -> None:
     """Refuse options that were given and would do nothing; `why` ends before their names."""
-    for option, value in options.items():
-        if value is not None:
-            raise HdbError(f"{why} --{option.replace('_', '-')}")
+    for name in names:
+        if given(ctx, name):
+            raise HdbError(f"{why} --{name.replace('_', '-')}")
 
 
 def chosen_name(name: str) -> str:

@@ -186,18 +186,8 @@ Precision = Annotated[
 SaveSeconds = Annotated[
     float, typer.Option(min=0, callback=finite, help="Seconds between checkpoints.")
 ]
-Beta = Annotated[
-    float | None,
-    typer.Option(
-        min=0, callback=finite, help=f"Weight of the bank; default: {PretrainConfig.beta}."
-    ),
-]
-Look = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help=f"Steps between looks at people held out; default: {PretrainConfig.look}."
-    ),
-]
+Beta = Annotated[float, typer.Option(min=0, callback=finite, help="Weight of the bank.")]
+Look = Annotated[int, typer.Option(min=1, help="Steps between looks at people held out.")]
 HeldOut = Annotated[
     int, typer.Option(min=0, help="People to hold out, at most a tenth of all; 0: no looks.")
 ]
@@ -205,6 +195,7 @@ HeldOut = Annotated[
 
 @train_app.command("hypernetwork")
 def train_hypernetwork(
+    ctx: typer.Context,
     data: Data,
     out: Annotated[Path, typer.Option("-o", "--out", help="File of the hypernetwork.")],
     base: BaseName = None,
@@ -217,7 +208,7 @@ def train_hypernetwork(
     ] = PretrainConfig.accumulate,
     lr: LearningRate = PretrainConfig.lr,
     bank: Annotated[Path | None, typer.Option(help="Bank made by hdb train bank.")] = None,
-    beta: Beta = None,
+    beta: Beta = PretrainConfig.beta,
     prior: Prior = PretrainConfig.prior,
     likeness: Likeness = PretrainConfig.likeness,
     share: Share = PretrainConfig.share,
@@ -225,7 +216,7 @@ def train_hypernetwork(
     optimizer: Optimizer = PretrainConfig.optimizer,
     precision: Precision = PretrainConfig.precision,
     save_seconds: SaveSeconds = PretrainConfig.save_seconds,
-    look: Look = None,
+    look: Look = PretrainConfig.look,
     held_out: HeldOut = PretrainConfig.held_out,
     track: Track = None,
     start: Start = None,
@@ -251,17 +242,16 @@ def train_hypernetwork(
     from registry.plugins import find_base
 
     if not bank:
-        refuse_given("there is nothing to weigh; add --bank or drop", beta=beta)
+        refuse_given(ctx, "there is nothing to weigh; add --bank or drop", "beta")
     if start:
-        shaped = {"iterations": iterations, "recogniser": recogniser}
-        refuse_given("the hypernetwork after --from has its shape already; drop it or", **shaped)
+        why = "the hypernetwork after --from has its shape already; drop it or"
+        refuse_given(ctx, why, "iterations", "recogniser")
     if accumulate > batch:
         raise HdbError(f"a batch of {batch} has no {accumulate} parts; lower --accumulate")
     if not held_out:
-        refuse_given("--held-out 0 leaves no one to look at; drop it or", look=look)
+        refuse_given(ctx, "--held-out 0 leaves no one to look at; drop it or", "look")
     _check_hypernetwork_out(out, start)
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
-    beta, look = PretrainConfig.beta if beta is None else beta, look or PretrainConfig.look
     goals = (steps, lr, batch, beta, prior, likeness, share)
     config = PretrainConfig(
         *goals, seed, optimizer, precision, save_seconds, look, held_out, checkpoint, accumulate

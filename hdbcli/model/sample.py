@@ -17,6 +17,7 @@ from hdbcli import __version__
 from hdbcli.config import Tell
 from hdbcli.model.base import Adapter, Base
 from hdbcli.model.memory import Work
+from hdbcli.model.settings import CHUNK, Settings
 from registry.errors import HdbWarning
 from registry.files import write_kept
 from registry.spec import BaseSpec, Limited, SampleSettings
@@ -103,17 +104,26 @@ def _at_once(side: int) -> int:
     return max(1, min(32, AT_ONCE * 512**2 // side**2))
 
 
-def png(image: np.ndarray, text: str) -> bytes:
-    """Return a PNG file with the `parameters` chunk that A1111, Forge and ComfyUI tools read."""
+def png(image: np.ndarray, text: str, settings: Settings | None = None) -> bytes:
+    """Return a PNG file with the `parameters` chunk that A1111, Forge and ComfyUI tools read, and
+    one from which hdb draws the same again."""
     info, file = PngInfo(), BytesIO()
     info.add_text("parameters", text)
+    if settings is not None:
+        info.add_text(CHUNK, settings.text())
     Image.fromarray(image).save(file, format="PNG", pnginfo=info)
     return file.getvalue()
 
 
-def save_picture(image: np.ndarray, path: Path, text: str, new: bool = False) -> None:
+def save_picture(
+    image: np.ndarray,
+    path: Path,
+    text: str,
+    new: bool = False,
+    settings: Settings | None = None,
+) -> None:
     """Write such a PNG file."""
-    write_kept(path, lambda file: file.write_bytes(png(image, text)), new)
+    write_kept(path, lambda file: file.write_bytes(png(image, text, settings)), new)
 
 
 def save_crops(crops: Sequence[np.ndarray], path: Path) -> None:

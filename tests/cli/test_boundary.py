@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from commands import QUICK, hdb, ok, refused
+from commands import DRAWN, QUICK, hdb, ok, refused
 
 from hdbcli.api import Drawn, Picture
 from hdbcli.cli import boundary
@@ -177,7 +177,7 @@ def test_pictures_of_two_runs_at_once_are_all_kept(tmp_path: Path) -> None:
         kept = Album(outputs)
         kept.keep([picture])
         kept.keep([picture])  # again, as after running out of memory: saved once
-        drawn = Drawn((picture,), 1, ("a [V] face",), "tiny")
+        drawn = Drawn((picture,), DRAWN)
         return Path(kept.close(drawn)["pictures"][0]["path"])
 
     paths = [saved(outputs) for _ in range(2)]

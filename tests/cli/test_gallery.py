@@ -7,13 +7,14 @@ import html
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import hdb, ok, refused, told
+from commands import DRAWN, hdb, ok, refused, told
 from PIL import Image
 
 from hdbcli.api import Drawn, Picture
@@ -33,7 +34,7 @@ def page() -> str:
         Picture(np.full((64, 64, 3), colour, np.uint8), "<b>al</b>", HOSTILE, seed, HOSTILE)
         for seed, colour in enumerate((RED, BLUE))
     ]
-    return Drawn(tuple(pictures), 1, (HOSTILE,), "tiny").html()
+    return Drawn(tuple(pictures), replace(DRAWN, prompt=(HOSTILE,), count=2)).html()
 
 
 class Elements(HTMLParser):
