@@ -239,7 +239,7 @@ def test_an_autoencoder_is_judged_by_whom_its_pictures_find(
 ) -> None:
     from registry.tiny.recipe.__main__ import main
 
-    monkeypatch.setattr(judge, "_recognisers", lambda: {"face": FaceMetric()})
+    monkeypatch.setattr(judge, "recognisers", lambda: {"face": FaceMetric()})
     words = ["judge-autoencoder", str(VAE), str(HELD_OUT), "--people", "6", "--noise", "0", "3"]
     assert main(words) == 0
     cost, photo, clean, noisy = capsys.readouterr().out.splitlines()
@@ -262,7 +262,7 @@ def test_a_base_that_draws_its_training_faces_is_found_out(
         photo = HELD_OUT / f"90000{number}/photo-0.jpg"
         (tmp_path / f"people/{number}/0.jpg").write_bytes(photo.read_bytes())
     noise = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
-    monkeypatch.setattr(judge, "_recognisers", lambda: {"face": FaceMetric()})
+    monkeypatch.setattr(judge, "recognisers", lambda: {"face": FaceMetric()})
     words = ["judge-base", str(tmp_path), str(tmp_path / "people"), "--held-out", "3"]
     crops = [crops[0] for _, crops in judge.read_faces(tmp_path / "people")]
     for whose, verdict in ((crops[3:], "MEMORISED FACES"), (crops[:3], "nothing memorised")):
@@ -274,3 +274,22 @@ def test_a_base_that_draws_its_training_faces_is_found_out(
         assert nearest.endswith(verdict) and "nearest of 3 training faces" in nearest
     assert main([*words[:-1], "6"]) == 1
     assert "some must be held out" in capsys.readouterr().err
+
+
+def test_a_trial_tells_what_each_setting_learns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from registry.tiny.recipe import trial
+    from registry.tiny.recipe.__main__ import main
+
+    monkeypatch.setattr(trial, "recognisers", lambda: {"face": FaceMetric()})
+    words = ["trial", str(VAE.parent), str(HELD_OUT), "--people", "2", "--drawings", "1"]
+    words += ["--side", "64", "--targets", "blocks", "--steps", "2", "--lr", "0", "3e-2"]
+    assert main(words) == 0
+    _, _, photo, still, fast = capsys.readouterr().out.splitlines()
+    assert float(photo.split()[-3]) > 0.5  # one person on two photos
+    cells = [[cell.strip() for cell in row.split("|")] for row in (still, fast)]
+    count = int(cells[0][1].removeprefix("blocks (").removesuffix(")"))
+    assert count > 10 and all(row[3] == f"{count * 4 * (64 + 32):,}" for row in cells)
+    (before, after), (same, better) = (row[5].split(" to ") for row in cells)
+    assert before == after == same > better

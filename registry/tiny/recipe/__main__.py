@@ -121,6 +121,21 @@ def judge_base(options: argparse.Namespace) -> Iterator[str]:
     return judge_base(*folders, options.held_out, portraits, options.steps)
 
 
+def trial(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.trial import Setting, try_settings
+
+    settings = [
+        Setting(targets, a, b, rank, steps, lr, options.likeness)
+        for targets in options.targets
+        for a, b in options.sizes
+        for rank in options.rank
+        for steps in options.steps
+        for lr in options.lr
+    ]
+    folders = options.pipeline, options.photos
+    return try_settings(*folders, options.people, options.side, options.drawings, settings)
+
+
 def publish(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.publish import check_finite
     from registry.tiny.recipe.publish import publish as copy
@@ -149,6 +164,11 @@ def blend(options: argparse.Namespace) -> Iterator[str]:
 def _progress(done: int, total: int, unit: str, seconds: float) -> str:
     left = seconds / done * (total - done)
     return f"{done}/{total} {unit}, {seconds:.0f} s, {left / 60:.1f} min left"
+
+
+def _pair(text: str) -> tuple[int, int]:
+    a, b = text.split(",")
+    return int(a), int(b)
 
 
 def _trains(
@@ -234,6 +254,19 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--portraits", type=int, default=500)
     step.add_argument("--bark", type=int, default=100, help="portraits with bark skin")
     step.add_argument("--steps", type=int, default=25, help="of drawing")
+    step = steps.add_parser("trial", help="refine real people by several settings; print a table")
+    step.set_defaults(run=trial)
+    step.add_argument("pipeline", type=Path, help="folder of the base model")
+    step.add_argument("photos", type=Path, help="folder of people, two photos of each at least")
+    step.add_argument("--people", type=int, default=4)
+    step.add_argument("--side", type=int, default=128, help="of the pictures, in pixels")
+    step.add_argument("--drawings", type=int, default=4, help="pictures of each person")
+    step.add_argument("--targets", nargs="+", default=["all"], help="attention, blocks, ...")
+    step.add_argument("--sizes", nargs="+", type=_pair, default=[(64, 32)], help="A,B")
+    step.add_argument("--rank", nargs="+", type=int, default=[4])
+    step.add_argument("--steps", nargs="+", type=int, default=[40])
+    step.add_argument("--lr", nargs="+", type=float, default=[5e-3])
+    step.add_argument("--likeness", type=float, default=0.0)
     step = steps.add_parser("publish", help="copy what was trained to the folder that ships")
     step.set_defaults(run=publish)
     step.add_argument("--weights", type=Path, default=Path("registry/tiny/weights"))

@@ -41,7 +41,7 @@ def judge_autoencoder(
 
     model = read_autoencoder(vae)
     pairs = read_pairs(photos, count)
-    judges = _recognisers()
+    judges = recognisers()
     first, second = (list(side) for side in zip(*pairs, strict=True))
     truth = {name: torch.from_numpy(each.embed(second)) for name, each in judges.items()}
     pixels = torch.from_numpy(np.stack(first)).permute(0, 3, 1, 2)
@@ -88,7 +88,7 @@ def judge_base(
     from hdbcli.faces.embedding import landmarks
     from hdbcli.measure.statistics import bootstrap
 
-    judges = _recognisers()
+    judges = recognisers()
     drawn = {}
     for prompt, count in portraits.items():
         drawn[prompt] = _portraits(weights, prompt, count, steps)
@@ -158,10 +158,10 @@ def read_autoencoder(folder: Path) -> Any:
         ) from None
 
 
-def read_pairs(folder: Path, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def read_pairs(folder: Path, count: int, side: int = SIDE) -> list[tuple[np.ndarray, np.ndarray]]:
     """Crop the first two usable photos of the first `count` people who have two."""
     pairs = []
-    for _, crops in read_faces(folder):
+    for _, crops in read_faces(folder, side):
         if len(crops) > 1:
             pairs.append((crops[0], crops[1]))
         if len(pairs) == count:
@@ -173,7 +173,7 @@ def read_pairs(folder: Path, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return pairs
 
 
-def read_faces(folder: Path) -> Iterator[tuple[str, list[np.ndarray]]]:
+def read_faces(folder: Path, side: int = SIDE) -> Iterator[tuple[str, list[np.ndarray]]]:
     """Yield each person's name and crops (S, S, 3), as `tiny` draws them, of a folder of people."""
     from hdbcli.faces.photo import crop_face
     from hdbcli.training.people import photos_by_person
@@ -183,13 +183,14 @@ def read_faces(folder: Path) -> Iterator[tuple[str, list[np.ndarray]]]:
         crops = []
         for file in files:
             try:
-                crops.append(crop_face(file, np.array(TEMPLATE), SIDE).image)
+                crops.append(crop_face(file, np.array(TEMPLATE), side).image)
             except HdbError:
                 continue  # no face, or two
         yield name, crops
 
 
-def _recognisers() -> dict[str, Recogniser]:
+def recognisers() -> dict[str, Recogniser]:
+    """Load every judge of faces there is, after fetching those that can be."""
     from hdbcli.measure.metrics import load_judges
     from registry.plugins import load_metrics
 
