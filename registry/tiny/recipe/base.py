@@ -130,7 +130,7 @@ def train_base(
 
     averages = averages_of(parameters)
     optimizer = torch.optim.AdamW(
-        parameters.values(), lr=plan.lr, weight_decay=0.01, betas=(0.9, 0.99)
+        parameters.values(), lr=plan.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True
     )
     for step in fit(
         parameters, losses, optimizer, plan, averages, build / f"base-{side}.safetensors"
