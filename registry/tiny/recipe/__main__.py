@@ -56,7 +56,7 @@ def photographs(options: argparse.Namespace) -> Iterator[str]:
 def people(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.photographs import write_people
 
-    for done, total in write_people(options.build):
+    for done, total in write_people(options.build, options.held_out):
         yield f"{done}/{total} files of photographs"
 
 
@@ -209,6 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--workers", type=int, default=1)
     step = steps.add_parser("people", help="write the painted photographs as a folder of people")
     step.set_defaults(run=people)
+    step.add_argument("--held-out", action="store_true", help="people that no training step sees")
     step = steps.add_parser("autoencoder", help="train pictures to latents and back")
     _trains(step, autoencoder, count=6000, lr=1e-3, batch=16)
     step.add_argument("--teacher", type=Path, required=True, help="folder of TAEF2's two files")

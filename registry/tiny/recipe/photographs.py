@@ -122,10 +122,7 @@ def paint_photographs(
 def read_photographs(build: Path, held: bool = False) -> Photographs:
     """Read the shards that are there, those to train on or those held out. Raise HdbError
     where there is none."""
-    files = sorted((build / "photographs").glob("heldout-*" if held else "train-*"))
-    if not files:
-        raise HdbError(f"no photographs in {build}; run the photographs step first")
-    shards = [load_file(file) for file in files]
+    shards = [load_file(file) for file in _files(build, held)]
     count = sum(len(shard["people"]) for shard in shards)
     pixels = torch.empty(count, 3, SIDE, SIDE, dtype=torch.uint8)
     at = 0
@@ -142,6 +139,14 @@ def read_photographs(build: Path, held: bool = False) -> Photographs:
         rest["photos"].long(),
         rest["points"],
     )
+
+
+def _files(build: Path, held: bool) -> list[Path]:
+    """List the shards that are there, those to train on or those held out."""
+    files = sorted((build / "photographs").glob("heldout-*" if held else "train-*"))
+    if not files:
+        raise HdbError(f"no photographs in {build}; run the photographs step first")
+    return files
 
 
 def _shards(data: Path, seed: int) -> list[tuple[str, list[Source]]]:
@@ -184,16 +189,15 @@ def _pictures(source: Source, reader: Reader, seed: int, variants: int) -> list[
     return rows
 
 
-def write_people(build: Path) -> Iterator[tuple[int, int]]:
-    """Write the photographs to train on as `BUILD/people/NNNNNN/STYLE-K.png`, a folder for each
-    person, as `hdb train` and the other steps read people; yield (done, of how many).
+def write_people(build: Path, held: bool = False) -> Iterator[tuple[int, int]]:
+    """Write the photographs to train on as `BUILD/people/NNNNNN/STYLE-K.png`, those that are held
+    out to `BUILD/heldout`: a folder for each person, as hdb and the other steps read people; yield
+    (done, of how many).
 
     A picture in a style has its caption beside it, a portrait has none.
     """
-    out = build / "people"
-    shards = sorted((build / "photographs").glob("train-*"))
-    if not shards:
-        raise HdbError(f"no photographs in {build}; run the photographs step first")
+    out = build / ("heldout" if held else "people")
+    shards = _files(build, held)
     for done, file in enumerate(shards, 1):
         shard = load_file(file)
         for pixels, style, person, photo in zip(

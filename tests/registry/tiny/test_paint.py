@@ -242,6 +242,8 @@ def test_photographs_become_shards(reader: Reader, astronaut: Path, tmp_path: Pa
         sources(tmp_path / "nowhere")
     # As a folder of people: for training with hdb's own command, and for the other steps.
     assert list(write_people(build)) == [(1, 1)]
+    assert list(write_people(build, held=True)) == [(1, 1)]
+    assert {path.name for path in (build / "heldout").iterdir()} == {"500000", "600000"}
     people = read_people(build / "people", load_registry().get("tiny"), "*", True, lambda *_: None)
     assert people.names == ("500123", "600001") and not people.skipped
     assert [len(each) for each in (*people.members, *people.styled)] == [1, 1, 8, 8]
