@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import typer.main
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hdbcli.cli.train import train_app
@@ -183,6 +185,62 @@ def test_killed_and_resumed_is_the_same(people: Path, whole: Path, tmp_path: Pat
     run(words)
     for name, tensor in load_file(out).items():
         assert torch.equal(tensor, load_file(whole)[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_two_processes_go_with_one_for_fifty_steps_though_they_are_killed(
+    people: Path, tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    run([sys.executable, "-m", "hdbcli", "train", "prepare", str(people), "--out", str(shards)])
+    whole, both, killed = (tmp_path / name / "h.safetensors" for name in ("one", "two", "killed"))
+    shared = {"steps": 50, "likeness": 0}
+    run(command(shards, out=whole, batch=4, **shared))
+    run(command(shards, *LAUNCH, out=both, batch=2, **shared))
+    words = command(shards, *LAUNCH, out=killed, batch=2, save_seconds=0, **shared)
+    for step, count in ((10, 1), (30, 2)):
+        kill_at(step, count, words, killed)
+        assert not killed.exists(), "it ended before it could be killed"
+    run(words)
+    one, two, again = (load_file(p) for p in (whole, both, killed))
+    far = [float((one[n] - two[n]).abs().max() / one[n].abs().max()) for n in one]
+    assert max(far) < 1e-3, max(far)
+    for name, tensor in two.items():
+        assert torch.equal(tensor, again[name]), name
+
+
+def kill_at(step: int, count: int, words: list[str], out: Path) -> None:
+    """Start a training, and kill so many of its processes by SIGKILL when its checkpoint has seen
+    that step."""
+    checkpoint = out.with_name("h-checkpoint.safetensors")
+    launcher = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        while launcher.poll() is None and step_of(checkpoint) < step:
+            time.sleep(0.02)
+        for process in children(launcher.pid)[:count]:
+            os.kill(process, signal.SIGKILL)
+        assert launcher.wait(timeout=120) != 0
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+
+def step_of(checkpoint: Path) -> int:
+    if not checkpoint.exists():
+        return 0
+    with safe_open(checkpoint, framework="pt") as file:
+        return int(file.metadata()["step"])
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for state in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = state.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == parent and "hdbcli" in (state.parent / "cmdline").read_text():
+                found.append(int(state.parent.name))
+    return sorted(found)
 
 
 def test_a_run_is_described_with_all_that_decides_its_numbers(tiny: Base, people: Path) -> None:
