@@ -53,16 +53,29 @@ class FaceRes:
             pointwise = _filters(weights, f"conv_pw_{i}/convolution/merged_input")
             shifts = weights[_shift(f"conv_dw_{i}")], weights[_shift(f"conv_pw_{i}")]
             self.blocks.append((stride, depthwise, pointwise, *shifts))
+        self.heads = [
+            (weights[f"{name}/kernel"], weights[f"{name}/bias"])
+            for name in ("feats", "gender_pred")
+        ]
 
-    @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
         """Embed aligned pictures (B, 3, 224, 224), RGB from 0 to 255, as unit vectors (B, 1024)."""
+        return F.normalize(self._pooled(pictures), dim=1)
+
+    def male(self, pictures: Tensor) -> Tensor:
+        """Estimate how likely each of such pictures shows a man, 0 to 1: (B, 1)."""
+        (inner, inner_bias), (outer, outer_bias) = self.heads
+        hidden = (self._pooled(pictures) @ inner + inner_bias).relu()
+        return (hidden @ outer + outer_bias).sigmoid()
+
+    @torch.no_grad()
+    def _pooled(self, pictures: Tensor) -> Tensor:
         x = (pictures.float() - torch.tensor(_MEAN)[:, None, None]).flip(1)  # it reads BGR
         x = _convolved(x, *self.stem, stride=2)
         for stride, depthwise, pointwise, first, second in self.blocks:
             x = _convolved(x, depthwise, first, stride, groups=len(depthwise))
             x = _convolved(x, pointwise, second)
-        return F.normalize(x.mean((2, 3)), dim=1)
+        return x.mean((2, 3))
 
 
 def _shift(name: str) -> str:
@@ -126,3 +139,8 @@ def embed(images: Sequence[np.ndarray]) -> Tensor:
     """Embed the largest face of each RGB picture (H, W, 3) uint8, aligned by its own landmarks:
     unit vectors (N, 1024); a row of NaN where the detector finds no face."""
     return at_landmarks(images, TEMPLATE, SIDE, load_faceres(), 1024)
+
+
+def male(images: Sequence[np.ndarray]) -> Tensor:
+    """Estimate how likely the largest face of each picture is a man's (N,), NaN without a face."""
+    return at_landmarks(images, TEMPLATE, SIDE, load_faceres().male, 1)[:, 0]

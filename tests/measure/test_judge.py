@@ -98,6 +98,8 @@ def published(folder: Path) -> dict[str, np.ndarray]:
         shapes[f"conv_dw_{i}_bn/batchnorm_1/sub"] = (1, 1, 1, before)
         shapes[f"conv_pw_{i}/convolution/merged_input"] = (1, 1, before, after)
         shapes[f"conv_pw_{i}_bn/batchnorm_1/sub"] = (after,)
+    shapes |= {"feats/kernel": (1024, 256), "feats/bias": (256,)}
+    shapes |= {"gender_pred/kernel": (256, 1), "gender_pred/bias": (1,)}
     weights = {}
     for name, shape in shapes.items():
         scale = {"mul": 2.0, "sub": 0.1}.get(
@@ -143,7 +145,7 @@ def by_definition(weights: dict[str, np.ndarray], pictures: np.ndarray) -> Tenso
         x = x * w[f"conv_dw_{i}_bn/batchnorm_1/mul"] + w[f"conv_dw_{i}_bn/batchnorm_1/sub"]
         x = x.clip(0, 6) @ w[f"conv_pw_{i}/convolution/merged_input"][0, 0]
         x = (x + w[f"conv_pw_{i}_bn/batchnorm_1/sub"]).clip(0, 6)
-    return F.normalize(torch.from_numpy(x.mean((1, 2))), dim=1)
+    return torch.from_numpy(x.mean((1, 2)))
 
 
 def test_the_network_is_the_one_published(tmp_path: Path) -> None:
@@ -153,10 +155,16 @@ def test_the_network_is_the_one_published(tmp_path: Path) -> None:
     pictures = (127 + 120 * np.moveaxis(np.array(waves), 1, 3)).astype(np.uint8)
     read = faceres.FaceRes(faceres.read_weights(tmp_path / "net"))
     told = read(torch.from_numpy(pictures).permute(0, 3, 1, 2))
-    wanted = by_definition(weights, pictures)
+    pooled = by_definition(weights, pictures)
+    wanted = F.normalize(pooled, dim=1)
     assert torch.allclose(told, wanted, atol=1e-4) and told.shape == (2, 1024)
     swapped = read(torch.from_numpy(pictures[..., ::-1].copy()).permute(0, 3, 1, 2))
     assert not torch.allclose(swapped, wanted, atol=1e-3)  # the control: blue is not red
+    w = {name: torch.from_numpy(value.astype(np.float32)) for name, value in weights.items()}
+    hidden = (pooled @ w["feats/kernel"] + w["feats/bias"]).relu()
+    odds = hidden @ w["gender_pred/kernel"] + w["gender_pred/bias"]
+    likely = read.male(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    assert torch.allclose(likely, 1 / (1 + (-odds).exp()), atol=1e-4) and likely[0] != likely[1]
     (tmp_path / "net/faceres.bin").write_bytes(b"short")
     with pytest.raises(HdbError, match="delete the folder"):
         faceres.read_weights(tmp_path / "net")
