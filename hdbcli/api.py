@@ -46,7 +46,7 @@ from registry.plugins import find_base
 from registry.spec import BaseSpec
 
 if TYPE_CHECKING:
-    from hdbcli.compare.comparison import Contest
+    from hdbcli.compare.comparison import Comparison
     from hdbcli.interop.lora_readers import Reading
     from hdbcli.interop.lora_stack import Stacked
     from hdbcli.measure.score import Score
@@ -191,7 +191,7 @@ class Exported:
 class Compared:
     """A comparison: its tables, the same as a JSON document, and the files that were written."""
 
-    contest: Contest
+    comparison: Comparison
     document: Mapping[str, Any]
     files: tuple[Path, ...]
 
@@ -651,7 +651,7 @@ def compare(
     from hdbcli.compare import comparison
     from hdbcli.compare.methods import choose as choose_methods
     from hdbcli.compare.methods import suited
-    from hdbcli.compare.run import new_arena
+    from hdbcli.compare.run import new_setup
     from hdbcli.measure.metrics import load_judges
     from hdbcli.model.base import open_pair
     from hdbcli.model.memory import enough
@@ -679,11 +679,11 @@ def compare(
         judges = load_judges(load_metrics(), loaded.spec.family, judge)
         for line in judges.missing:
             note(f"left out: {line}")
-        arena = new_arena(loaded, model, test, judges, batch, tell)
-        styles = comparison.true_styles(Path(truth), test, arena) if truth is not None else []
-        result, records = comparison.run(arena, chosen, styles, out, open_again)
+        setup = new_setup(loaded, model, test, judges, batch, tell)
+        styles = comparison.true_styles(Path(truth), test, setup) if truth is not None else []
+        result, records = comparison.run(setup, chosen, styles, out, open_again)
     facts = comparison.document(result, command)
-    files = comparison.save(result, records, arena.given[0], facts, out)
+    files = comparison.save(result, records, setup.given[0], facts, out)
     return Compared(result, facts, tuple(files))
 
 

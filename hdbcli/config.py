@@ -28,7 +28,7 @@ CAPTIONS = (  # of HyperDreamBooth's project page
 )
 PROMPTS = (PORTRAIT, *CAPTIONS)
 
-METHODS = (  # of `hdb compare`: HyperDreamBooth, its ablations, and the methods beside it
+METHOD_NAMES = (  # of `hdb compare`: HyperDreamBooth, its ablations, and other methods
     "hyperdreambooth",
     "no-hypernetwork",
     "hypernetwork-only",

@@ -22,7 +22,7 @@ from hdbcli.model.base import Base, load_base, load_predictor
 from hdbcli.model.device import choose_device, wait_for
 from hdbcli.model.memory import PLANS
 from hdbcli.model.sample import generate
-from hdbcli.training.refine import lidb_trial, optimizer_of, portrait_loss, refine, train
+from hdbcli.training.refine import optimizer_of, portrait_loss, refine, train, trainable_lidb
 from registry.plugins import load_registry
 from registry.spec import BaseSpec, SampleSettings
 
@@ -84,20 +84,22 @@ def speeds(spec: BaseSpec, device: str) -> list[Row]:
         base.free_autoencoder()
         cores = ((len(base.injected.layers), 4, spec.a), (len(base.injected.layers), spec.b, 4))
         down, up = (0.01 * torch.randn((1, *shape), device=device) for shape in cores)
-        trial = lidb_trial(base, Theta(down, up))
+        trainable = trainable_lidb(base, Theta(down, up))
         config = RefineConfig(steps=STEPS)
-        optimizer, label = optimizer_of(trial, config)
-        steps = train(base, trial, latents, config, optimizer)
+        optimizer, label = optimizer_of(trainable, config)
+        steps = train(base, trainable, latents, config, optimizer)
         step = statistics.median(step_seconds(steps, partial(wait_for, device))[2:])
         rows.append(Row(f"{spec.name}, plan {plan.name}, {label}: a step", step, "s"))
         settings = SampleSettings(steps=STEPS)
-        draw = partial(generate, base, trial.adapter(), PORTRAIT, [0], settings, lambda *_: None)
+        draw = partial(
+            generate, base, trainable.adapter(), PORTRAIT, [0], settings, lambda *_: None
+        )
         drawn = timed(draw)
         rows.append(Row(f"{spec.name}, plan {plan.name}: a picture of {STEPS} steps", drawn, "s"))
         if device.startswith("cuda"):
             peak = torch.cuda.max_memory_allocated(device) / 1e9
             rows.append(Row(f"{spec.name}, plan {plan.name}: peak memory", peak, "GB"))
-        del base, trial, optimizer
+        del base, trainable, optimizer
     return rows
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hdbcli.bench.harness import Row, hdb, measured, paired, random_identity, scratch
 from hdbcli.bench.random_model import write_random
-from hdbcli.compare.methods import CONTENDERS
+from hdbcli.compare.methods import METHODS
 from hdbcli.compare.timing import Rounds, time_alone
 from hdbcli.config import PORTRAIT, UNPREDICTED_STEPS, RefineConfig
 from hdbcli.method.hypernet import HyperNetwork
@@ -32,7 +32,7 @@ from hdbcli.model.device import autocast
 from hdbcli.model.memory import PLANS, MemoryPlan
 from hdbcli.model.sample import generate
 from hdbcli.training.hypernetwork import new_hypernetwork
-from hdbcli.training.refine import lidb_trial, train
+from hdbcli.training.refine import train, trainable_lidb
 from registry import store
 from registry.plugins import load_registry
 from registry.spec import SampleSettings
@@ -68,31 +68,31 @@ def run(*_: object) -> Iterator[Row]:
 def _methods() -> list[Row]:
     """Seconds and memory of one person, method by method."""
     crop = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
-    dreambooth = replace(CONTENDERS["dreambooth"], class_pictures=1)
+    dreambooth = replace(METHODS["dreambooth"], class_pictures=1)
     runs = {
-        "hdb": (CONTENDERS["hyperdreambooth"], "recompute"),
-        "hdb, nf4 weights": (CONTENDERS["hyperdreambooth"], "nf4"),
-        "LoRA DreamBooth": (CONTENDERS["lora"], "recompute"),
-        "Textual Inversion": (CONTENDERS["inversion"], "recompute"),
+        "hdb": (METHODS["hyperdreambooth"], "recompute"),
+        "hdb, nf4 weights": (METHODS["hyperdreambooth"], "nf4"),
+        "LoRA DreamBooth": (METHODS["lora"], "recompute"),
+        "Textual Inversion": (METHODS["inversion"], "recompute"),
         "DreamBooth, AdamW8bit": (replace(dreambooth, optimizer="adamw8bit"), "recompute"),
         "DreamBooth, AdamW": (dreambooth, "recompute"),
     }
     alone = {
         name: time_alone(
-            contender,
+            method,
             partial(_load, PLAN[plan]),
             crop,
             1,
             FEW if name.startswith("DreamBooth") else ROUNDS,
         )
-        for name, (contender, plan) in runs.items()
+        for name, (method, plan) in runs.items()
     }
     rows = []
-    for name, (contender, _) in runs.items():
+    for name, (method, _) in runs.items():
         each = alone[name]
         rows += [
             Row(f"{name}: a step", each.step, "s"),
-            Row(f"{name}: {contender.steps} steps", contender.steps * each.step, "s"),
+            Row(f"{name}: {method.steps} steps", method.steps * each.step, "s"),
             Row(f"{name}: peak memory", each.memory / 1e9, "GB", 5 if name == "hdb" else None),
         ]
     # What `hdb new` takes on a base without a hypernetwork.
@@ -108,8 +108,8 @@ def _methods() -> list[Row]:
         ("Textual Inversion", 100),
         ("LoRA DreamBooth", None),
     ):
-        contender, other = runs[name][0], alone[name]
-        training = contender.steps * other.step
+        method, other = runs[name][0], alone[name]
+        training = method.steps * other.step
         ratio = (other.startup + training) / whole
         # What DreamBooth's class pictures take is left out: it would flatter hdb.
         rows += [
@@ -132,8 +132,8 @@ def _overhead() -> list[Row]:
     latents = torch.randn(1, 4, side, side)
     theta = base.first_theta(rank=4)
     config = RefineConfig(steps=1000, batch=1)
-    trial = lidb_trial(base, theta)
-    steps = train(base, trial, [latents], config)
+    trainable = trainable_lidb(base, theta)
+    steps = train(base, trainable, [latents], config)
     learning = paired(lambda: next(steps), lambda: _bare(base, latents), rounds=5)
     assert isinstance(steps, Generator)
     steps.close()

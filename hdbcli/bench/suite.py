@@ -20,7 +20,7 @@ from hdbcli.method.basis import down_basis, up_basis
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base, open_base
 from hdbcli.model.sample import generate
-from hdbcli.training.refine import lidb_trial, train
+from hdbcli.training.refine import train, trainable_lidb
 from registry.errors import HdbError
 from registry.stable_diffusion.families import FAMILIES
 
@@ -87,9 +87,9 @@ def _optimise(base: Base, people: int) -> float:
     """Return the median seconds of one step of so many people."""
     side = base.spec.resolution
     latents = [base.backbone.encode_images(torch.zeros(1, 3, side, side)) for _ in range(people)]
-    trial = lidb_trial(base, base.first_theta(people=people))
+    trainable = trainable_lidb(base, base.first_theta(people=people))
     config = BankConfig(steps=ROUNDS + 2).refine()
-    return statistics.median(step_seconds(train(base, trial, latents, config))[2:])
+    return statistics.median(step_seconds(train(base, trainable, latents, config))[2:])
 
 
 def _merge(*_: object) -> list[Row]:

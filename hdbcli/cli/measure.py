@@ -24,7 +24,7 @@ from hdbcli.cli.options import (
 )
 from hdbcli.config import (
     MAIN_METHODS,
-    METHODS,
+    METHOD_NAMES,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ _Photos = Annotated[
 ]
 _METHODS = (
     "NAME, NAME@400 for a schedule of 400 steps, or NAME:12 for the first 12 people alone, of "
-    f"{', '.join(METHODS)}."
+    f"{', '.join(METHOD_NAMES)}."
 )
 _Batch = Annotated[
     int | None, typer.Option(min=1, help="Samples a step of every method; default: the base's.")
@@ -134,7 +134,7 @@ def compare(
     if as_json:
         render.document(made.document)
     else:
-        render.show_contest(made.contest)
+        render.show_comparison(made.comparison)
     for path in made.files:
         render.note(str(path))
 

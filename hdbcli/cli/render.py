@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from hdbcli.api import Saved
     from hdbcli.bench.suite import Row
-    from hdbcli.compare.comparison import Contest
+    from hdbcli.compare.comparison import Comparison
     from hdbcli.identity.inspection import Inspection
     from hdbcli.identity.verification import Verdict
     from hdbcli.interop.lora_readers import Reading
@@ -300,7 +300,7 @@ def show_evaluation(result: Evaluation) -> None:
     table(("retrieval among true photos", "first", "in five", "AUC"), cells)
 
 
-def show_contest(result: Contest) -> None:
+def show_comparison(result: Comparison) -> None:
     """Print the tables of a comparison and what bounds its likeness."""
     from hdbcli.compare.page import notes, tables
 

@@ -19,13 +19,13 @@ from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
 from hdbcli.model.tokens import Tokens, own_tokens
 from hdbcli.training.objective import Samples
-from hdbcli.training.refine import Trial
+from hdbcli.training.refine import Trainable
 from registry.spec import SampleSettings
 
 CLASS_PROMPTS = tuple(unnamed(prompt) for prompt in PROMPTS)  # "a face", and it in styles
 
 
-def lora_trial(base: Base, people: int, rank: int, beneath: Theta | None = None) -> Trial:
+def trainable_lora(base: Base, people: int, rank: int, beneath: Theta | None = None) -> Trainable:
     """Train plain factors of every target, on top of a LiDB if one is given.
 
     As in LoRA, D is random, the same for all people, and U is 0: the start is the base (or what
@@ -42,16 +42,16 @@ def lora_trial(base: Base, people: int, rank: int, beneath: Theta | None = None)
     parameters = {f"down.{i}": tensor for i, tensor in enumerate(down)}
     parameters |= {f"up.{i}": tensor for i, tensor in enumerate(up)}
     numbers = sum(tensor[0].numel() for tensor in parameters.values())
-    return Trial(people, parameters, lambda: own if fixed is None else fixed.plus(own), numbers)
+    return Trainable(people, parameters, lambda: own if fixed is None else fixed.plus(own), numbers)
 
 
-def inversion_trial(base: Base, people: int) -> Trial:
+def trainable_inversion(base: Base, people: int) -> Trainable:
     """Train what the rare token means, nothing else."""
     start = own_tokens(base.backbone, base.spec.identifier, people)
     vectors = tuple(vector.to(base.device).requires_grad_(True) for vector in start.vectors)
     parameters = {f"vector.{i}": vector for i, vector in enumerate(vectors)}
     numbers = sum(vector.shape[1] for vector in vectors)
-    return Trial(people, parameters, lambda: Tokens(start.word, vectors), numbers)
+    return Trainable(people, parameters, lambda: Tokens(start.word, vectors), numbers)
 
 
 def class_prior(
@@ -77,9 +77,9 @@ def class_prior(
 
 
 @contextmanager
-def dreambooth_trial(
+def trainable_dreambooth(
     base: Base, prior: Callable[[torch.Generator, int], Samples]
-) -> Iterator[Trial]:
+) -> Iterator[Trainable]:
     """Train all weights of every component for one person, with samples of a `class_prior`; the
     base is put back at the end."""
     modules = base.backbone.components
@@ -94,7 +94,7 @@ def dreambooth_trial(
 
     numbers = sum(parameter.numel() for parameter in parameters.values())
     try:
-        yield Trial(1, parameters, lambda: None, numbers, prior=prior)
+        yield Trainable(1, parameters, lambda: None, numbers, prior=prior)
     finally:
         for name, module in modules.items():
             module.load_state_dict(before[name])

@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 import torch
 
-from hdbcli.compare.methods import Contender
+from hdbcli.compare.methods import Method
 from hdbcli.compare.page import page
-from hdbcli.compare.results import Bounds, Judge, Standing, label, likeness_of, stand
-from hdbcli.compare.run import Arena, Record, compete, new_arena
+from hdbcli.compare.results import Bounds, Judge, MethodResult, label, likeness_of, result_of
+from hdbcli.compare.run import Record, Setup, new_setup, run_method
 from hdbcli.compare.timing import Alone, time_alone
 from hdbcli.config import PROMPTS, Tell, unnamed
 from hdbcli.faces.embedding import landmarks
@@ -75,42 +75,42 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Contest:
+class Comparison:
     """The lines of all methods, and between what likeness must lie."""
 
     people: int
     machine: str
     same_photo: bool  # there was but one of each, so methods were judged on what they saw
-    standings: tuple[Standing, ...]
+    results: tuple[MethodResult, ...]
     checkpoint: int | None  # bytes of the base's files
     limits: Mapping[str, Limits]  # by each recogniser
     styles: tuple[TrueStyle, ...]  # where true pictures in the styles were given
 
 
 def run(
-    arena: Arena,
-    contenders: Sequence[Contender],
+    setup: Setup,
+    methods: Sequence[Method],
     styles: Sequence[TrueStyle],
     out: Path,
     load: Callable[[], tuple[Base, HyperNetwork | None]],
-) -> tuple[Contest, dict[str, Record]]:
+) -> tuple[Comparison, dict[str, Record]]:
     """Run every method; the first is the one that others are compared with."""
     records: dict[str, Record] = {}
-    standings: list[Standing] = []
-    judges, limits = _bounds(arena)
+    results: list[MethodResult] = []
+    judges, limits = _bounds(setup)
     timed: dict[str, Alone] = {}  # schedules of a method differ in how many steps they have
-    for contender in contenders:
-        if contender.family not in timed or not contender.steps:
-            timed[contender.family] = time_alone(contender, load, arena.given[0], arena.batch)
-        record = records[contender.name] = compete(arena, contender, out / "records")
-        first = next(iter(records.values())) if standings else None
-        standings.append(stand(contender, record, timed[contender.family], judges, first))
-    found = Contest(
-        people=len(arena.given),
-        machine=machine(arena.base.device),
-        same_photo=arena.same_photo,
-        standings=tuple(standings),
-        checkpoint=_size(arena.base),
+    for method in methods:
+        if method.family not in timed or not method.steps:
+            timed[method.family] = time_alone(method, load, setup.given[0], setup.batch)
+        record = records[method.name] = run_method(setup, method, out / "records")
+        first = next(iter(records.values())) if results else None
+        results.append(result_of(method, record, timed[method.family], judges, first))
+    found = Comparison(
+        people=len(setup.given),
+        machine=machine(setup.base.device),
+        same_photo=setup.same_photo,
+        results=tuple(results),
+        checkpoint=_size(setup.base),
         limits=limits,
         styles=tuple(styles),
     )
@@ -121,29 +121,29 @@ def tuned(
     base: Base,
     model: HyperNetwork | None,
     people: People,
-    contenders: Sequence[Contender],
+    methods: Sequence[Method],
     out: Path,
     batch: int | None,
     tell: Tell,
-) -> list[Contender]:
+) -> list[Method]:
     """Choose each method's learning rate by likeness on people who are not in the test: by dlib's,
     as nothing may follow the other judge."""
-    arena = new_arena(base, model, people, Judges(), batch, tell)
+    setup = new_setup(base, model, people, Judges(), batch, tell)
     chosen = []
-    for contender in contenders:
-        rates = [contender.lr * rate for rate in RATES] if contender.steps else [contender.lr]
-        tries = [replace(contender, lr=rate) for rate in rates]
+    for method in methods:
+        rates = [method.lr * rate for rate in RATES] if method.steps else [method.lr]
+        tries = [replace(method, lr=rate) for rate in rates]
 
-        def mean(attempt: Contender) -> float:
-            record = compete(arena, attempt, out / "tuning")
-            faces, truth = record.faces[FACE][0], arena.truth[FACE]
-            return float(likeness_of(arena.recognisers[FACE], faces, truth).mean())
+        def mean(attempt: Method) -> float:
+            record = run_method(setup, attempt, out / "tuning")
+            faces, truth = record.faces[FACE][0], setup.truth[FACE]
+            return float(likeness_of(setup.recognisers[FACE], faces, truth).mean())
 
         chosen.append(max(tries, key=mean))
     return chosen
 
 
-def true_styles(folder: Path, people: People, arena: Arena) -> list[TrueStyle]:
+def true_styles(folder: Path, people: People, setup: Setup) -> list[TrueStyle]:
     """Judge true pictures as drawn ones are judged: `folder/PERSON/STYLE-*.png`, where STYLE is a
     word of the prompt, spaces left out, such as rockstar.
 
@@ -161,22 +161,22 @@ def true_styles(folder: Path, people: People, arena: Arena) -> list[TrueStyle]:
         if not all(rows):
             missing = people.names[[bool(row) for row in rows].index(False)]
             raise HdbError(f"{folder / missing} has no true picture of {prompt!r}; others have")
-        pictures = [_as_drawn(read_photo(row[0]), arena.base) for row in rows]
-        through = arena.base.through_autoencoder(pictures)
-        true, kept = (_ceiling(each, prompt, arena) for each in (pictures, through))
+        pictures = [_as_drawn(read_photo(row[0]), setup.base) for row in rows]
+        through = setup.base.through_autoencoder(pictures)
+        true, kept = (_ceiling(each, prompt, setup) for each in (pictures, through))
         styles.append(TrueStyle(prompt, true, kept))
     if not styles and len(people.names) > 1:
         raise HdbError(f"{folder} has no PERSON/STYLE-*.png of these people")
     return styles
 
 
-def _ceiling(pictures: Sequence[np.ndarray], prompt: str, arena: Arena) -> Ceiling:
+def _ceiling(pictures: Sequence[np.ndarray], prompt: str, setup: Setup) -> Ceiling:
     told = {
-        name: find(torch.from_numpy(each.embed(pictures))[:, None], arena.truth[name])
-        for name, each in arena.recognisers.items()
+        name: find(torch.from_numpy(each.embed(pictures))[:, None], setup.truth[name])
+        for name, each in setup.recognisers.items()
     }
     together = {}
-    for metric in list(arena.judges.texts.values())[:1]:
+    for metric in list(setup.judges.texts.values())[:1]:
         scores = torch.tensor(metric.score(pictures, [unnamed(each) for each in PROMPTS]))
         right = (scores.argmax(1) == PROMPTS.index(prompt)).double()
         together = {name: bootstrap(right * five[:, 0]) for name, (_, five) in told.items()}
@@ -205,19 +205,19 @@ def _size(base: Base) -> int | None:
     return sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
 
 
-def _bounds(arena: Arena) -> tuple[list[Judge], dict[str, Limits]]:
+def _bounds(setup: Setup) -> tuple[list[Judge], dict[str, Limits]]:
     """Return every recogniser with its bounds, and these as intervals: likeness of the base's own
     portraits, of the photo through the autoencoder and of the photo, and whom the last two find
     among all, where there are others."""
-    side = arena.plain.shape[1:]
+    side = setup.plain.shape[1:]
     rows = (
-        list(arena.plain.reshape(-1, 2, *side)[:, 0]),
-        arena.base.through_autoencoder(arena.given),
-        arena.given,
+        list(setup.plain.reshape(-1, 2, *side)[:, 0]),
+        setup.base.through_autoencoder(setup.given),
+        setup.given,
     )
     judges, limits = [], {}
-    for name, each in arena.recognisers.items():
-        truth = arena.truth[name]
+    for name, each in setup.recognisers.items():
+        truth = setup.truth[name]
         faces = [torch.from_numpy(each.embed(row))[:, None] for row in rows]
         bounds = Bounds(*(likeness_of(each, row, truth) for row in faces))
         judges.append(Judge(name, each, truth, bounds))
@@ -231,13 +231,13 @@ def _bounds(arena: Arena) -> tuple[list[Judge], dict[str, Limits]]:
     return judges, limits
 
 
-def document(contest: Contest, command: str) -> dict[str, Any]:
+def document(comparison: Comparison, command: str) -> dict[str, Any]:
     """Return what `hdb compare --json` prints."""
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": contest.machine,
+        "machine": comparison.machine,
         "command": command,
-        **_finite(asdict(contest)),
+        **_finite(asdict(comparison)),
     }
 
 
@@ -252,7 +252,7 @@ def _finite(facts: Any) -> Any:
 
 
 def save(
-    contest: Contest,
+    comparison: Comparison,
     records: dict[str, Record],
     photo: np.ndarray,
     facts: dict[str, Any],
@@ -265,15 +265,15 @@ def save(
     with write_beside(paths[0]) as beside:
         beside.write_text(json.dumps(facts, indent=2), encoding="utf-8")
     with write_beside(paths[3]) as beside:
-        text = page(contest, facts["command"], facts["date"])
+        text = page(comparison, facts["command"], facts["date"])
         beside.write_text(text, encoding="utf-8")
-    last = list(contest.limits)[-1]  # the judge that nothing learns from, if it is there
-    families = list(dict.fromkeys(each.family for each in contest.standings))
-    curves = [_curve([s for s in contest.standings if s.family == f], last) for f in families]
+    last = list(comparison.limits)[-1]  # the judge that nothing learns from, if it is there
+    families = list(dict.fromkeys(each.family for each in comparison.results))
+    curves = [_curve([s for s in comparison.results if s.family == f], last) for f in families]
     x = [second for curve in curves for second in curve.x] or [1.0]
     for title, bound, look in (
-        ("photo (ceiling)", contest.limits[last].photo, "--"),
-        ("base (floor)", contest.limits[last].floor, ":"),
+        ("photo (ceiling)", comparison.limits[last].photo, "--"),
+        ("base (floor)", comparison.limits[last].floor, ":"),
     ):
         curves.append(Curve(title, [min(x), max(x)], [bound.mean] * 2, bound=look))
     with write_beside(paths[1]) as beside:
@@ -285,7 +285,7 @@ def save(
     return paths
 
 
-def _curve(finished: Sequence[Standing], judge: str) -> Curve:
+def _curve(finished: Sequence[MethodResult], judge: str) -> Curve:
     """Draw a method's likeness by its finished schedules."""
     points = sorted(
         (each.seconds, each.measured[label("likeness", judge)])

@@ -12,8 +12,8 @@ from hdbcli.compare.run import DRAWINGS
 from hdbcli.config import CAPTIONS, PROMPTS
 
 if TYPE_CHECKING:
-    from hdbcli.compare.comparison import Ceiling, Contest
-    from hdbcli.compare.results import Standing
+    from hdbcli.compare.comparison import Ceiling, Comparison
+    from hdbcli.compare.results import MethodResult
     from hdbcli.measure.statistics import Found, Interval
 
 READING = """\
@@ -49,15 +49,16 @@ class Table:
         return f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def page(contest: Contest, command: str, date: str) -> str:
+def page(comparison: Comparison, command: str, date: str) -> str:
     """Return the page; pictures are `curves.png` and `sheet.png` beside it."""
-    methods, *others = (table.markdown() for table in tables(contest))
+    methods, *others = (table.markdown() for table in tables(comparison))
+    photo = SAME_PHOTO if comparison.same_photo else OTHER_PHOTO
     parts = [
-        f"# {contest.people} people, {len(contest.standings)} methods",
-        f"Made by `{command}` on {contest.machine}, {date}.",
-        READING.format(photo=SAME_PHOTO if contest.same_photo else OTHER_PHOTO, drawings=DRAWINGS),
+        f"# {comparison.people} people, {len(comparison.results)} methods",
+        f"Made by `{command}` on {comparison.machine}, {date}.",
+        READING.format(photo=photo, drawings=DRAWINGS),
         methods,
-        *notes(contest),
+        *notes(comparison),
         "![Likeness against seconds](curves.png)",
         *others,
         "![One person by every method](sheet.png)",
@@ -66,24 +67,24 @@ def page(contest: Contest, command: str, date: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def tables(contest: Contest) -> Iterator[Table]:
+def tables(comparison: Comparison) -> Iterator[Table]:
     """Yield the methods, and with several people whom pictures find and what styles keep."""
-    first, *rest = contest.standings
+    first, *rest = comparison.results
     heads: tuple[str, ...] = ("method", "people", "steps", "rate", "seconds", "start-up", "memory")
     heads = (*heads, "bytes", *first.measured)
-    yield Table("Methods", heads, tuple(map(_line, contest.standings)))
-    names = tuple(f"{standing.name} ({standing.people})" for standing in contest.standings)
-    judges = tuple(contest.limits)
+    yield Table("Methods", heads, tuple(map(_line, comparison.results)))
+    names = tuple(f"{result.name} ({result.people})" for result in comparison.results)
+    judges = tuple(comparison.limits)
     ways = tuple(
         (each.name, str(each.people), *(_percent(each.way[judge]) for judge in judges))
-        for each in contest.standings
+        for each in comparison.results
     )
     title = "Share of the way from the base's own portraits to a true photo"
     yield Table(title, ("method", "people", *judges), ways)
     if rest:
-        families = tuple(dict.fromkeys(each.family for each in contest.standings))
+        families = tuple(dict.fromkeys(each.family for each in comparison.results))
         title = f"Seconds to the final likeness of {first.name}, and times its own"
-        yield Table(title, ("likeness, by", *families), tuple(_speeds(contest, families)))
+        yield Table(title, ("likeness, by", *families), tuple(_speeds(comparison, families)))
     less = tuple(
         (each.name, str(min(each.people, first.people)), *_intervals(each.less_than_first))
         for each in rest
@@ -91,41 +92,43 @@ def tables(contest: Contest) -> Iterator[Table]:
     if less:
         heads = ("method", "people of both", *first.measured)
         yield Table(f"What {first.name} has minus what each other has, paired", heads, less)
-    if contest.people > 1:
-        found = tuple(_found(contest))
+    if comparison.people > 1:
+        found = tuple(_found(comparison))
         yield Table(
-            f"The right person among all {contest.people}",
+            f"The right person among all {comparison.people}",
             ("picture", "people", "judge", "first", "in five", "AUC"),
             found,
         )
     across = ("prompt", *names, "true pictures", "through the autoencoder")
-    if contest.people > 1:
-        yield Table("Faces in a style, its mean taken away: AUC", across, tuple(_styles(contest)))
+    if comparison.people > 1:
+        yield Table(
+            "Faces in a style, its mean taken away: AUC", across, tuple(_styles(comparison))
+        )
         title = "Style named right AND face in the first five, its style's mean taken away"
-        yield Table(title, across, tuple(_together(contest)))
-    yield Table("Style named by a classifier, face found", across, tuple(_named(contest)))
+        yield Table(title, across, tuple(_together(comparison)))
+    yield Table("Style named by a classifier, face found", across, tuple(_named(comparison)))
 
 
-def notes(contest: Contest) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
     """Say between what bounds likeness lies, and how small an identity is beside its base."""
-    first = contest.standings[0]
+    first = comparison.results[0]
     bounds = [
         f"Likeness ({judge}) of the base's own portraits, the floor, is {_interval(each.floor)}; "
         f"of the photo through the autoencoder {_interval(each.autoencoder)}, and of the photo "
         f"itself, the ceiling, {_interval(each.photo)}."
-        for judge, each in contest.limits.items()
+        for judge, each in comparison.limits.items()
     ]
-    if not contest.checkpoint or not first.numbers:
+    if not comparison.checkpoint or not first.numbers:
         return bounds
+    times = comparison.checkpoint / (2 * first.numbers)
     size = (
-        f"The base's weights take {contest.checkpoint:,} bytes, "
-        f"{contest.checkpoint / (2 * first.numbers):,.0f} times what the {first.numbers:,} numbers "
-        f"of {first.name} take in half precision."
+        f"The base's weights take {comparison.checkpoint:,} bytes, {times:,.0f} times what the "
+        f"{first.numbers:,} numbers of {first.name} take in half precision."
     )
     return [*bounds, size]
 
 
-def _line(line: Standing) -> tuple[str, ...]:
+def _line(line: MethodResult) -> tuple[str, ...]:
     return (
         line.name,
         str(line.people),
@@ -139,20 +142,20 @@ def _line(line: Standing) -> tuple[str, ...]:
     )
 
 
-def _speeds(contest: Contest, families: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _speeds(comparison: Comparison, families: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Hold seconds against the first method's: to its final likeness by each judge, read from
     finished schedules alone, and of as many steps as the papers took."""
-    first = contest.standings[0]
-    for judge in contest.limits:
+    first = comparison.results[0]
+    for judge in comparison.limits:
         key = label("likeness", judge)
         goal = first.measured[key].mean
         taken = []
         for family in families:
-            finished = [each for each in contest.standings if each.family == family]
+            finished = [each for each in comparison.results if each.family == family]
             taken.append(seconds_to(goal, finished, key))
         yield f"{goal:.3f}, {judge}", *(_against(each, first.seconds) for each in taken)
     for steps in PAPERS if first.steps else ():
-        longest = {each.family: each for each in contest.standings if each.steps}
+        longest = {each.family: each for each in comparison.results if each.steps}
         alone = [longest[f].alone.seconds(steps) if f in longest else None for f in families[1:]]
         yield f"{steps:,} steps", "-", *(_against(each, first.seconds, "-") for each in alone)
 
@@ -172,59 +175,59 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
-def _found(contest: Contest) -> Iterator[tuple[str, ...]]:
-    for judge, limits in contest.limits.items():
+def _found(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    for judge, limits in comparison.limits.items():
         rows: list[tuple[str, int, Found | None]] = [
-            (f"portrait, {s.name}", s.people, s.portraits.get(judge)) for s in contest.standings
+            (f"portrait, {s.name}", s.people, s.portraits.get(judge)) for s in comparison.results
         ]
-        rows.append(("true photo through the autoencoder", contest.people, limits.through))
-        photo = "the same photo" if contest.same_photo else "another true photo"
-        rows.append((photo, contest.people, limits.other_photo))
+        rows.append(("true photo through the autoencoder", comparison.people, limits.through))
+        photo = "the same photo" if comparison.same_photo else "another true photo"
+        rows.append((photo, comparison.people, limits.other_photo))
         for name, people, told in rows:
             if told is not None:
                 shares = _percent(told.first), _percent(told.five)
                 yield name, str(people), judge, *shares, _interval(told.auc)
 
 
-def _styles(contest: Contest) -> Iterator[tuple[str, ...]]:
-    for judge in contest.limits:
+def _styles(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    for judge in comparison.limits:
 
         def told(ceiling: Ceiling, judge: str = judge) -> str:
             return f"{ceiling.portraits[judge].auc.mean:.3f}"
 
-        true = _ceilings(contest, told)
+        true = _ceilings(comparison, told)
         for i, prompt in enumerate(CAPTIONS):
-            aucs = (f"{s.styled[judge][i].auc.mean:.3f}" for s in contest.standings)
+            aucs = (f"{s.styled[judge][i].auc.mean:.3f}" for s in comparison.results)
             yield f"{prompt}, {judge}", *aucs, *true.get(prompt, ("-", "-"))
 
 
-def _together(contest: Contest) -> Iterator[tuple[str, ...]]:
-    for judge in contest.limits:
+def _together(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    for judge in comparison.limits:
 
         def told(ceiling: Ceiling, judge: str = judge) -> str:
             return _percent(ceiling.together[judge]) if ceiling.together else "-"
 
-        true = _ceilings(contest, told)
+        true = _ceilings(comparison, told)
         for i, prompt in enumerate(CAPTIONS):
             shares = (
-                _percent(s.together[judge][i]) if s.together else "-" for s in contest.standings
+                _percent(s.together[judge][i]) if s.together else "-" for s in comparison.results
             )
             yield f"{prompt}, {judge}", *shares, *true.get(prompt, ("-", "-"))
 
 
-def _named(contest: Contest) -> Iterator[tuple[str, ...]]:
-    true = _ceilings(contest, lambda ceiling: f"{ceiling.found:.0%}")
+def _named(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    true = _ceilings(comparison, lambda ceiling: f"{ceiling.found:.0%}")
     for i, prompt in enumerate(PROMPTS):
-        for metric in contest.standings[0].named:
-            shares = (f"{s.named[metric][i]:.0%}" for s in contest.standings)
+        for metric in comparison.results[0].named:
+            shares = (f"{s.named[metric][i]:.0%}" for s in comparison.results)
             yield f"{prompt}: named ({metric})", *shares, "-", "-"
-        faces = (f"{s.found[i]:.0%}" for s in contest.standings)
+        faces = (f"{s.found[i]:.0%}" for s in comparison.results)
         yield f"{prompt}: face", *faces, *true.get(prompt, ("-", "-"))
 
 
-def _ceilings(contest: Contest, told: Callable[[Ceiling], str]) -> dict[str, tuple[str, str]]:
+def _ceilings(comparison: Comparison, told: Callable[[Ceiling], str]) -> dict[str, tuple[str, str]]:
     """Return what is told of both ceilings of each prompt that has true pictures."""
-    return {style.prompt: (told(style.true), told(style.through)) for style in contest.styles}
+    return {style.prompt: (told(style.true), told(style.through)) for style in comparison.styles}
 
 
 def _intervals(measured: Mapping[str, Interval]) -> Iterator[str]:

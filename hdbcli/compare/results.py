@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hdbcli.compare.methods import Contender
+from hdbcli.compare.methods import Method
 from hdbcli.compare.run import Record
 from hdbcli.compare.timing import Alone
 from hdbcli.measure.metrics import FACE
@@ -60,7 +60,7 @@ def label(measure: str, judge: str) -> str:
 
 
 @dataclass(frozen=True)
-class Standing:
+class MethodResult:
     """One method's line. Seconds are one person's, start-up apart."""
 
     name: str
@@ -92,13 +92,13 @@ def measures(record: Record, judges: Sequence[Judge]) -> dict[str, Tensor]:
     return found | {"drift": record.drift}
 
 
-def stand(
-    contender: Contender,
+def result_of(
+    method: Method,
     record: Record,
     alone: Alone,
     judges: Sequence[Judge],
     against: Record | None,
-) -> Standing:
+) -> MethodResult:
     """Judge one method on its people, the first of all; it is held `against` the first method on
     the people that both learned, or None if it is the first."""
     people = len(record.drift)
@@ -124,12 +124,12 @@ def stand(
                 for row, (_, five) in zip(right, looks[1:], strict=True)
             )
     steps = int(record.steps)
-    return Standing(
-        name=contender.name,
-        family=contender.family,
+    return MethodResult(
+        name=method.name,
+        family=method.family,
         people=people,
         steps=steps,
-        lr=contender.lr,
+        lr=method.lr,
         seconds=alone.seconds(steps),
         alone=alone,
         numbers=int(record.numbers),
@@ -150,7 +150,7 @@ def named_right(scores: Tensor) -> Tensor:
     return (scores.argmax(3) == torch.arange(len(scores))[:, None, None]).double()
 
 
-def seconds_to(goal: float, finished: Sequence[Standing], key: str) -> float | None:
+def seconds_to(goal: float, finished: Sequence[MethodResult], key: str) -> float | None:
     """Return after how many seconds one method's finished schedules reach a likeness, straight
     between them; None if none does.
 

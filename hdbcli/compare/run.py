@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hdbcli import __version__
-from hdbcli.compare.methods import Contender, entered
+from hdbcli.compare.methods import Method
 from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, RefineConfig, Tell, unnamed
 from hdbcli.faces.embedding import landmarks
 from hdbcli.measure.metrics import FACE, FaceMetric, Judges
@@ -43,8 +43,8 @@ DRAWINGS = 4  # of each person and prompt, from noises of their own
 
 
 @dataclass(frozen=True, eq=False)
-class Arena:
-    """What all contenders share: base, hypernetwork, people, metrics, and pictures by the
+class Setup:
+    """What all methods share: base, hypernetwork, people, metrics, and pictures by the
     base alone."""
 
     base: Base
@@ -62,14 +62,14 @@ class Arena:
     tell: Tell
 
 
-def new_arena(
+def new_setup(
     base: Base,
     model: HyperNetwork | None,
     people: People,
     judges: Judges,
     batch: int | None,
     tell: Tell,
-) -> Arena:
+) -> Setup:
     """Take each person's first photo to learn from and the last to be measured on."""
     given = tuple(people.crops[theirs[0]] for theirs in people.members)
     photos = tuple(people.crops[theirs[-1]] for theirs in people.members)
@@ -90,25 +90,25 @@ def new_arena(
     predicted = key.hexdigest()[:12]
     one = any(len(theirs) < 2 for theirs in people.members)
     shared = (base, model, given, photos, truth, one, judges, recognisers, plain, batch)
-    return Arena(*shared, own, predicted, tell)
+    return Setup(*shared, own, predicted, tell)
 
 
-def compete(arena: Arena, contender: Contender, folder: Path) -> Record:
+def run_method(setup: Setup, method: Method, folder: Path) -> Record:
     """Let one method learn its people, groups of them at a time; a group done is not done again."""
     groups = []
-    people = min(contender.people or len(arena.given), len(arena.given))
-    key = arena.predicted_key if contender.predicted else arena.key
-    size = contender.at_once(arena.base.spec.resolution)
+    people = min(method.people or len(setup.given), len(setup.given))
+    key = setup.predicted_key if method.predicted else setup.key
+    size = method.at_once(setup.base.spec.resolution)
     for start in range(0, people, size):
         persons = range(start, min(start + size, people))
-        weight = weight_of(arena.base.spec, contender.likeness)
-        settings = f"{contender.name}-{contender.steps}-{contender.lr:g}-{weight:g}"
-        if weight and contender.steps:  # what another loss made is not taken for its own
+        weight = weight_of(setup.base.spec, method.likeness)
+        settings = f"{method.name}-{method.steps}-{method.lr:g}-{weight:g}"
+        if weight and method.steps:  # what another loss made is not taken for its own
             settings += f"-{CONTRAST:g}"
-        if contender.preserves and contender.steps:
+        if method.preserves and method.steps:
             settings += f"-{preservation.WEIGHT:g}"
         stem = f"{settings}-{key}-{start:04d}-{len(persons)}"
-        groups.append(_group(arena, contender, persons, folder / f"{stem}.safetensors"))
+        groups.append(_group(setup, method, persons, folder / f"{stem}.safetensors"))
     return _joined(groups)
 
 
@@ -130,18 +130,18 @@ class Record:
     persons: dict[str, Tensor] = field(default_factory=dict)  # metric -> (P,), of portraits
 
 
-def _group(arena: Arena, contender: Contender, persons: range, file: Path) -> Record:
+def _group(setup: Setup, method: Method, persons: range, file: Path) -> Record:
     if file.exists():
         return _read(file)
-    base = arena.base
-    faces = [base.faces([arena.given[p]]) for p in persons]
+    base = setup.base
+    faces = [base.faces([setup.given[p]]) for p in persons]
     latents = [base.backbone.encode_images(each.crops) for each in faces]
-    lr, optimizer = max(contender.lr, 1e-12), contender.optimizer
-    config = RefineConfig(contender.steps, lr=lr, batch=arena.batch, optimizer=optimizer)
-    with entered(contender, base, arena.model, faces, arena.tell) as trial:
-        for step in train(base, trial, latents, config) if contender.steps else ():
-            arena.tell(contender.name, step.number, contender.steps)
-        record = _final(arena, trial.adapter(), persons, contender.steps, trial.numbers)
+    lr, optimizer = max(method.lr, 1e-12), method.optimizer
+    config = RefineConfig(method.steps, lr=lr, batch=setup.batch, optimizer=optimizer)
+    with method.prepared(base, setup.model, faces, setup.tell) as trainable:
+        for step in train(base, trainable, latents, config) if method.steps else ():
+            setup.tell(method.name, step.number, method.steps)
+        record = _final(setup, trainable.adapter(), persons, method.steps, trainable.numbers)
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v for k, v in vars(record).items() if isinstance(v, Tensor)}
     for kind in _KINDS:
@@ -153,26 +153,26 @@ def _group(arena: Arena, contender: Contender, persons: range, file: Path) -> Re
 
 @torch.no_grad()
 def _draw(
-    arena: Arena, adapter: Adapter | None, prompt: str, persons: range
+    setup: Setup, adapter: Adapter | None, prompt: str, persons: range
 ) -> list[list[np.ndarray]]:
     """Draw each person K times: a list of K pictures for each person."""
-    base, people = arena.base, len(arena.given)
+    base, people = setup.base, len(setup.given)
     rounds = []
     for k in range(DRAWINGS):
         seeds = [person + k * people for person in persons]
-        drawn = generate(base, adapter, prompt, seeds, base.spec.sampling, arena.tell)
+        drawn = generate(base, adapter, prompt, seeds, base.spec.sampling, setup.tell)
         rounds.append([picture.image for picture in drawn])
     return [list(theirs) for theirs in zip(*rounds, strict=True)]
 
 
 def _final(
-    arena: Arena, adapter: Adapter | None, persons: range, steps: int, numbers: int
+    setup: Setup, adapter: Adapter | None, persons: range, steps: int, numbers: int
 ) -> Record:
-    drawn = [_draw(arena, adapter, prompt, persons) for prompt in PROMPTS]
+    drawn = [_draw(setup, adapter, prompt, persons) for prompt in PROMPTS]
     flat = [image for prompted in drawn for theirs in prompted for image in theirs]
     shape = len(PROMPTS), len(persons), DRAWINGS
     texts = [unnamed(prompt) for prompt in PROMPTS]
-    photos = [arena.photos[p] for p in persons]
+    photos = [setup.photos[p] for p in persons]
     subjects = {
         name: torch.stack(
             [
@@ -180,27 +180,27 @@ def _final(
                 for theirs, photo in zip(drawn[0], photos, strict=True)
             ]
         )
-        for name, metric in arena.judges.persons.items()
-        if name not in arena.recognisers  # which get embeddings
+        for name, metric in setup.judges.persons.items()
+        if name not in setup.recognisers  # which get embeddings
     }
-    ours = _plain(arena.base, adapter, persons, arena.tell)
+    ours = _plain(setup.base, adapter, persons, setup.tell)
     pick = [2 * p + k for p in persons for k in range(2)]
-    change = np.abs(ours.astype(np.float32) - arena.plain[pick].astype(np.float32))
+    change = np.abs(ours.astype(np.float32) - setup.plain[pick].astype(np.float32))
     kept = [p for p in persons if p < SHOWN]
     pictures = [[prompted[p - persons.start][0] for p in kept] for prompted in drawn]
-    side = arena.base.spec.resolution
+    side = setup.base.spec.resolution
     return Record(
         steps=torch.tensor([steps]),
         faces={
             name: torch.from_numpy(each.embed(flat)).view(*shape, -1)
-            for name, each in arena.recognisers.items()
+            for name, each in setup.recognisers.items()
         },
         found=torch.tensor([landmarks(image) is not None for image in flat]).view(shape),
         drift=torch.from_numpy(change.reshape(len(persons), -1).mean(1)),
         numbers=torch.tensor([numbers]),
         texts={
             name: torch.tensor(metric.score(flat, texts)).view(*shape, -1)
-            for name, metric in arena.judges.texts.items()
+            for name, metric in setup.judges.texts.items()
         },
         pictures=torch.from_numpy(
             np.array(pictures, np.uint8).reshape(len(PROMPTS), -1, side, side, 3)

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from hdbcli.compare.methods import Contender
+from hdbcli.compare.methods import Method
 from hdbcli.config import RefineConfig
 from registry.errors import HdbError
 
@@ -44,7 +44,7 @@ class Alone:
 
 
 def time_alone(
-    contender: Contender,
+    method: Method,
     load: Callable[[], tuple],
     crop: np.ndarray,
     batch: int,
@@ -54,12 +54,12 @@ def time_alone(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_time, contender, load, crop, batch, rounds, time.time()).result()
+            return pool.submit(_time, method, load, crop, batch, rounds, time.time()).result()
         except BrokenProcessPool:
             raise HdbError(
-                f"the process that timed {contender.name} was ended by the system, which it often "
+                f"the process that timed {method.name} was ended by the system, which it often "
                 "does to the one that takes the most memory; close other programs or leave "
-                f"{contender.name} out"
+                f"{method.name} out"
             ) from None
         except BaseException:  # an interrupted run need not wait for it
             for child in multiprocessing.active_children():
@@ -68,33 +68,30 @@ def time_alone(
 
 
 def _time(
-    contender: Contender,
+    method: Method,
     load: Callable[[], tuple],
     crop: np.ndarray,
     batch: int,
     rounds: Rounds,
     asked: float,
 ) -> Alone:
-    from hdbcli.compare.methods import entered
     from hdbcli.model.device import peak_memory, wait_for
     from hdbcli.training.refine import train
 
     base, model = load()
     startup = time.time() - asked
     count = rounds.warm_up + rounds.timed
-    config = RefineConfig(
-        count, lr=max(contender.lr, 1e-12), batch=batch, optimizer=contender.optimizer
-    )
+    config = RefineConfig(count, lr=max(method.lr, 1e-12), batch=batch, optimizer=method.optimizer)
     latents = [base.backbone.encode_images(base.images([crop]))]
-    if contender.predicted and model:  # what is loaded at the first call belongs to the start-up
-        model.predict(base.faces([crop]), contender.iterations)
+    if method.predicted and model:  # what is loaded at the first call belongs to the start-up
+        model.predict(base.faces([crop]), method.iterations)
     wait_for(base.device)
     began = time.perf_counter()
     faces = [base.faces([crop])]  # the recogniser's share of a prediction
-    with entered(contender, base, model, faces, lambda *_: None) as trial:
+    with method.prepared(base, model, faces, lambda *_: None) as trainable:
         wait_for(base.device)
         prepared = time.perf_counter()
-        steps = train(base, trial, latents, config) if contender.steps else ()
+        steps = train(base, trainable, latents, config) if method.steps else ()
         seconds = step_seconds(steps)
     step = statistics.median(seconds[rounds.warm_up :]) if seconds else 0.0
     return Alone(startup, prepared - began, tuple(seconds), step, peak_memory(base.device))

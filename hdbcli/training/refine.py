@@ -28,8 +28,8 @@ from hdbcli.training.preservation import preservation
 from registry.errors import HdbError
 from registry.spec import BaseSpec
 
-# (generator, batch, step) -> other losses of P people
-Beside: TypeAlias = Callable[[torch.Generator, int, int], Iterator[Tensor]]
+# (generator, batch, step) -> the losses of a step of P people besides the diffusion loss
+ExtraLosses: TypeAlias = Callable[[torch.Generator, int, int], Iterator[Tensor]]
 
 PAIRS = 8  # times a step's batch: (timestep, noise) pairs that the loss is reported on
 PAIRS_SEED = 0
@@ -38,17 +38,17 @@ POSITIONS = 16_384  # of latents, measured at once: 256 samples of 8 x 8, 4 of 6
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trainable:
     """What a method trains for P people, `numbers` each, and the adapter it makes at this moment.
 
-    LiDB here, the methods beside it in `methods`: the loop is one.
+    LiDB here, the other methods in `compare.baselines`: the loop is one.
     """
 
     people: int
     parameters: Mapping[str, Tensor]
     adapter: Callable[[], Adapter | None]
     numbers: int
-    beside: Beside | None = None  # other losses of a step
+    extra_losses: ExtraLosses | None = None
     prior: Callable[[torch.Generator, int], Samples] | None = None  # as many more, one person's
 
 
@@ -72,26 +72,26 @@ def refine(
 ) -> Refined:
     """Train theta of P identities, person p on the latents (N_p, c, h, w) of their crops; with the
     faces on them, preserve other prompts too, and learn likeness as the config weighs it."""
-    trial = lidb_trial(base, theta)
+    trainable = trainable_lidb(base, theta)
     if faces is not None:
-        trial = with_losses(base, trial, faces, config.likeness, config.predicted)
-    _check(trial, latents)
-    optimizer, label = optimizer_of(trial, config)
+        trainable = with_losses(base, trainable, faces, config.likeness, config.predicted)
+    _check(trainable, latents)
+    optimizer, label = optimizer_of(trainable, config)
     start = portrait_loss(base, theta, latents)
-    for step in train(base, trial, latents, config, optimizer):
+    for step in train(base, trainable, latents, config, optimizer):
         tell("refine", step.number, step.steps)
     with torch.no_grad():
-        refined = trial.adapter()
+        refined = trainable.adapter()
     assert isinstance(refined, Theta)
     return Refined(refined, start, portrait_loss(base, refined, latents), label)
 
 
-def optimizer_of(trial: Trial, config: RefineConfig) -> tuple[torch.optim.Optimizer, str]:
+def optimizer_of(trainable: Trainable, config: RefineConfig) -> tuple[torch.optim.Optimizer, str]:
     """Return what trains a method, and the name of what it really is."""
-    return make_optimizer(config.optimizer, trial.parameters.values(), config.lr)
+    return make_optimizer(config.optimizer, trainable.parameters.values(), config.lr)
 
 
-def lidb_trial(base: Base, theta: Theta) -> Trial:
+def trainable_lidb(base: Base, theta: Theta) -> Trainable:
     """Train the cores, as one flat parameter."""
     flat = pack(theta).detach().clone().requires_grad_(True)
     targets, spec = len(base.injected.layers), base.spec
@@ -99,7 +99,7 @@ def lidb_trial(base: Base, theta: Theta) -> Trial:
     def adapter() -> Theta:
         return unpack(flat, targets, spec.a, spec.b)
 
-    return Trial(len(flat), {"theta": flat}, adapter, flat.shape[1])
+    return Trainable(len(flat), {"theta": flat}, adapter, flat.shape[1])
 
 
 def weight_of(spec: BaseSpec, likeness: float | None) -> float:
@@ -109,14 +109,14 @@ def weight_of(spec: BaseSpec, likeness: float | None) -> float:
 
 def with_losses(
     base: Base,
-    trial: Trial,
+    trainable: Trainable,
     faces: Sequence[Faces],
     likeness: float | None,
     predicted: bool = True,
     preserves: bool = True,
-) -> Trial:
-    """Let a trial of thetas, plain factors or all weights learn from what it draws too, and answer
-    other prompts as before; a trial of all weights has a prior of its own for that.
+) -> Trainable:
+    """Add the likeness loss and prior preservation to a method that trains thetas, plain factors or
+    all weights; the last has a prior of its own instead of preservation.
 
     A likeness of None is weighed as the base's spec says, which may be 0. `predicted` says that it
     starts from a prediction, whose styles are held.
@@ -124,7 +124,7 @@ def with_losses(
     weight = weight_of(base.spec, likeness)
 
     def factors() -> Factors | None:
-        adapter = trial.adapter()
+        adapter = trainable.adapter()
         assert not isinstance(adapter, Tokens)
         return base.injected.factors(adapter) if isinstance(adapter, Theta) else adapter
 
@@ -135,50 +135,50 @@ def with_losses(
         photos = torch.stack([each.latents[0] for each in faces])
         kept = preservation(base, start, photos, predicted)
     if alike is None and kept is None:
-        return trial
+        return trainable
 
-    def beside(generator: torch.Generator, batch: int, turn: int) -> Iterator[Tensor]:
+    def extra_losses(generator: torch.Generator, batch: int, turn: int) -> Iterator[Tensor]:
         if alike is not None:
             yield from alike(factors(), generator, batch, turn)
         if kept is not None and (now := factors()) is not None:
             yield from kept(now, generator, turn)
 
-    return replace(trial, beside=beside)
+    return replace(trainable, extra_losses=extra_losses)
 
 
 def train(
     base: Base,
-    trial: Trial,
+    trainable: Trainable,
     latents: Sequence[Tensor],
     config: RefineConfig,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Iterator[Step]:
     """Run the iterations on "a [V] face", yielding after each; the optimizer is the config's."""
-    _check(trial, latents)
-    optimizer = optimizer or optimizer_of(trial, config)[0]
+    _check(trainable, latents)
+    optimizer = optimizer or optimizer_of(trainable, config)[0]
     batch = config.batch or base.spec.batch
     turns = itertools.count()
-    size = _at_once(base, trial.people + (trial.prior is not None), batch)
+    size = _at_once(base, trainable.people + (trainable.prior is not None), batch)
 
     def losses(generator: torch.Generator) -> Iterator[Tensor]:
         noise = torch.randn((batch, *latents[0].shape[1:]), generator=generator)
         t = draw_times(batch, generator)
         turn = next(turns)
-        if trial.beside is not None:
-            yield from trial.beside(generator, batch, turn)
-        prior = None if trial.prior is None else trial.prior(generator, batch)
+        if trainable.extra_losses is not None:
+            yield from trainable.extra_losses(generator, batch, turn)
+        prior = None if trainable.prior is None else trainable.prior(generator, batch)
         for first in range(0, batch, size):
             part = slice(first, first + size)
             samples = _samples(base, latents, noise[part], t[part], turn + first)
             if prior is not None:
                 samples = samples.joined(prior.part(part))
-            with base.adapted(trial.adapter()), base.short_attention(noise):
+            with base.adapted(trainable.adapter()), base.short_attention(noise):
                 with autocast(base.device, latents=samples.clean):
                     value = base.backbone.loss(*samples).sum() / batch
                 yield value
 
     plan = Plan(config.steps, config.lr, warmup=3, decay=0.5, clip=None, seed=config.seed)
-    yield from fit(trial.parameters, losses, optimizer, plan)
+    yield from fit(trainable.parameters, losses, optimizer, plan)
 
 
 def draw_times(count: int, generator: torch.Generator) -> Tensor:
@@ -211,9 +211,9 @@ def portrait_loss(
     return torch.cat(parts).view(pairs, len(latents)).mean(0).cpu()
 
 
-def _check(trial: Trial, latents: Sequence[Tensor]) -> None:
-    if len(latents) != trial.people:
-        raise HdbError(f"a trial of {trial.people} people, photos of {len(latents)}")
+def _check(trainable: Trainable, latents: Sequence[Tensor]) -> None:
+    if len(latents) != trainable.people:
+        raise HdbError(f"{trainable.people} people are trained, on photos of {len(latents)}")
 
 
 def _at_once(base: Base, people: int, pairs: int) -> int:

@@ -14,13 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdbcli.compare.baselines import class_prior, dreambooth_trial, inversion_trial, lora_trial
+from hdbcli.compare.baselines import (
+    class_prior,
+    trainable_dreambooth,
+    trainable_inversion,
+    trainable_lora,
+)
 from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.faces.photo import crop_face
 from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
 from hdbcli.model.tokens import Tokens, own_tokens
-from hdbcli.training.refine import Trial, lidb_trial, portrait_loss, train
+from hdbcli.training.refine import Trainable, portrait_loss, train, trainable_lidb
 from registry.errors import HdbError
 from registry.spec import SampleSettings
 
@@ -43,30 +48,30 @@ def latents(tiny: Base) -> list[Tensor]:
 
 
 @contextmanager
-def trial_of(method: str, base: Base, people: int) -> Iterator[Trial]:
+def trainable_of(method: str, base: Base, people: int) -> Iterator[Trainable]:
     if method == "dreambooth":
-        with dreambooth_trial(base, class_prior(base, 2, ["a face"], quiet)) as trial:
-            yield trial
+        with trainable_dreambooth(base, class_prior(base, 2, ["a face"], quiet)) as trainable:
+            yield trainable
     elif method == "lidb":
-        yield lidb_trial(base, base.first_theta(people=people))
+        yield trainable_lidb(base, base.first_theta(people=people))
     else:
         yield {
-            "lora": lambda: lora_trial(base, people, 2),
-            "inversion": lambda: inversion_trial(base, people),
+            "lora": lambda: trainable_lora(base, people, 2),
+            "inversion": lambda: trainable_inversion(base, people),
         }[method]()
 
 
-def run(base: Base, trial: Trial, latents: list[Tensor], method: str) -> Tensor:
-    optimizer = torch.optim.AdamW(trial.parameters.values())
+def run(base: Base, trainable: Trainable, latents: list[Tensor], method: str) -> Tensor:
+    optimizer = torch.optim.AdamW(trainable.parameters.values())
     for _ in train(
         base,
-        trial,
+        trainable,
         latents,
         replace(CONFIG, lr=LR[method], steps=STEPS.get(method, CONFIG.steps)),
         optimizer,
     ):
         pass
-    return portrait_loss(base, trial.adapter(), latents)
+    return portrait_loss(base, trainable.adapter(), latents)
 
 
 @pytest.mark.parametrize("method", list(LR))
@@ -76,14 +81,14 @@ def test_each_method_starts_as_the_base_and_learns(
     one = latents[:1]
     before = portrait_loss(tiny, None, one)
     weights = {k: v.clone() for k, v in tiny.backbone.components["unet"].state_dict().items()}
-    with trial_of(method, tiny, 1) as trial:
-        torch.testing.assert_close(portrait_loss(tiny, trial.adapter(), one), before)
-        assert trial.numbers == sum(p.numel() for p in trial.parameters.values())
-        after = run(tiny, trial, one, method)
+    with trainable_of(method, tiny, 1) as trainable:
+        torch.testing.assert_close(portrait_loss(tiny, trainable.adapter(), one), before)
+        assert trainable.numbers == sum(p.numel() for p in trainable.parameters.values())
+        after = run(tiny, trainable, one, method)
         assert after < before - 5e-4
-        optimizer = torch.optim.AdamW(trial.parameters.values())
-        with pytest.raises(HdbError, match="trial of 1 people, photos of 2"):
-            next(train(tiny, trial, latents, CONFIG, optimizer))
+        optimizer = torch.optim.AdamW(trainable.parameters.values())
+        with pytest.raises(HdbError, match="1 people are trained, on photos of 2"):
+            next(train(tiny, trainable, latents, CONFIG, optimizer))
     assert torch.equal(portrait_loss(tiny, None, one), before)
     for name, tensor in tiny.backbone.components["unet"].state_dict().items():
         assert torch.equal(tensor, weights[name])
@@ -91,9 +96,9 @@ def test_each_method_starts_as_the_base_and_learns(
     assert not any(p.requires_grad or p.grad is not None for p in left)
 
 
-def numbers(trial: Trial) -> Tensor:
-    """Return what a trial has learned so far, a row a person."""
-    return torch.cat([p.detach().flatten(1) for p in trial.parameters.values()], 1)
+def numbers(trainable: Trainable) -> Tensor:
+    """Return what a trainable has learned so far, a row a person."""
+    return torch.cat([p.detach().flatten(1) for p in trainable.parameters.values()], 1)
 
 
 @pytest.mark.parametrize("method", ["lidb", "lora", "inversion"])
@@ -102,12 +107,12 @@ def test_people_side_by_side_learn_as_if_alone(
 ) -> None:
     """In float32: in bfloat16 Adam turns the last bit of a gradient near 0 into a whole step."""
     monkeypatch.setattr("hdbcli.training.refine.autocast", lambda *_, **__: nullcontext())
-    with trial_of(method, tiny, 2) as both:
+    with trainable_of(method, tiny, 2) as both:
         start = numbers(both)
         run(tiny, both, latents, method)
         together = numbers(both) - start
     for i in range(2):
-        with trial_of(method, tiny, 1) as one:
+        with trainable_of(method, tiny, 1) as one:
             run(tiny, one, latents[i : i + 1], method)
             alone = (numbers(one) - start[i : i + 1])[0]
         assert alone.abs().mean() > 1e-3, "it learned"
@@ -123,10 +128,10 @@ def test_every_photo_of_a_person_is_learned_from(tiny: Base, latents: list[Tenso
     other[2] = torch.randn(own[2].shape, generator=generator)
 
     def learned(photos: Tensor, steps: int) -> Tensor:
-        trial = lidb_trial(tiny, tiny.first_theta())
-        for _ in train(tiny, trial, [photos], replace(CONFIG, batch=2, steps=steps)):
+        trainable = trainable_lidb(tiny, tiny.first_theta())
+        for _ in train(tiny, trainable, [photos], replace(CONFIG, batch=2, steps=steps)):
             pass
-        return numbers(trial)
+        return numbers(trainable)
 
     assert torch.equal(learned(own, 1), learned(other, 1))  # photos 1 and 2: the control
     assert not torch.equal(learned(own, 2), learned(other, 2))  # 2 and 3
@@ -137,9 +142,9 @@ def test_relaxation_outside_the_basis_starts_where_the_prediction_is(
 ) -> None:
     theta = tiny.first_theta()
     theta.up.normal_(generator=torch.Generator().manual_seed(0), std=0.3)
-    trial = lora_trial(tiny, 1, 2, beneath=theta)
+    trainable = trainable_lora(tiny, 1, 2, beneath=theta)
     predicted = portrait_loss(tiny, theta, latents[:1])
-    torch.testing.assert_close(portrait_loss(tiny, trial.adapter(), latents[:1]), predicted)
+    torch.testing.assert_close(portrait_loss(tiny, trainable.adapter(), latents[:1]), predicted)
     assert abs(float(predicted - portrait_loss(tiny, None, latents[:1]))) > 1e-3
 
 
@@ -173,10 +178,10 @@ def test_the_prior_of_dreambooth_joins_the_batch_and_is_as_large(
         seen.append(dict(Counter(prompts)))
         return own(self, clean, prompts, *more)
 
-    with trial_of("dreambooth", tiny, 1) as trial:
+    with trainable_of("dreambooth", tiny, 1) as trainable:
         monkeypatch.setattr(type(tiny.backbone), "loss", loss)
-        optimizer = torch.optim.SGD(trial.parameters.values(), lr=0)
-        next(train(tiny, trial, latents[:1], replace(CONFIG, batch=3), optimizer))
+        optimizer = torch.optim.SGD(trainable.parameters.values(), lr=0)
+        next(train(tiny, trainable, latents[:1], replace(CONFIG, batch=3), optimizer))
         thrifty = replace(tiny, plan=replace(tiny.plan, at_once=2))
-        next(train(thrifty, trial, latents[:1], replace(CONFIG, batch=2), optimizer))
+        next(train(thrifty, trainable, latents[:1], replace(CONFIG, batch=2), optimizer))
     assert seen == [{"a sks face": 3, "a face": 3}] + 2 * [{"a sks face": 1, "a face": 1}]

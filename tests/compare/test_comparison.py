@@ -15,12 +15,12 @@ from commands import hdb, told
 from PIL import Image
 from records import ALONE, judge, record
 
-from hdbcli.compare.comparison import RATES, Contest, Limits
-from hdbcli.compare.methods import CONTENDERS, choose
+from hdbcli.compare.comparison import RATES, Comparison, Limits
+from hdbcli.compare.methods import METHODS, choose
 from hdbcli.compare.page import tables
-from hdbcli.compare.results import reached, stand
+from hdbcli.compare.results import reached, result_of
 from hdbcli.compare.timing import Alone
-from hdbcli.config import CAPTIONS, MAIN_METHODS, METHODS
+from hdbcli.config import CAPTIONS, MAIN_METHODS, METHOD_NAMES
 from hdbcli.measure.statistics import Interval, bootstrap, find
 from hdbcli.model.base import Base
 from hdbcli.model.contact_sheet import LINE, NAME
@@ -28,7 +28,7 @@ from registry.errors import HdbError
 from registry.spec import BaseSpec, SampleSettings
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
-a, b = (replace(CONTENDERS["lora"], name=name) for name in "ab")
+a, b = (replace(METHODS["lora"], name=name) for name in "ab")
 
 
 def people(count: int = 9) -> torch.Tensor:
@@ -38,7 +38,7 @@ def people(count: int = 9) -> torch.Tensor:
 def test_a_standing_is_what_the_record_says() -> None:
     truth = people()
     judges, best = [judge(truth)], record(truth, 0.25)
-    first = stand(a, best, ALONE, judges, None)
+    first = result_of(a, best, ALONE, judges, None)
     means = {key: interval.mean for key, interval in first.measured.items()}
     assert means == pytest.approx({"likeness": 0.75, "fidelity (t)": 1.0, "drift": 2.0}, abs=1e-5)
     assert first.less_than_first == {} and first.seconds == 1 + 40 * 0.5
@@ -49,7 +49,7 @@ def test_a_standing_is_what_the_record_says() -> None:
     assert first.named == {"t": (1.0,) * 6} and first.found == (1.0,) * 6
     assert first.way["face"].mean == pytest.approx((0.75 - 0.2) / (0.9 - 0.2), abs=1e-5)
     worse = replace(record(truth, 0.5), texts={"t": best.texts["t"].flip(3)})
-    second = stand(b, worse, ALONE, judges, best)
+    second = result_of(b, worse, ALONE, judges, best)
     assert second.named == {"t": (0.0,) * 6}
     paired = second.less_than_first["likeness"]
     assert paired.low > 0.2 and paired.mean == pytest.approx(0.25, abs=1e-5)
@@ -61,7 +61,7 @@ def test_a_portrait_without_a_face_is_a_miss_of_one_drawing() -> None:
     truth = people()
     lost = record(truth, 0.25)
     lost.faces["face"][0, 3, 1] = torch.nan
-    told = stand(a, lost, ALONE, [judge(truth)], None)
+    told = result_of(a, lost, ALONE, [judge(truth)], None)
     # one of 18 portraits counts 0 instead of 1 - 0.3, and finds no one
     assert told.measured["likeness"].mean == pytest.approx(0.75 - 0.7 / 18, abs=1e-5)
     assert told.portraits["face"].first.mean == pytest.approx(17 / 18)
@@ -73,7 +73,7 @@ def test_styles_together_ask_for_the_name_and_the_person_of_the_same_picture() -
     half = record(truth, 0.25)
     half.texts["t"][1, :6] = half.texts["t"][2, :6]  # six people's selfies look like Pixar
     half.faces["face"][1, 3:9] = half.faces["face"][1, 3:9].flip(0)  # six have another's face
-    told = stand(a, half, ALONE, [judge(truth)], None)
+    told = result_of(a, half, ALONE, [judge(truth)], None)
     assert told.named["t"][1] == 0.5
     five = told.styled["face"][0].five.mean
     assert told.styled["face"][0].first.mean == 0.5 <= five < 1
@@ -89,15 +89,15 @@ def test_methods_that_learned_fewer_people_are_judged_on_those() -> None:
     judges = [judge(truth)]
     many, few = record(truth, 0.25), record(truth[:3], 0.5)
     for first, second in ((many, few), (few, many)):
-        line = stand(a, first, ALONE, judges, None)
-        other = stand(b, second, ALONE, judges, first)
+        line = result_of(a, first, ALONE, judges, None)
+        other = result_of(b, second, ALONE, judges, first)
         paired = other.less_than_first["likeness"]
         gap = 0.25 if first is many else -0.25
         assert paired.mean == pytest.approx(gap, abs=1e-5)
         assert {line.people, other.people} == {3, 9}
         assert other.portraits["face"].first.mean == 1.0
     twin = torch.cat([truth[:5], truth[:1], truth[6:]])  # of a person who was not learned
-    line = stand(a, few, ALONE, [judge(twin)], None)
+    line = result_of(a, few, ALONE, [judge(twin)], None)
     assert line.portraits["face"].first.mean == pytest.approx(2 / 3)
 
 
@@ -105,16 +105,16 @@ def test_seconds_are_read_from_finished_schedules() -> None:
     truth = people()
     judges, best = [judge(truth)], record(truth, 0.25)
     slow = replace(ALONE, prepare=0.0, step=5.0)
-    first = stand(a, best, ALONE, judges, None)
+    first = result_of(a, best, ALONE, judges, None)
     short, long = (
-        stand(b.of_steps(steps), record(truth, away, steps), slow, judges, best)
+        result_of(b.of_steps(steps), record(truth, away, steps), slow, judges, best)
         for steps, away in ((100, 0.5), (300, 0.1))
     )
     assert {short.family, long.family} == {"b"} and short.name == "b@100"
     same = Interval(0.5, 0.4, 0.6)
     limits = {"face": Limits(same, same, same, None, None)}
-    contest = Contest(9, "here", False, (first, short, long), None, limits, ())
-    (speeds,) = (table for table in tables(contest) if table.title.startswith("Seconds"))
+    comparison = Comparison(9, "here", False, (first, short, long), None, limits, ())
+    (speeds,) = (table for table in tables(comparison) if table.title.startswith("Seconds"))
     middle = 500 + (0.75 - 0.5) / (0.9 - 0.5) * 1000  # on the line between the two
     assert speeds.heads == ("likeness, by", "a", "b")
     assert speeds.rows == (
@@ -124,11 +124,11 @@ def test_seconds_are_read_from_finished_schedules() -> None:
     )
     (speeds,) = (
         table
-        for table in tables(replace(contest, standings=(first, short)))
+        for table in tables(replace(comparison, results=(first, short)))
         if table.title.startswith("Seconds")
     )
     assert speeds.rows[0][2] == "never"  # whatever a longer schedule would have reached
-    alone = tables(replace(contest, standings=(first,)))
+    alone = tables(replace(comparison, results=(first,)))
     assert not any(table.title.startswith("Seconds") for table in alone)
 
 
@@ -150,7 +150,7 @@ def test_bootstrap_covers_the_mean_and_knows_noise_from_none() -> None:
 
 
 def test_methods_are_those_of_the_help() -> None:
-    assert tuple(CONTENDERS) == METHODS and set(MAIN_METHODS.split(",")) <= set(METHODS)
+    assert tuple(METHODS) == METHOD_NAMES and set(MAIN_METHODS.split(",")) <= set(METHODS)
     assert [c.steps for c in choose(["lora", "hyperdreambooth"], 50)] == [50, 40]
     assert [c.people for c in choose(["lora:12", "dreambooth"])] == [12, None]
     for bad in ("lora:0", "lora:few", "lora:-1"):
@@ -158,8 +158,8 @@ def test_methods_are_those_of_the_help() -> None:
             choose([bad])
     short, most, own = choose(["dreambooth@40:3", "dreambooth@1000", "lora@77"])
     assert (short.name, short.steps, short.people, short.lr) == ("dreambooth@40", 40, 3, 3e-4)
-    assert most.lr == CONTENDERS["dreambooth"].lr and most.family == "dreambooth"
-    assert own.steps == 77 and own.lr == CONTENDERS["lora"].lr
+    assert most.lr == METHODS["dreambooth"].lr and most.family == "dreambooth"
+    assert own.steps == 77 and own.lr == METHODS["lora"].lr
     for bad in ("lora@", "lora@0", "lora@x", "hypernetwork-only@40"):
         with pytest.raises(HdbError, match="NAME@STEPS"):
             choose([bad])
@@ -188,7 +188,7 @@ def test_compare_from_photos_to_sheet(
     words += ["--truth", tmp_path / "truth"]
     document = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora:1")
     assert document["people"] == 2
-    only, lora = document["standings"]
+    only, lora = document["results"]
     assert only["steps"] == 0 and lora["steps"] == 2 and lora["numbers"] > only["numbers"] > 0
     mine, other = only["alone"], lora["alone"]
     assert other["step"] > 0 == mine["step"] and min(only["seconds"], lora["seconds"]) > 0
@@ -225,9 +225,9 @@ def test_compare_from_photos_to_sheet(
     assert len(kept) == 2 and len(tried) == 1 + len(RATES)  # the prediction has none
     again = run(*words, "--tune", tmp_path / "others", "--methods", "hypernetwork-only,lora:1")
     assert [file.stat().st_mtime_ns for file in kept] == list(kept.values())  # nothing done twice
-    assert again["standings"][1]["measured"] == lora["measured"]
+    assert again["results"][1]["measured"] == lora["measured"]
     fewer = run(*words[:1], "--people", 1, *words[3:], "--methods", "hypernetwork-only")
-    assert fewer["people"] == 1  # another arena: its records are its own
+    assert fewer["people"] == 1  # another setup: its records are its own
     (tmp_path / "truth/900001/pixar-0.png").unlink()
     result = hdb("compare", *words, "--methods", "lora")
     assert result.exit_code == 1 and "900001 has no true picture of" in result.stderr
@@ -249,7 +249,7 @@ def test_a_base_without_a_hypernetwork_compares_what_needs_none(
     )
     words = [HELD_OUT / "900000", "--steps", 1, "-o", tmp_path / "out", "--methods"]
     document = run(*words, "no-hypernetwork,lora")
-    assert [s["steps"] for s in document["standings"]] == [1, 1]
+    assert [s["steps"] for s in document["results"]] == [1, 1]
     result = hdb("compare", *words, "lora,one-pass")
     assert result.exit_code == 1 and "tiny has no hypernetwork" in result.stderr
 

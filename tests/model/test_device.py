@@ -16,7 +16,7 @@ from hdbcli.config import RefineConfig
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast, choose_device, make_optimizer
 from hdbcli.training.hypernetwork import new_hypernetwork
-from hdbcli.training.refine import lidb_trial, portrait_loss, train
+from hdbcli.training.refine import portrait_loss, train, trainable_lidb
 from registry.errors import HdbError
 
 FACE = Path(__file__).parents[1] / "data" / "heldout" / "900000" / "photo-0.jpg"
@@ -31,16 +31,16 @@ def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> set[torch.dt
 def learnt(base: Base, optimizer: str) -> tuple[list[float], torch.dtype]:
     """Refine from theta_0: the loss of every step with those at the start and the end around them,
     and the format of the optimizer's state."""
-    trial = lidb_trial(base, base.first_theta())
+    trainable = trainable_lidb(base, base.first_theta())
     face = np.asarray(Image.open(FACE).convert("RGB").resize((128, 128)))
     latents = [base.backbone.encode_images(base.images([face]))]
-    chosen, name = make_optimizer(optimizer, trial.parameters.values(), 5e-3)
+    chosen, name = make_optimizer(optimizer, trainable.parameters.values(), 5e-3)
     assert name == optimizer
-    losses = [float(portrait_loss(base, trial.adapter(), latents))]
+    losses = [float(portrait_loss(base, trainable.adapter(), latents))]
     config = RefineConfig(steps=15, rank=1, lr=5e-3, batch=8)
-    losses += [step.loss for step in train(base, trial, latents, config, chosen)]
-    (held,) = moments(chosen, trial.parameters["theta"])
-    return [*losses, float(portrait_loss(base, trial.adapter(), latents))], held
+    losses += [step.loss for step in train(base, trainable, latents, config, chosen)]
+    (held,) = moments(chosen, trainable.parameters["theta"])
+    return [*losses, float(portrait_loss(base, trainable.adapter(), latents))], held
 
 
 def test_theta_learns_in_8_bits_as_in_32(tiny: Base) -> None:

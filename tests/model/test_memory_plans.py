@@ -18,7 +18,7 @@ from hdbcli.model.base import Base, load_base
 from hdbcli.model.memory import NORMAL, PLANS, MemoryPlan
 from hdbcli.training import objective
 from hdbcli.training.likeness_loss import likeness_loss
-from hdbcli.training.refine import lidb_trial, portrait_loss, refine, train
+from hdbcli.training.refine import portrait_loss, refine, train, trainable_lidb
 from registry.plugins import load_registry
 from registry.stable_diffusion.families import FAMILIES
 from registry.stable_diffusion.loading import load_folder, load_single
@@ -45,15 +45,15 @@ def exact_numbers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def gradient(base: Base, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, int]:
     """Return theta's gradient in the first step of refinement, and how often layers ran."""
-    trial, runs = lidb_trial(base, base.first_theta()), []
-    flat = trial.parameters["theta"]
+    trainable, runs = trainable_lidb(base, base.first_theta()), []
+    flat = trainable.parameters["theta"]
     optimizer = torch.optim.SGD([flat], lr=1e-9)
     hooks = [
         layer.register_forward_pre_hook(lambda *_: runs.append(1))
         for layer in base.injected.layers.values()
     ]
     with exact_numbers(monkeypatch):
-        next(train(base, trial, latents_of(base), RefineConfig(steps=1, batch=8), optimizer))
+        next(train(base, trainable, latents_of(base), RefineConfig(steps=1, batch=8), optimizer))
     for hook in hooks:
         hook.remove()
     assert flat.grad is not None

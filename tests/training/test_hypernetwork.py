@@ -319,7 +319,7 @@ def test_people_refined_side_by_side_are_each_as_if_alone(
         if i == 2:  # the control: the second photo is used
             one = refine(tiny, theta[i : i + 1], [latents[i][:1]], config, quiet)
             assert (one.theta.up - together.theta.up[i]).abs().mean() > 0.2 * moved
-    with pytest.raises(HdbError, match="trial of 3 people, photos of 2"):
+    with pytest.raises(HdbError, match="3 people are trained, on photos of 2"):
         refine(tiny, theta, latents[:2], config, quiet)
 
 
