@@ -24,7 +24,6 @@ from hdbcli.model.sample import generate
 from hdbcli.training.evaluate import refine_all
 from hdbcli.training.people import read_people
 from hdbcli.training.personalise import describe
-from hdbcli.training.shards import encoded
 from registry.errors import HdbError
 
 BASE = "tiny"
@@ -38,17 +37,15 @@ def run(folder: Path | None, tell: Tell) -> list[Row]:
         raise HdbError("benchmark derived needs people; give --people tests/data/heldout")
     base = open_base(BASE)
     model, _ = load_predictor(base)
-    people = encoded(base, read_people(folder, base.spec, "*", False, tell).first(PEOPLE))
+    people = read_people(folder, base.spec, "*", False, tell).first(PEOPLE)
     if len(people.names) < 2:
         raise HdbError(f"{folder} holds {len(people.names)} usable people; two are needed")
     read = people.crops[[photos[0] for photos in people.members]]
     truth = embed([people.crops[photos[-1]] for photos in people.members])
+    faces = base.faces(list(read))
     with torch.no_grad():
-        predicted = model(base.faces(list(read)))
-    assert people.latents is not None
-    latents = people.latents[[photos[0] for photos in people.members]][:, 0]
-    given = torch.from_numpy(latents).float().to(base.device)
-    theta = refine_all(base, predicted, read, given, tell)
+        predicted = model(faces)
+    theta = refine_all(base, predicted, faces, tell)
     count = len(theta)
     whole, small = (
         float(FaceMetric().likeness(_portraits(base, adapter, tell).numpy(), truth.numpy()).mean())

@@ -61,13 +61,14 @@ def agreement(device: str) -> list[Row]:
 
 
 def _results(base: Base, crop: np.ndarray) -> tuple[Theta, float, float, float, np.ndarray]:
-    theta = load_predictor(base)[0].predict(base.faces([crop]))
-    latents = [base.backbone.encode_images(base.images([crop]))]
+    face = base.faces([crop])
+    theta = load_predictor(base)[0].predict(face)
+    latents = [face.latents]
     config = RefineConfig(steps=STEPS, rank=1)
     loss = float(portrait_loss(base, theta, latents))
     plain, alike = (
         float(refine(base, theta, latents, config, lambda *_: None, faces).loss_end)
-        for faces in (None, [base.faces([crop])])
+        for faces in (None, [face])
     )
     drawn = generate(base, theta, PORTRAIT, [0], base.spec.sampling, lambda *_: None)
     return Theta(theta.down.cpu(), theta.up.cpu()), loss, plain, alike, drawn[0].image
@@ -79,8 +80,7 @@ def speeds(spec: BaseSpec, device: str) -> list[Row]:
     for plan in PLANS:
         _reset(device)
         base = load_base(spec, device, plan)
-        side = spec.resolution
-        latents = [base.backbone.encode_images(torch.zeros(1, 3, side, side, device=device))]
+        latents = [torch.zeros(1, *base.latent_shape, device=device)]
         base.free_autoencoder()
         cores = ((len(base.injected.layers), 4, spec.a), (len(base.injected.layers), spec.b, 4))
         down, up = (0.01 * torch.randn((1, *shape), device=device) for shape in cores)

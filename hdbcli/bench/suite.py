@@ -85,8 +85,7 @@ def _bank(*_: object) -> list[Row]:
 
 def _optimise(base: Base, people: int) -> float:
     """Return the median seconds of one step of so many people."""
-    side = base.spec.resolution
-    latents = [base.backbone.encode_images(torch.zeros(1, 3, side, side)) for _ in range(people)]
+    latents = [torch.zeros(1, *base.latent_shape)] * people
     trainable = trainable_lidb(base, base.first_theta(people=people))
     config = BankConfig(steps=ROUNDS + 2).refine()
     return statistics.median(step_seconds(train(base, trainable, latents, config))[2:])

@@ -127,12 +127,12 @@ def _random_people(base: Base) -> People:
     """Return four people who do not exist, in memory: noise, which costs as much as faces."""
     count, side = 4, base.spec.resolution
     generator = np.random.default_rng(0)
-    shape = base.backbone.encode_images(torch.zeros(1, 3, side, side, device=base.device)).shape
+    latents = generator.standard_normal((count, 2, *base.latent_shape), np.float32)
     return People(
         generator.integers(0, 256, (count, side, side, 3), np.uint8),
         tuple("abcd"),
         tuple((k,) for k in range(count)),
         styled=((),) * count,
         traits=generator.standard_normal((count, 128), np.float32),
-        latents=generator.standard_normal((count, 2, *shape[1:]), np.float32).astype(np.float16),
+        latents=latents.astype(np.float16),
     )

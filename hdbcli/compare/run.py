@@ -135,7 +135,7 @@ def _group(setup: Setup, method: Method, persons: range, file: Path) -> Record:
         return _read(file)
     base = setup.base
     faces = [base.faces([setup.given[p]]) for p in persons]
-    latents = [base.backbone.encode_images(each.crops) for each in faces]
+    latents = [each.latents for each in faces]
     lr, optimizer = max(method.lr, 1e-12), method.optimizer
     config = RefineConfig(method.steps, lr=lr, batch=setup.batch, optimizer=optimizer)
     with method.prepared(base, setup.model, faces, setup.tell) as trainable:

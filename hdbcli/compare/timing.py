@@ -82,16 +82,16 @@ def _time(
     startup = time.time() - asked
     count = rounds.warm_up + rounds.timed
     config = RefineConfig(count, lr=max(method.lr, 1e-12), batch=batch, optimizer=method.optimizer)
-    latents = [base.backbone.encode_images(base.images([crop]))]
-    if method.predicted and model:  # what is loaded at the first call belongs to the start-up
-        model.predict(base.faces([crop]), method.iterations)
+    face = base.faces([crop])  # what is loaded at the first call belongs to the start-up
+    if method.predicted and model:
+        model.predict(face, method.iterations)
     wait_for(base.device)
     began = time.perf_counter()
-    faces = [base.faces([crop])]  # the recogniser's share of a prediction
-    with method.prepared(base, model, faces, lambda *_: None) as trainable:
+    face = base.faces([crop])  # encoding and the recogniser are part of a prediction
+    with method.prepared(base, model, [face], lambda *_: None) as trainable:
         wait_for(base.device)
         prepared = time.perf_counter()
-        steps = train(base, trainable, latents, config) if method.steps else ()
+        steps = train(base, trainable, [face.latents], config) if method.steps else ()
         seconds = step_seconds(steps)
     step = statistics.median(seconds[rounds.warm_up :]) if seconds else 0.0
     return Alone(startup, prepared - began, tuple(seconds), step, peak_memory(base.device))

@@ -94,10 +94,15 @@ class HyperNetwork(nn.Module):
         start = first_theta(c.targets, c.a, c.b, c.rank)
         self.register_buffer("start", _tokens(start), persistent=False)  # (1, L, R(a+b))
 
+    @property
+    def reads_latents(self) -> bool:
+        """Say whether it reads the latents of a face, or the crop itself."""
+        return self.config.scale > 1
+
     def encode_face(self, faces: Faces) -> Tensor:
         """Encode faces into tokens (B, F, width); one more before them is the recogniser's, where
         it is read."""
-        seen = faces.crops if self.config.scale == 1 else faces.latents
+        seen = faces.latents if self.reads_latents else faces.crops
         patches = self.stem(seen).flatten(2).transpose(1, 2)
         encoded = self.encoder(patches + self.face_position)
         if self.config.traits:

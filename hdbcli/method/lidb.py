@@ -73,7 +73,7 @@ class LiDBLayer(nn.Module):
     """A frozen layer with weight W (n, m) and, while it is adapted, the residual dW = U D of
     each sample's own.
 
-    A kind of layer only says what `project` and `add` are; the rest is the same for all.
+    A kind of layer only says what `plus_residual` is; the rest is the same for all.
     """
 
     base: Any
@@ -107,14 +107,10 @@ class LiDBLayer(nn.Module):
         if self.residual is None:
             return y
         down, up = self.residual
-        return self.add(y, up.to(y.dtype), self.project(x, down.to(x.dtype)).to(y.dtype))
+        return self.plus_residual(y, x, down.to(x.dtype), up.to(y.dtype))
 
-    def project(self, x: Tensor, down: Tensor) -> Tensor:
-        """Return z = D x of each sample for D (B, R, m)."""
-        raise NotImplementedError
-
-    def add(self, y: Tensor, up: Tensor, z: Tensor) -> Tensor:
-        """Return y + U z of each sample for U (B, n, R)."""
+    def plus_residual(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Return y + U (D x) of each sample for D (B, R, m) and U (B, n, R)."""
         raise NotImplementedError
 
     def as_weights(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,28 +126,24 @@ class LiDBLayer(nn.Module):
 
 
 class LiDBLinear(LiDBLayer):
-    """A linear layer: x (k B, ..., m), z (k B, T, R), y (k B, ..., n) with T tokens a sample."""
+    """A linear layer: y + (x D^T) U^T for x (k B, ..., m) and y (k B, ..., n)."""
 
-    def project(self, x: Tensor, down: Tensor) -> Tensor:
-        tokens = _tokens(x, len(down))
-        return tokens @ _dealt(down, len(tokens)).mT
-
-    def add(self, y: Tensor, up: Tensor, z: Tensor) -> Tensor:
-        return _plus_product(_tokens(y, len(up)), z, _dealt(up, len(z)).mT).view(y.shape)
+    def plus_residual(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        tokens = _tokens(x, len(down))  # (k B, T, m)
+        z = tokens @ _dealt(down, len(tokens)).mT  # (k B, T, R)
+        added = _plus_product(_tokens(y, len(up)), z.to(y.dtype), _dealt(up, len(z)).mT)
+        return added.view(y.shape)
 
 
 class LiDBConv2d(LiDBLayer):
-    """A convolution: x (k B, c, H, W), z (k B, R, H' W'), y (k B, n, H', W').
+    """A convolution: y + U * (D * x) for x (k B, c, H, W) and y (k B, n, H', W'), where D is a
+    convolution to R channels with the layer's kernel, stride and padding, and U one of 1 x 1."""
 
-    D is a convolution to R channels with the layer's kernel, stride and padding, U one of 1 x 1.
-    """
-
-    def project(self, x: Tensor, down: Tensor) -> Tensor:
+    def plus_residual(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         kernels = down.unflatten(2, (-1, *self.base.kernel_size))  # (B, R, c, h, w)
-        return _convolved(x, kernels, self.base).flatten(2)
-
-    def add(self, y: Tensor, up: Tensor, z: Tensor) -> Tensor:
-        return _plus_product(y.flatten(2), _dealt(up, len(z)), z).view(y.shape)
+        z = _convolved(x, kernels, self.base).flatten(2)  # (k B, R, H' W')
+        added = _plus_product(y.flatten(2), _dealt(up, len(z)), z.to(y.dtype))
+        return added.view(y.shape)
 
     def as_weights(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         return down.unflatten(1, (-1, *self.base.kernel_size)), up[:, :, None, None]

@@ -3,6 +3,7 @@ at hand."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -68,6 +69,14 @@ class Base:
         else:
             with self.injected.adapted(adapter):
                 yield
+
+    @functools.cached_property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Return the shape (c, h, w) of a picture's latents, learned by encoding one."""
+        side = self.spec.resolution
+        with torch.no_grad():
+            blank = torch.zeros(1, 3, side, side, device=self.device)
+            return tuple(self.backbone.encode_images(blank).shape[1:])
 
     def free_autoencoder(self) -> None:
         """Let go of the autoencoder until it is needed again, if the plan is to save memory."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,11 +69,9 @@ def evaluate(
     assert people.latents is not None
     given, kept_back = ([m[k] for m in people.members] for k in range(2))
     first, second = people.crops[given], people.crops[kept_back]
-    own_latents, latents = (
-        torch.from_numpy(people.latents[rows][:, 0]).float().to(base.device)
-        for rows in (given, kept_back)
-    )
-    theta = _predict(model, base.faces(list(first)))
+    latents = torch.from_numpy(people.latents[kept_back][:, 0]).float().to(base.device)
+    faces = base.faces(list(first))
+    theta = _predict(model, faces)
     others = Theta(theta.down.roll(1, 0), theta.up.roll(1, 0))
     own, another, none = (
         person_losses(base, adapter, latents, tell) for adapter in (theta, others, None)
@@ -82,7 +79,7 @@ def evaluate(
     gallery = embed(list(second))
     more = None
     if refined:
-        final = refine_all(base, theta[:refined], first[:refined], own_latents[:refined], tell)
+        final = refine_all(base, theta[:refined], faces, tell)
         more = _retrieval_of(base, final, gallery, tell)
     return Evaluation(
         people=len(people.names),
@@ -122,16 +119,14 @@ def _predict(model: HyperNetwork, faces: Faces) -> Theta:
     return model(faces)
 
 
-def refine_all(base: Base, theta: Theta, crops: np.ndarray, encoded: Tensor, tell: Tell) -> Theta:
-    """Relax and refine as `hdb new` does, on one crop and its latents (P, c, h, w) each, a few
-    dozen people at once."""
+def refine_all(base: Base, theta: Theta, faces: Faces, tell: Tell) -> Theta:
+    """Relax and refine P people as `hdb new` does, person p on face p, a few dozen at once."""
     config = personalise.settle(base, None, None, RefineConfig.seed, RefineConfig.optimizer)
-    faces = [base.faces([crop]) for crop in crops]
-    latents = [latent[None] for latent in encoded]
+    own = [Faces(*(rows[p : p + 1] for rows in faces)) for p in range(len(theta))]
     done = []
-    for part in _parts(base, len(latents)):
-        start = relax(theta[part], config.rank)
-        done.append(refine(base, start, latents[part], config, tell, faces[part]).theta)
+    for part in _parts(base, len(own)):
+        start, latents = relax(theta[part], config.rank), [face.latents for face in own[part]]
+        done.append(refine(base, start, latents, config, tell, own[part]).theta)
     return stack(done)
 
 

@@ -51,8 +51,7 @@ def new_hypernetwork(
     ablation, and no `recogniser`."""
     injected = base.injected
     side = base.spec.resolution
-    with torch.no_grad():
-        channels, cells = base.backbone.encode_images(torch.zeros(1, 3, side, side)).shape[1:3]
+    channels, cells, _ = base.latent_shape
     config = HyperConfig(
         targets=len(injected.layers),
         a=base.spec.a,
@@ -261,15 +260,16 @@ def _part_losses(
         both = material.latents(rows.tolist())
         return both[torch.arange(len(rows)), turned.long()].float().to(device)
 
-    # Samples lie people fastest: the order in which the layer deals out identities.
-    faces = Faces(
-        seen(batch.read, mirrored),
-        material.traits(batch.read).to(device),
-        encoded(batch.read, mirrored),
-    )
+    # Only what the hypernetwork reads is read from the files.
+    unread, traits = torch.empty(0), material.traits(batch.read).to(device)
+    if model.reads_latents:
+        faces = Faces(unread, traits, encoded(batch.read, mirrored))
+    else:
+        faces = Faces(seen(batch.read, mirrored), traits, unread)
     with autocast(device, precision):
         theta = model(faces)
 
+    # Samples lie people fastest: the order in which the layer deals out identities.
     def samples(drawn: Tensor, captions: Sequence[str]) -> Samples:
         count, rows = len(drawn), drawn.T.flatten()
         return Samples(

@@ -322,17 +322,15 @@ def encoded(base: Base, people: People) -> People:
     and the latents of every crop and of its mirror image."""
     assert isinstance(people.crops, np.ndarray)
     traits = [np.zeros((0, 128), np.float32)]
-    shape = base.backbone.encode_images(_probe(base)).shape[1:]
-    latents = [np.zeros((0, 2, *shape), np.float16)]
+    latents = [np.zeros((0, 2, *base.latent_shape), np.float16)]
     step = max(1, 100 * 128**2 // base.spec.resolution**2)
     for start in range(0, len(people.crops), step):
-        faces = base.faces(list(people.crops[start : start + step]))
+        images = base.images(list(people.crops[start : start + step]))
+        traits.append(base.embed(images).float().cpu().numpy())
         with autocast(base.device):
             both = [
-                base.backbone.encode_images(crops).half().cpu()
-                for crops in (faces.crops, faces.crops.flip(-1))
+                base.backbone.encode_images(each).half().cpu() for each in (images, images.flip(-1))
             ]
-        traits.append(faces.traits.float().cpu().numpy())
         latents.append(torch.stack(both, 1).numpy())
     return replace(people, traits=np.concatenate(traits), latents=np.concatenate(latents))
 

@@ -35,7 +35,7 @@ def people(count: int = 9) -> torch.Tensor:
     return torch.randn(count, 128, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_standing_is_what_the_record_says() -> None:
+def test_a_result_is_what_the_record_says() -> None:
     truth = people()
     judges, best = [judge(truth)], record(truth, 0.25)
     first = result_of(a, best, ALONE, judges, None)

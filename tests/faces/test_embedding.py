@@ -12,11 +12,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from chips import chip, distance, likeness
 from safetensors import safe_open
 from torch import Tensor
 
 from hdbcli.faces import embedding
-from hdbcli.faces.embedding import chip, distance, embed, found, likeness, load_embedding
+from hdbcli.faces.embedding import embed, found, load_embedding
 from hdbcli.faces.photo import find_faces, read_photo
 from hdbcli.measure.statistics import Retrieval, retrieval
 from registry.errors import HdbError

@@ -16,11 +16,12 @@ import numpy as np
 import pillow_heif
 import pytest
 import torch
+from chips import likeness
 from PIL import Image, ImageCms, ImageOps
 from profiles import SPACES, cmyk_profile, grey_profile, in_space, rgb_profile
 
 from hdbcli.faces import colour
-from hdbcli.faces.embedding import embed_aligned, likeness
+from hdbcli.faces.embedding import embed_aligned
 from hdbcli.faces.photo import crop_face
 from hdbcli.faces.reading import read_photo
 from registry.errors import HdbError
@@ -433,7 +434,7 @@ READ = """
 import sys
 from pathlib import Path
 from registry.errors import HdbError
-from hdbcli.faces.embedding import embed_aligned, likeness
+from hdbcli.faces.embedding import embed_aligned
 from hdbcli.faces.photo import crop_face
 from hdbcli.faces.reading import read_photo
 from registry.tiny import TEMPLATE

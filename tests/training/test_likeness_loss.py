@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chips import chip
 from commands import ok
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hdbcli.config import PORTRAIT, RefineConfig
-from hdbcli.faces.embedding import aligned_chips, chip, embed_aligned, load_embedding
+from hdbcli.faces.embedding import aligned_chips, embed_aligned, load_embedding
 from hdbcli.faces.photo import crop_face
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Theta

@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from chips import chip
 
-from hdbcli.faces.embedding import chip, load_embedding
+from hdbcli.faces.embedding import load_embedding
 from hdbcli.faces.photo import find_faces, read_photo
 from hdbcli.training.people import read_people
 from registry.errors import HdbError
