@@ -548,7 +548,7 @@ def compose(
     parts: Mapping[str, float] | Sequence[tuple[Person, float]], *, rank: int | None = None
 ) -> Identity:
     """Add identities of one base up, exactly: what each changes, times its weight, which may be
-    negative. With `rank` the closest there is of so many ranks."""
+    negative. With `rank` the closest of that rank."""
     from hdbcli.identity import derivation
 
     _check_counts(rank=rank)

@@ -107,7 +107,7 @@ class PretrainConfig:
     beta: float = 0.1  # weight of the distance from the bank, where there is one
     prior: float = 5.0  # weight of leaving alone what is drawn without [V]
     likeness: float = 0.0  # weight of the distance of drawn faces from the true one
-    share: int = 4  # one in so many people of a step is drawn and kept from changing others
+    share: int = 4  # every N-th person of a batch gets the likeness and prior losses
     seed: int = 0
     optimizer: str = "adamw8bit"
     precision: str = "auto"

@@ -147,6 +147,6 @@ def _quota(group: Path) -> float | None:
     """Return the processors that a group may use, as a fraction; None without a quota."""
     with suppress(OSError, ValueError):
         quota, period = (group / "cpu.max").read_text().split()  # version 2
-        return int(quota) / int(period)  # "max" is no number
+        return int(quota) / int(period)  # "max" is not a number
     quota_v1, period_v1 = (_number(group / f"cpu.cfs_{n}_us") for n in ("quota", "period"))
     return quota_v1 / period_v1 if quota_v1 and period_v1 and quota_v1 > 0 else None

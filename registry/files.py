@@ -43,7 +43,7 @@ def write_beside(path: Path, new: bool = False) -> Iterator[Path]:
             path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():  # root may replace /dev/null for all users
-            raise HdbError(f"cannot write {said}: it is no plain file; give another name")
+            raise HdbError(f"cannot write {said}: it is not a plain file; give another name")
         temporary = temporary_beside(path)
         with open(temporary, "xb") as file:  # here, so that an unwritable folder is told first
             mode = os.fstat(file.fileno()).st_mode
@@ -106,7 +106,7 @@ def check_writable(path: Path) -> None:
         with suppress(FileNotFoundError, NotADirectoryError):
             place.lstat()  # a name may be too long
         if place.exists() and not place.is_file():
-            raise HdbError(f"cannot write {path}: it is no plain file; give another name")
+            raise HdbError(f"cannot write {path}: it is not a plain file; give another name")
         rehearsal, replaces = temporary_beside(place), place.exists()
     except OSError as error:
         raise HdbError(f"cannot write {path}: {error.strerror or error}") from error

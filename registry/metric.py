@@ -60,7 +60,7 @@ class MetricSpec:
     def __post_init__(self) -> None:
         """Raise HdbError for a spec that could not work."""
         if not isinstance(self.name, str) or not self.name.strip():
-            raise HdbError(f"metric name {self.name!r} is no word")
+            raise HdbError(f"metric name {self.name!r} is not a word")
         if self.against not in REFERENCES:
             raise HdbError(
                 f"metric {self.name}: against is {self.against!r}; choose {' or '.join(REFERENCES)}"

@@ -130,7 +130,7 @@ class Frugal(Protocol):
 
 @runtime_checkable
 class Limited(Protocol):
-    """What a backbone may offer beside, if its text encoder reads so many tokens and no more."""
+    """What a backbone may offer beside, if its text encoder reads a limited number of tokens."""
 
     def unread(self, prompt: str) -> str:
         """Return the end of a prompt that is cut off, "" where all is read."""

@@ -167,7 +167,7 @@ def describe(path: Path) -> Entry:
 
 
 def check(path: Path) -> None:
-    """Raise HdbError for a file that is no identity, or is not what it was when written."""
+    """Raise HdbError for a file that is not an identity, or is not what it was when written."""
     header = read_header(path)
     read_facts(path, header)
     read_content(path, header)
@@ -243,7 +243,7 @@ def check_output(out: Path, *inputs: Path) -> None:
     Then refuse one that cannot be written, before any work.
     """
     if any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
-        raise HdbError(f"{out} is what is read; give another file")
+        raise HdbError(f"{out} is the input file; give another file")
     check_among(out)
     check_writable(out)
 

@@ -84,7 +84,7 @@ def _bank(*_: object) -> list[Row]:
 
 
 def _optimise(base: Base, people: int) -> float:
-    """Return the median seconds of one step of so many people."""
+    """Return the median seconds of one step of `people` people."""
     latents = [torch.zeros(1, *base.latent_shape)] * people
     trainable = trainable_lidb(base, base.first_theta(people=people))
     config = BankConfig(steps=ROUNDS + 2).refine()

@@ -103,7 +103,7 @@ def shrink(
     render.note(f"rank {rank} keeps {1 - lost:.2%} of the identity's energy, {lost:.2%} is lost")
     if path == source and not yes:
         if not sys.stdin.isatty():
-            raise HdbError("shrink replaces what it shrinks; pass --as NEW to keep it, or --yes")
+            raise HdbError(f"this overwrites {path.stem}; use --as NEW to keep it, or --yes")
         ask(f"Replace {path.stem}?")
     _check_unchanged(source, stamp)
     _tell(path, rank, save(made, path, dtype, new), as_json, lost=lost)

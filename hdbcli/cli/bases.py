@@ -169,7 +169,9 @@ def base_set_hypernetwork(
     spec = bases().get(name)
     if file:
         if read_header(file, LARGEST).metadata.get("hdb.kind") != "hypernetwork":
-            raise HdbError(f"{file} is no hypernetwork; give what hdb train hypernetwork has made")
+            raise HdbError(
+                f"{file} is not a hypernetwork; give what hdb train hypernetwork has made"
+            )
         from hdbcli.model.base import load_base, load_predictor
         from hdbcli.model.hypernetwork_file import targets_of
         from registry.plugins import find_base

@@ -82,7 +82,7 @@ _METHODS = (
 _Batch = Annotated[
     int | None, typer.Option(min=1, help="Samples a step of every method; default: the base's.")
 ]
-_People = Annotated[int | None, typer.Option(min=1, help="Only the first so many people.")]
+_People = Annotated[int | None, typer.Option(min=1, help="Use only the first N people.")]
 _Tune = Annotated[Path | None, typer.Option(help="Other people, to choose each learning rate on.")]
 
 

@@ -33,7 +33,7 @@ def as_text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise typer.BadParameter(f"{value!r} is no text in UTF-8") from error
+        raise typer.BadParameter(f"{value!r} is not UTF-8 text") from error
     return value
 
 
@@ -45,7 +45,7 @@ def as_texts(values: list[str] | None) -> list[str] | None:
 def finite(value: float | None) -> float | None:
     """Refuse NaN and infinity, which no range of an option does."""
     if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no number to work with")
+        raise typer.BadParameter(f"{value} is not a number to work with")
     return value
 
 
@@ -260,7 +260,7 @@ def prompts_in(file: TextIO | None) -> list[str]:
         lines = [line.strip() for line in file]
     except (OSError, ValueError) as error:
         raise HdbError(
-            f"{file.name} is no text in UTF-8 ({error}); give one prompt a line"
+            f"{file.name} is not UTF-8 text ({error}); give one prompt a line"
         ) from error
     if not any(lines):
         raise HdbError(f"{file.name} holds no prompt; write one a line")

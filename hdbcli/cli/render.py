@@ -96,7 +96,7 @@ class Bars:
 
 @contextmanager
 def progress() -> Iterator[Bars]:
-    """Draw one bar a stage with the time left; silent where standard error is no terminal."""
+    """Draw one bar a stage with the time left; silent where standard error is not a terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

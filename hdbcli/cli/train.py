@@ -153,7 +153,7 @@ Share = Annotated[
     int,
     typer.Option(
         min=1,
-        help="Draw portraits of one in so many people of a step, and leave strangers alone.",
+        help="Apply the likeness and prior losses to every N-th person of a batch.",
     ),
 ]
 Track = Annotated[
@@ -306,7 +306,9 @@ def _check_hypernetwork_out(out: Path, start: Path | None) -> None:
     except HdbError:
         kind = None
     if kind != "hypernetwork":
-        raise HdbError(f"{out} is there and is no hypernetwork of hdb; give another file with -o")
+        raise HdbError(
+            f"{out} is there and is not a hypernetwork of hdb; give another file with -o"
+        )
 
 
 def _learn(

@@ -242,7 +242,7 @@ def document(comparison: Comparison, command: str) -> dict[str, Any]:
 
 
 def _finite(facts: Any) -> Any:
-    """Put None where a figure is no number, such as a share of a way that is none: JSON knows
+    """Put None where a figure is not a number, such as a share of a way that is none: JSON knows
     no NaN."""
     if isinstance(facts, dict):
         return {key: _finite(value) for key, value in facts.items()}

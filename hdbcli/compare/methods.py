@@ -52,12 +52,12 @@ class Method:
     predicted: bool = False  # starts from the hypernetwork, or rests on it
     iterations: int | None = None  # of the hypernetwork's decoder; None is all of them
     class_pictures: int = 0  # of a prior, which the base draws
-    class_prompts: int = 1  # of "a face" alone, or of it in so many styles
+    class_prompts: int = 1  # "a face" alone, or with styles of it
     optimizer: str = RefineConfig.optimizer
     likeness: float | None = 0.0  # weight of what is drawn, None is the base's own
     preserves: bool = False  # holds answers to other prompts, without pictures of a class
     rates: tuple[tuple[int, float], ...] = ()  # (steps, lr) of other schedules
-    people: int | None = None  # learns only the first so many
+    people: int | None = None  # learns only the first ones
 
     def prepared(
         self, base: Base, model: HyperNetwork | None, faces: Sequence[Faces], tell: Tell
@@ -71,7 +71,7 @@ class Method:
         return self.name.partition("@")[0]
 
     def of_steps(self, steps: int) -> Method:
-        """Return the method with a whole schedule of so many steps, at the rate of the schedule
+        """Return the method with a whole schedule of `steps` steps, at the rate of the schedule
         nearest in length that has one."""
         known = (*self.rates, (self.steps, self.lr))
         _, rate = min(known, key=lambda one: abs(math.log(max(one[0], 1) / steps)))
@@ -210,7 +210,7 @@ METHODS = {
 
 
 def choose(names: Sequence[str], most: int | None = None) -> list[Method]:
-    """Return the methods of these names, NAME, NAME@STEPS or NAME:PEOPLE, with at most so many
+    """Return the methods of these names, NAME, NAME@STEPS or NAME:PEOPLE, with at most `most`
     steps; HdbError for unknown names."""
     chosen: dict[str, Method] = {}
     for each in names:
@@ -238,7 +238,7 @@ def choose(names: Sequence[str], most: int | None = None) -> list[Method]:
 def suited(method: Method, base: Base, most: int | None = None) -> Method:
     """Give HyperDreamBooth and its ablations what `hdb new` would give them on this base: the rank
     that the budget of bytes allows, the rate where nothing is drawn for likeness, and on a base
-    without a hypernetwork the iterations of a start from scratch, at most so many."""
+    without a hypernetwork the iterations of a start from scratch, at most `most`."""
     if not method.steps or not (method.predicted or method.trains is lidb):
         return method
     new = settle(base, None, None, RefineConfig.seed, method.optimizer, method.likeness)

@@ -65,7 +65,7 @@ class MethodResult:
 
     name: str
     family: str  # name without its schedule
-    people: int  # the first so many
+    people: int  # that it learned, the first of all
     steps: int
     lr: float
     seconds: float

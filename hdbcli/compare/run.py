@@ -230,7 +230,7 @@ def _read(file: Path) -> Record:
             measured[kind][name] = tensors[key]
         return Record(**rest, **measured)  # type: ignore[arg-type]  # by names
     except (OSError, SafetensorError, TypeError) as error:
-        raise HdbError(f"{file} is no record of hdb compare ({error}); delete it") from error
+        raise HdbError(f"{file} is not a record of hdb compare ({error}); delete it") from error
 
 
 def _joined(groups: Sequence[Record]) -> Record:

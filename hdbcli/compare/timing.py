@@ -38,7 +38,7 @@ class Alone:
     memory: int
 
     def seconds(self, steps: int) -> float:
-        """Return the seconds of so many steps with what precedes them, start-up apart."""
+        """Return the seconds of `steps` steps with what precedes them, start-up apart."""
         timed = self.first[:steps]
         return self.prepare + sum(timed) + (steps - len(timed)) * self.step
 

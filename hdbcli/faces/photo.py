@@ -1,4 +1,5 @@
-"""Turn a photo file into an aligned face crop, refusing what is no photo or shows no usable face.
+"""Turn a photo file into an aligned face crop, refusing what is not a photo or shows no
+usable face.
 
 Detector: YuNet, from the OpenCV zoo (Wu et al., "YuNet: A Tiny Millisecond-level Face Detector",
 2023). Coordinates are pixels from the picture's upper left corner, the centre of the first pixel

@@ -78,7 +78,7 @@ def read_photo(path: Path, warn: Warn = lambda _: None) -> np.ndarray:
     `-` is standard input. Colours go through the profile that the file carries; a profile that
     cannot be used is ignored, which `warn` is told. Transparent parts become mid grey: around a
     cut-out head black or white would draw an edge that is not the person's, and grey is the middle
-    of what the networks see. Raise HdbError for anything that is no whole picture, and before
+    of what the networks see. Raise HdbError for anything that is not a whole picture, and before
     decoding for more than MAX_PIXELS.
     """
     try:
@@ -130,7 +130,7 @@ def _decoded(path: Path, file: BinaryIO, warn: Warn) -> np.ndarray:
 
 
 def _kind(path: Path, file: BinaryIO) -> str:
-    """Return the name that Pillow has for the format of a file; refuse what is no picture."""
+    """Return the name that Pillow has for the format of a file; refuse what is not a picture."""
     head = file.read(64)
     file.seek(0)
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -182,7 +182,7 @@ def _too_large(path: Path, values: str) -> HdbError:
 
 
 def _choose_page(path: Path, image: ImageFile.ImageFile) -> None:
-    """Go to the first page of a TIFF that is no preview of another; refuse camera raw files."""
+    """Go to the first page of a TIFF that is not a preview of another; refuse camera raw files."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     for page in range(getattr(image, "n_frames", 1)):
         image.seek(page)

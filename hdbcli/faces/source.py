@@ -55,7 +55,7 @@ def shown(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a photo for reading and seeking; raise HdbError for what is no file or is empty.
+    """Open a photo for reading and seeking; raise HdbError for what is not a file or is empty.
 
     OSError passes through where the file system fails, for the caller to tell.
     """

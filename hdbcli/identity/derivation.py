@@ -63,7 +63,7 @@ def composed(parts: Mapping[str, tuple[Identity, float]], rank: int | None) -> I
 
 
 def read_weights(parts: Sequence[str]) -> dict[str, float]:
-    """Read NAME=WEIGHT, a bare NAME being 1; HdbError for what is no number or comes twice."""
+    """Read NAME=WEIGHT, a bare NAME being 1; HdbError for what is not a number or comes twice."""
     weights: dict[str, float] = {}
     for part in parts:
         name, _, text = part.partition("=")

@@ -1,8 +1,8 @@
 """The identity file: one person in one small safetensors file that says all about itself.
 
 Two tensors hold the numbers, `down` and `up`, in the spec's target order; the metadata hold the
-rest. There is no path, no photo and no source-file name in it. A digest over tensors and metadata
-makes an edit by hand visible; it is no signature.
+rest. It holds no path, no photo and no source-file name. A digest over tensors and metadata
+makes an edit by hand visible; it is not a signature.
 
 Letters: L targets, r rank, a numbers of the down side, b of the up side.
 """

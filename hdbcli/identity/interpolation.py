@@ -45,7 +45,7 @@ def walk(thetas: Sequence[Theta]) -> Theta:
 
 
 def work_of(spec: BaseSpec, people: int) -> Work:
-    """Say what drawing the walk through so many people asks of a base."""
+    """Say what drawing the walk through `people` people asks of a base."""
     return sample.work_of(len(ROWS) * len(weights_of(people)), spec.resolution)
 
 

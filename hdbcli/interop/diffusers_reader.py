@@ -43,7 +43,7 @@ def load_for_real(base: Base, theta: Theta, tensors: Mapping[str, Tensor]) -> li
     pipeline: Any = getattr(base.backbone, "pipeline", None)
     total = len(base.injected.layers)
     if not hasattr(pipeline, "load_lora_weights"):
-        why = f"{base.spec.name} is no diffusers pipeline that loads LoRA files"
+        why = f"{base.spec.name} is not a diffusers pipeline that loads LoRA files"
         return [Reading("diffusers", 0, total, problem=why, asked=False)]
     factors = base.injected.factors(theta)
     triples = zip(base.injected.layers, factors.up, factors.down, strict=True)

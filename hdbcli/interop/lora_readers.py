@@ -167,7 +167,7 @@ def ldm_blocks(depths: Sequence[int]) -> dict[str, str]:
 
 
 def context_width(base: Base) -> int | None:
-    """Return the width of the text that cross-attention reads, None where it is no target."""
+    """Return the width of the text that cross-attention reads, None where it is not a target."""
     widths = (m for name, (_, m) in base.injected.shapes.items() if name.endswith("attn2.to_k"))
     return next(widths, None)
 

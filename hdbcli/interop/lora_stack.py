@@ -89,7 +89,7 @@ class Stacked:
 def read(text: str) -> Lora:
     """Read FILE or FILE=STRENGTH, or the folder that PEFT or diffusers wrote.
 
-    HdbError for what is no LoRA that hdb can add.
+    HdbError for what is not a LoRA that hdb can add.
     """
     path, strength = parse(text)
     if path.is_dir():
@@ -103,7 +103,7 @@ def read(text: str) -> Lora:
     try:
         adapter = json.loads(said or "{}")
     except (ValueError, RecursionError) as error:
-        raise HdbError(f"{path} is damaged: its {source} is no JSON; get it again") from error
+        raise HdbError(f"{path} is damaged: its {source} is not JSON; get it again") from error
     adapter = adapter if isinstance(adapter, dict) else {}
     if style == "PEFT" and not adapter:
         warnings.warn(
@@ -156,14 +156,16 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def parse(text: str) -> tuple[Path, float]:
-    """Split FILE=STRENGTH; what follows the last "=" of a file's own name is no number."""
+    """Split FILE=STRENGTH; what follows the last "=" of a file's own name is not a number."""
     path, equals, number = text.rpartition("=")
     try:
         strength = float(number) if equals else 1.0
     except ValueError:
         path, strength = "", 1.0
     if not math.isfinite(strength):
-        raise HdbError(f"strength {number!r} of {path} is no finite number; give one such as 0.8")
+        raise HdbError(
+            f"strength {number!r} of {path} is not a finite number; give one such as 0.8"
+        )
     return Path(os.path.expanduser(path or text)), strength
 
 
@@ -347,7 +349,7 @@ def _scale(lora: Lora, parts: Parts, rank: int | None) -> float:
         alpha = rank if alpha is None else alpha
         return float(alpha) / (math.sqrt(rank) if said("use_rslora") else rank)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise HdbError(f"{lora.path} is damaged: alpha of {stem!r} is no number") from error
+        raise HdbError(f"{lora.path} is damaged: alpha of {stem!r} is not a number") from error
 
 
 def _of_pattern(patterns: Any, path: str, stem: str) -> Any:
@@ -363,14 +365,14 @@ def _of_pattern(patterns: Any, path: str, stem: str) -> Any:
         except (regex.error, TimeoutError, MemoryError, RecursionError) as error:
             reason = str(error) or "it takes too long"
             raise HdbError(
-                f"the pattern {pattern[:60]!r} for {stem!r} is no regular expression that can be "
-                f"used: {reason}; get the LoRA again"
+                f"the pattern {pattern[:60]!r} for {stem!r} is not a usable regular "
+                f"expression: {reason}; get the LoRA again"
             ) from error
     return None
 
 
 def _check_kind(path: Path, header: Header) -> str:
-    """Return whose keys a file has; HdbError for an identity, for what is no LoRA, and for those
+    """Return whose keys a file has; HdbError for an identity, for what is not a LoRA, and for those
     that hdb cannot add."""
     if "hdb.kind" in header.metadata:
         raise HdbError(f"{path} is hdb's own, no LoRA; add identities up with hdb compose")
@@ -384,7 +386,7 @@ def _check_kind(path: Path, header: Header) -> str:
     if style is None:
         first = next(map(repr, header.tensors), "none")
         raise HdbError(
-            f"{path} is no LoRA with kohya, diffusers, PEFT or ComfyUI keys (its first tensor: "
+            f"{path} is not a LoRA with kohya, diffusers, PEFT or ComfyUI keys (its first tensor: "
             f"{first}); give one"
         )
     return style

@@ -111,7 +111,7 @@ def words(result: Score) -> list[str]:
         )
     lines.append(f"faces: the detector finds one in {result.faces:.0%} of the pictures")
     how = "hardly change" if result.drift < SLIGHT else "change"
-    how = "are not themselves any more" if result.drift > STRONG else how
+    how = "change noticeably" if result.drift > STRONG else how
     lines.append(f"drift {result.drift:.1f} of 255: pictures of other people {how}")
     return lines
 

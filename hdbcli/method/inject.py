@@ -164,7 +164,8 @@ def layers_in(
 
 
 def _check_kind(name: str, layer: TargetLayer) -> None:
-    """Raise HdbError for a convolution whose dW is no n x m matrix, or that pads in another way."""
+    """Raise HdbError for a convolution whose dW is not an n x m matrix, or that pads in
+    another way."""
     if isinstance(layer, nn.Linear):
         return
     plain = layer.groups == 1 and layer.padding_mode == "zeros"

@@ -54,7 +54,7 @@ class Base:
         return apart.replace(PLACEHOLDER, self.spec.identifier)
 
     def first_theta(self, rank: int = 1, people: int = 1) -> Theta:
-        """Return theta_0 of so many people, all alike."""
+        """Return theta_0 of `people` people, all alike."""
         first = first_theta(len(self.injected.layers), self.spec.a, self.spec.b, rank)
         repeated = (core.repeat(people, 1, 1, 1) for core in (first.down, first.up))
         return Theta(*repeated).to(self.device)

@@ -50,7 +50,7 @@ def contact_sheet(
 
 
 def _lines(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, max(8, width // 7))  # letters in so many pixels
+    return textwrap.wrap(text, max(8, width // 7))  # letters in `width` pixels
 
 
 def _height(texts: Sequence[str], width: int) -> int:
@@ -59,5 +59,5 @@ def _height(texts: Sequence[str], width: int) -> int:
 
 
 def in_rows(items: Sequence[T], columns: int) -> list[Sequence[T]]:
-    """Cut pictures, or their captions, into rows of so many."""
+    """Cut pictures, or their captions, into rows of equal length."""
     return [items[i : i + columns] for i in range(0, len(items), columns)]

@@ -56,7 +56,7 @@ PLANS = (  # from generous to frugal
 
 @dataclass(frozen=True)
 class Work:
-    """What a run asks of a base: samples in one pass of so many pixels a side, with gradients
+    """What a run asks of a base: `samples` images of `side` x `side` px per pass, with gradients
     or without."""
 
     samples: int

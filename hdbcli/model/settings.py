@@ -44,7 +44,7 @@ def read_settings(picture: Path) -> Settings:
     except FileNotFoundError:
         raise HdbError(f"no such file: {str(picture)!r}") from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise HdbError(f"{picture} is no picture that can be read ({error})") from error
+        raise HdbError(f"{picture} is not a picture that can be read ({error})") from error
     if not isinstance(text, str):
         raise HdbError(f"{picture} does not say how it was drawn; give a PNG file of hdb gen")
     try:

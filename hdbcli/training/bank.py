@@ -131,5 +131,5 @@ def _read_index(path: Path) -> dict[str, Any]:
             raise ValueError(f"format {index['format']}, this hdb reads {FORMAT}")
         index["settings"]["base"], index["shards"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HdbError(f"{path} is no index of a bank ({error}); restore or delete it") from error
+        raise HdbError(f"{path} is not a bank index ({error}); restore or delete it") from error
     return index

@@ -27,7 +27,7 @@ from registry.errors import HdbError
 from registry.spec import Drafting
 
 STEPS = 4
-SHARE = 4  # one in so many samples of a step is drawn from noise too: that costs eight passes
+SHARE = 4  # one sample in SHARE of a step is drawn from noise too: that costs eight passes
 KEPT = 2  # of these keep what the gradient needs: the last step's, twice for guidance
 CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
 

@@ -128,7 +128,7 @@ def tracked(steps: Iterator[Step], tracker: GeneralTracker) -> Iterator[Step]:
 
 
 def read_looks(log: Path) -> list[Look]:
-    """Read the log of a run, leaving out what is no look; none if there is no log."""
+    """Read the log of a run, leaving out lines that are not looks; none without a log."""
     looks = []
     for line in log.read_text().splitlines() if log.exists() else ():
         try:

@@ -62,7 +62,7 @@ class People:
     digest: str = ""
 
     def first(self, count: int | None) -> People:
-        """Return the first so many people, or all."""
+        """Return the first `count` people, or all."""
         return self._part(slice(count))
 
     def hold_out(self, wanted: int) -> tuple[People, People | None]:

@@ -74,8 +74,8 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
     except LocalEntryNotFoundError as error:
         raise HdbError(
-            f"{whole} is no path here, not whole in the hub's cache, and the hub is out of reach "
-            "(offline, or HF_HUB_OFFLINE is set); connect and try again, or give a path"
+            f"{whole} is not a path here, not whole in the hub's cache, and the hub is out of "
+            "reach (offline, or HF_HUB_OFFLINE is set); connect and try again, or give a path"
         ) from error
     except Exception as error:
         # The client's transport has errors of its own, of a package that only the client names.

@@ -51,7 +51,7 @@ class Settings:
 
 
 def settings_path(base: str) -> Path:
-    """Return where the settings of a base lie; HdbError for what is no name."""
+    """Return where the settings of a base lie; HdbError for what is not a name."""
     return root() / "bases" / f"{check_name(base).casefold()}.json"
 
 
@@ -72,7 +72,7 @@ def read_settings(path: Path) -> Settings:
 
 
 def write_settings(base: str, settings: Settings) -> None:
-    """Keep the settings of a base; nothing set is no file."""
+    """Keep the settings of a base; without any there is no file."""
     path = settings_path(base)
     if settings == Settings():
         path.unlink(missing_ok=True)
@@ -140,7 +140,7 @@ def _parse(values: Any) -> Settings:
         raise ValueError(f"format {values['format']}, this hdb reads {FORMAT}")
     hypernetwork, default = values.get("hypernetwork"), values.get("default", False)
     if not isinstance(hypernetwork, str | None) or not isinstance(default, bool):
-        raise ValueError("hypernetwork is no path or default not true or false")
+        raise ValueError("hypernetwork is not a path, or default not true or false")
     added = values.get("added")
     if added is None:
         return Settings(hypernetwork, default)
@@ -151,7 +151,7 @@ def _parse(values: Any) -> Settings:
         key: added[key] for key in ("name", "path", "family", "prediction", "digest", "origin")
     }
     if not all(isinstance(text, str) for text in texts.values()):
-        raise ValueError("a field of what was added is no text")
+        raise ValueError("a field of what was added is not text")
     return Settings(
         hypernetwork, default, Added(**texts, resolution=int(added["resolution"]), files=marks)
     )

@@ -97,8 +97,8 @@ def _read_single(path: Path) -> Checkpoint:
 def _read_folder(path: Path) -> Checkpoint:
     if not (path / INDEX).is_file():
         raise HdbError(
-            f"{path} has no {INDEX}, so it is no diffusers folder; give the folder that has one, "
-            "or a single .safetensors file"
+            f"{path} has no {INDEX}, so it is not a diffusers folder; give the folder that has "
+            "one, or a single .safetensors file"
         )
     called = str(read_config(path / INDEX).get("_class_name", ""))
     components: dict[str, dict[str, TensorInfo]] = {}

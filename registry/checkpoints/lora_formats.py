@@ -43,7 +43,7 @@ _OTHERS = {
     "a ControlLoRA": r"^(lora_controlnet$|input_hint_block\.)",
     "an IP-Adapter": r"^(image_proj|ip_adapter)\.",
     "a textual inversion embedding": r"^(emb_params|string_to_param.*|clip_[lgh])$",
-    "a PEFT adapter that is no LoRA": r"\.(hra_u|miss_block|bone_block|fourierft_\w+|waveft_\w+|"
+    "a PEFT adapter that is not a LoRA": r"\.(hra_u|miss_block|bone_block|fourierft_\w+|waveft_\w+|"
     r"randlora_\w+|delora_\w+|vblora_\w+|c3a_kernel|shira_weight|road_\w+|gralora_\w+|hira_\w+|"
     r"psoft_R|tinylora_v|trainable_tokens_delta|ln_tuning_layers)\b",
 }
@@ -75,7 +75,7 @@ def split(key: str) -> tuple[str, str] | None:
 
 
 def lora_style(names: Iterable[str]) -> str | None:
-    """Return which tool's keys a file's tensors have, None where they are no LoRA's."""
+    """Return which tool's keys a file's tensors have, None where they are not a LoRA's."""
     for name in names:
         stem, part = split(name) or ("", "")
         for style, pattern in STYLES.items():

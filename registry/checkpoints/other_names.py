@@ -54,7 +54,7 @@ def original_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _dotted(flat: str) -> str:
-    """Put the dots back into the path of a tensor of the UNet; what is no such path stays."""
+    """Put the dots back into the path of a tensor of the UNet; what is not such a path stays."""
     parts = _PARTS.findall(flat)
     if "".join(parts) != flat:
         return flat

@@ -78,7 +78,7 @@ def _header_length(path: Path, first: bytes, size: int, most: int) -> int:
         if 8 + length > size:
             raise _damaged(path, f"{size} bytes, but the header alone has {length}: truncated")
         return length
-    # A header of 640 bytes starts like a pickle, so magic bytes count only for what is no header.
+    # A header of 640 bytes starts like a pickle, so magic bytes count only without a header.
     if first[:2] == b"PK" or (first[:1] == b"\x80" and first[1:2] in b"\x01\x02\x03\x04\x05"):
         raise HdbError(
             f"{path} is a pickle or zip checkpoint, which can run code when it is opened; "

@@ -197,7 +197,7 @@ class StableDiffusion:
         return (t * len(self.pipeline.scheduler.alphas_cumprod)).long()
 
     def _mix(self, steps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how much signal and noise there is at so many steps of the schedule."""
+        """Return how much signal and noise there is at the given steps of the schedule."""
         signal = self.pipeline.scheduler.alphas_cumprod.to(like.device)[steps].view(-1, 1, 1, 1)
         return signal.sqrt(), (1 - signal).sqrt()
 
@@ -272,8 +272,8 @@ class StableDiffusion:
             self.pipeline.scheduler = schedule
         if not np.isfinite(pictures).all():
             raise HdbError(
-                "the model made numbers that are no picture (NaN); try --device cpu or a smaller "
-                "--strength"
+                "the model made numbers that are not a picture (NaN); try --device cpu or a "
+                "smaller --strength"
             )
         return (pictures * 255).round().astype(np.uint8)
 

@@ -139,7 +139,7 @@ def prediction_of(checkpoint: Checkpoint, family: Family, asked: str | None) -> 
 
 
 def _said(checkpoint: Checkpoint, family: Family) -> str | None:
-    """Return what a single file says of itself: in so many words, by its architecture's name, or by
+    """Return what a single file says of itself: explicitly, by its architecture's name, or by
     the name of a model of few steps, all of which predict noise."""
     told = checkpoint.metadata.get("modelspec.prediction_type")
     if told or not family.variants:

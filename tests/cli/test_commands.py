@@ -407,4 +407,4 @@ def test_the_crop_is_saved_and_an_idle_face_number_told(
     assert Image.open(file).size == (side, side)
     assert "--face 1 changes nothing" in result.stderr
     refused("new", astronaut, "b", "--crop", tmp_path / "crop.jpg", says="not named .png")
-    refused("new", file, "b", "--crop", file, says="what is read")
+    refused("new", file, "b", "--crop", file, says="is the input file")

@@ -67,7 +67,7 @@ def test_what_does_not_say_how_it_was_drawn_is_refused(alice: Path, tmp_path: Pa
     (tmp_path / "text.png").write_text("text")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     for name, says in (
-        ("text", "is no picture"),
+        ("text", "is not a picture"),
         ("plain", "does not say how it was drawn"),
         ("none", "no such file"),
     ):

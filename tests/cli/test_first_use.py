@@ -84,7 +84,7 @@ def test_a_wrong_hypernetwork_is_told_before_the_base_is_loaded(
     give = ("base", "set-hypernetwork", "tiny")
     refused(*give, tmp_path / "none.safetensors", says="no such file")
     unet = WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
-    refused(*give, unet, says="is no hypernetwork")
+    refused(*give, unet, says="is not a hypernetwork")
     result = hdb(*give, WEIGHTS / "hypernetwork.safetensors")
     assert isinstance(result.exception, AssertionError)  # the control
 

@@ -92,7 +92,7 @@ def test_every_prompt_is_drawn_with_the_same_seeds(alice: Path, tmp_path: Path) 
 def test_prompts_that_cannot_be_read_are_told(alice: Path, tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty").write_text("\n \n")
-    refused("gen", "alice", "--prompts", tmp_path / "bytes", says="bytes is no text in UTF-8")
+    refused("gen", "alice", "--prompts", tmp_path / "bytes", says="bytes is not UTF-8 text")
     refused("gen", "alice", "--prompts", tmp_path / "empty", says="empty holds no prompt")
     for words, says in (((), "say what to draw"), (("--prompts", tmp_path / "no"), "No such file")):
         result = hdb("gen", "alice", *words)
@@ -155,4 +155,4 @@ def test_a_browser_shows_the_page(tmp_path: Path) -> None:
     unsafe = re.sub("<meta[^>]*Content-Security-Policy[^>]*>", "", html.unescape(page()))
     assert "<title>taken</title>" in shown(unsafe)[0]  # the control: this browser runs scripts
     damaged = page().replace("base64,iVBOR", "base64,AAAAA")
-    assert not has(shown(damaged)[1], RED)  # the control: what is no picture is not seen
+    assert not has(shown(damaged)[1], RED)  # the control: what is not a picture is not seen

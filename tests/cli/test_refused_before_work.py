@@ -27,7 +27,7 @@ def test_a_training_replaces_hypernetworks_alone(alice: Path, tmp_path: Path) ->
         before = file.read_bytes()
         refused(*words, file, says="no hypernetwork of hdb")
         assert file.read_bytes() == before
-    refused(*words, older, "--from", older, says="what is read")
+    refused(*words, older, "--from", older, says="is the input file")
     said = hdb(*words, older).stderr  # the control: an older hypernetwork may be replaced
     assert "no hypernetwork of hdb" not in said and "missing" in said
 

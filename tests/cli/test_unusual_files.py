@@ -22,7 +22,7 @@ def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("pipe")  # as /dev/stdout leads to one
     for name in ("pipe", "link"):
         with (
-            pytest.raises(HdbError, match=f"cannot write .*{name}: it is no plain file"),
+            pytest.raises(HdbError, match=f"cannot write .*{name}: it is not a plain file"),
             store.write_beside(tmp_path / name),
         ):
             raise AssertionError("the block must not run")

@@ -371,7 +371,7 @@ def test_a_photo_that_lies_without_exif_is_turned(
 
 
 def test_a_far_larger_face_is_taken(tmp_path: Path, portrait: np.ndarray) -> None:
-    """A poster behind a person is no second person; `face` still picks it."""
+    """A poster behind a person is not a second person; `face` still picks it."""
     tinted = (portrait * [0.6, 1, 0.7]).astype(np.uint8)
     for scale, alone in ((2.6, True), (1.6, False)):
         large = resized(tinted, scale)

@@ -182,8 +182,8 @@ def test_an_output_never_takes_the_place_of_what_is_read(keep: Keep, tmp_path: P
     outside.write_bytes(alice.read_bytes())
     before = alice.read_bytes()
     for words in (("export", "--force", "-o"), ("inspect", "-o")):
-        says(hdb(words[0], "alice", *words[1:], alice), "is what is read")
-        says(hdb(words[0], outside, *words[1:], outside), "is what is read")
+        says(hdb(words[0], "alice", *words[1:], alice), "is the input file")
+        says(hdb(words[0], outside, *words[1:], outside), "is the input file")
         says(hdb(words[0], "alice", *words[1:], alice.with_name("x.safetensors")), "among the iden")
     assert alice.read_bytes() == outside.read_bytes() == before
     assert os.listdir(alice.parent) == [alice.name]

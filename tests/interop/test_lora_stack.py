@@ -1,5 +1,5 @@
-"""LoRA files stack with identities: what is added is what diffusers adds, and what is no plain LoRA
-of the base is refused."""
+"""LoRA files stack with identities: what is added is what diffusers adds, and what is not a plain
+LoRA of the base is refused."""
 
 from __future__ import annotations
 

@@ -312,7 +312,7 @@ def test_pickles_and_archives_are_refused_by_name(
     length = int.from_bytes(raw[:8], "little")
     padded = raw[8 : 8 + length] + b" " * (0x580 - length)
     bad.write_bytes((0x580).to_bytes(8, "little") + padded + raw[8 + length :])
-    assert bad.read_bytes()[:2] == b"\x80\x05"  # a length that starts like a pickle is no pickle
+    assert bad.read_bytes()[:2] == b"\x80\x05"  # a length that starts like a pickle is not a pickle
     assert store.summary(bad)["base"] == "tiny"
 
 

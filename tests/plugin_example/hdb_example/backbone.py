@@ -60,7 +60,7 @@ class RectifiedFlow:
         progress: Callable[[int, int], None],
     ) -> np.ndarray:
         if settings.scheduler:
-            raise HdbError(f"{settings.scheduler!r} is no scheduler of this model; drop it")
+            raise HdbError(f"{settings.scheduler!r} is not a scheduler of this model; drop it")
         side = settings.size or SIDE
         if side % PATCH:
             raise HdbError(f"--size {side} does not fit this model; use a multiple of {PATCH}")
