@@ -309,9 +309,9 @@ def refine(
         config = personalise.settle(loaded, steps, wanted, seed, optimizer, likeness, goes_on=True)
         return personalise.continue_refining(identity, crops, loaded, config, tell)
 
-    home = base if isinstance(base, Base) else find_base(base or identity.base)
+    home = base if isinstance(base, Base) else find_base(base or identity.facts.base)
     work = personalise.work_of(_spec(home), True, likeness)
-    there = _Place(home, device, memory, work, identity.targets_digest, note)
+    there = _Place(home, device, memory, work, identity.facts.targets_digest, note)
     return _from_photos(photos, face, there, make, tell)
 
 
@@ -335,7 +335,7 @@ def save(
     path = store.path_of(name)
     if dtype is None:
         try:
-            dtype = dtype_for(identity, find_base(identity.base).budget)
+            dtype = dtype_for(identity, find_base(identity.facts.base).budget)
         except HdbError:  # that base is not here
             dtype = BY_DEFAULT[0]
     if stamp is not None and (now := store.stamp(path)) != stamp:
@@ -492,7 +492,7 @@ def merge(
     (merged_files.check_file if single else merged_files.check_folder)(out, force)
     parts = _weighted(people if isinstance(people, Mapping) else [(people, 1.0)])
     identity = derivation.composed(parts, None)
-    spec = find_base(base or identity.base)
+    spec = find_base(base or identity.facts.base)
     title = " + ".join(
         store.shown(Path(name)) if weight == 1 else f"{weight:g} {store.shown(Path(name))}"
         for name, (_, weight) in parts.items()
@@ -500,7 +500,7 @@ def merge(
     if spec.files is not None:
         merged_files.check_apart(out, spec.files)
     with merged_files.with_files(spec, chosen, out) as copied:
-        checkpoint = open_checkpoint(copied, identity.targets_digest)
+        checkpoint = open_checkpoint(copied, identity.facts.targets_digest)
         if warning := identities.fit(identity, spec, checkpoint):
             note(f"warning: {warning}")
         merged = Merge(checkpoint, derivation.theta_of(identity), dtype)
@@ -537,7 +537,8 @@ def export(
     store.check_output(target, *sources)
     if check:
         require_peft()
-    loaded = load_base(find_base(identity.base), "cpu", targets_digest=identity.targets_digest)
+    facts = identity.facts
+    loaded = load_base(find_base(facts.base), "cpu", targets_digest=facts.targets_digest)
     theta = _adapter(loaded, [(name, identity)], note)
     size, readings = lora.export(loaded, theta, name, format, dtype, target, check)
     word = loaded.spec.identifier
@@ -705,8 +706,8 @@ def _home(
 ) -> tuple[Base | BaseSpec, str]:
     """Return the base that was given, or that of the first person, and that person's targets."""
     _, first = people[0]
-    home = base if isinstance(base, Base) else find_base(base or first.base)
-    return home, first.targets_digest
+    home = base if isinstance(base, Base) else find_base(base or first.facts.base)
+    return home, first.facts.targets_digest
 
 
 def _spec(base: Base | BaseSpec) -> BaseSpec:

@@ -9,10 +9,12 @@ Letters: L targets, r rank, a numbers of the down side, b of the up side.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What the header of an identity says; `hdbcli.identity.file` adds the numbers."""
+    """What an identity says of itself besides its numbers: its base, its basis, how it was made."""
 
     base: str
     family: str
@@ -43,18 +45,24 @@ class Facts:
     seed: int
     basis_digest: str
     probes: tuple[float, ...]
+    identifier: str
+    created: str  # ISO 8601, UTC
+    steps: int = 0
+    optimizer: str = ""
+    hypernetwork: str = ""  # its digest, "" where none was used
+    lineage: tuple[str, ...] = ()
+    likeness: float | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the header says of the numbers."""
+
     targets: int  # L
     a: int
     b: int
     rank: int
     dtype: str
-    identifier: str
-    steps: int
-    optimizer: str
-    hypernetwork: str
-    created: str
-    lineage: tuple[str, ...]
-    likeness: float | None
 
     @property
     def numbers(self) -> int:
@@ -62,7 +70,7 @@ class Facts:
         return self.targets * self.rank * (self.a + self.b)
 
 
-def read_facts(path: Path, header: Header) -> Facts:
+def read_facts(path: Path, header: Header) -> tuple[Facts, Layout]:
     """Return what an identity's header says; raise HdbError naming the file."""
     try:
         return parse_facts(header.metadata, header.tensors)
@@ -100,7 +108,9 @@ def content_digest(
     return hashlib.sha256(head.encode() + b"\n" + content).hexdigest()
 
 
-def parse_facts(metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> Facts:
+def parse_facts(
+    metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo]
+) -> tuple[Facts, Layout]:
     """Check an identity's metadata against its tensors; raise HdbError without a path."""
     if metadata.get("hdb.kind") != KIND:
         raise HdbError("a safetensors file, but not an identity of hdb; make one with hdb new")
@@ -111,46 +121,35 @@ def parse_facts(metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo]) 
         )
     if not SHA256.fullmatch(metadata.get("hdb.content", "")):
         raise HdbError("hdb.content is missing or not a sha256; the file is damaged")
-    facts = Facts(
-        base=_text(metadata, "hdb.base"),
-        family=_text(metadata, "hdb.family"),
-        base_digest=_text(metadata, "hdb.base_digest"),
-        targets_digest=_text(metadata, "hdb.targets_digest"),
-        scheme=_text(metadata, "hdb.basis_scheme"),
-        seed=_count(metadata, "hdb.basis_seed", 0),
-        basis_digest=_text(metadata, "hdb.basis_digest"),
-        probes=tuple(_finite("hdb.basis_probes", v) for v in _array(metadata, "hdb.basis_probes")),
-        targets=_count(metadata, "hdb.targets", 1),
-        a=_count(metadata, "hdb.a", 1),
-        b=_count(metadata, "hdb.b", 1),
-        rank=_count(metadata, "hdb.rank", 1),
-        dtype=_text(metadata, "hdb.dtype"),
-        identifier=_text(metadata, "hdb.identifier"),
-        steps=_count(metadata, "hdb.steps", 0),
-        optimizer=_text(metadata, "hdb.optimizer", low=0),
-        hypernetwork=_text(metadata, "hdb.hypernetwork", low=0),
-        created=_time(metadata, "hdb.created"),
-        lineage=tuple(_word("hdb.lineage", v) for v in _array(metadata, "hdb.lineage")),
-        likeness=_number(metadata, "hdb.likeness"),
-    )
-    _check_tensors(facts, tensors)
-    return facts
+    values = {name: read(metadata, key) for name, (key, read, _) in _FIELDS.items()}
+    layout = Layout(**{name: values.pop(name) for name in Layout.__dataclass_fields__})
+    _check_tensors(layout, tensors)
+    return Facts(**values), layout
 
 
-def _check_tensors(facts: Facts, tensors: Mapping[str, TensorInfo]) -> None:
+def metadata_of(facts: Facts, layout: Layout) -> dict[str, str]:
+    """Return the metadata but the digest; every value a string, as the format asks."""
+    if facts.likeness is not None and not math.isfinite(facts.likeness):
+        raise HdbError(f"the likeness {facts.likeness} is not a number; nothing was written")
+    values = vars(facts) | vars(layout)
+    known = {key: write(values[name]) for name, (key, _, write) in _FIELDS.items()}
+    return {"format": "pt", "hdb.kind": KIND, "hdb.version": str(VERSION), **known}
+
+
+def _check_tensors(layout: Layout, tensors: Mapping[str, TensorInfo]) -> None:
     """Raise HdbError unless names, dtypes and shapes are those that the metadata promise."""
-    if facts.dtype not in LAYOUTS:
-        raise HdbError(f"unknown dtype {facts.dtype!r}; one of {', '.join(LAYOUTS)} is read")
-    if facts.rank > facts.b:
-        raise HdbError(f"rank {facts.rank} is above b {facts.b}; such an identity is refused")
-    wanted = LAYOUTS[facts.dtype]
+    if layout.dtype not in LAYOUTS:
+        raise HdbError(f"unknown dtype {layout.dtype!r}; one of {', '.join(LAYOUTS)} is read")
+    if layout.rank > layout.b:
+        raise HdbError(f"rank {layout.rank} is above b {layout.b}; such an identity is refused")
+    wanted = LAYOUTS[layout.dtype]
     if set(tensors) != set(wanted):
         raise HdbError(
-            f"tensors {sorted(tensors)!r} are not the {sorted(wanted)!r} of a {facts.dtype} "
+            f"tensors {sorted(tensors)!r} are not the {sorted(wanted)!r} of a {layout.dtype} "
             "identity; the file is damaged"
         )
-    count, rank = facts.targets, facts.rank
-    shapes = {"down": (count, rank, facts.a), "up": (count, facts.b, rank)}
+    count, rank = layout.targets, layout.rank
+    shapes = {"down": (count, rank, layout.a), "up": (count, layout.b, rank)}
     for name, dtype in wanted.items():
         shape = shapes.get(name, (count, rank))  # a scale for each target and rank
         info = tensors[name]
@@ -172,7 +171,7 @@ def _text(metadata: Mapping[str, str], key: str, low: int = 1) -> str:
     return _word(key, metadata.get(key), low)
 
 
-def _count(metadata: Mapping[str, str], key: str, low: int) -> int:
+def _count(metadata: Mapping[str, str], key: str, low: int = 1) -> int:
     text = metadata.get(key, "")
     if not COUNT.fullmatch(text) or int(text) < low:
         raise HdbError(f"metadata {key} is {text[:40]!r}, not a number from {low}")
@@ -199,6 +198,14 @@ def _array(metadata: Mapping[str, str], key: str) -> list[Any]:
     return value
 
 
+def _probes(metadata: Mapping[str, str], key: str) -> tuple[float, ...]:
+    return tuple(_finite(key, value) for value in _array(metadata, key))
+
+
+def _lines(metadata: Mapping[str, str], key: str) -> tuple[str, ...]:
+    return tuple(_word(key, value) for value in _array(metadata, key))
+
+
 def _number(metadata: Mapping[str, str], key: str) -> float | None:
     value = _json(metadata, key)
     return None if value is None else _finite(key, value)
@@ -213,3 +220,37 @@ def _time(metadata: Mapping[str, str], key: str) -> str:
     if moment.utcoffset() != timedelta(0):
         raise HdbError(f"metadata {key} is {text[:40]!r}, not a time in UTC")
     return text
+
+
+# Field -> its key in the metadata, how its text is read and checked, and how it is written.
+_FIELDS: dict[str, tuple[str, Callable[[Mapping[str, str], str], Any], Callable[[Any], str]]] = {
+    "base": ("hdb.base", _text, str),
+    "family": ("hdb.family", _text, str),
+    "base_digest": ("hdb.base_digest", _text, str),
+    "targets_digest": ("hdb.targets_digest", _text, str),
+    "scheme": ("hdb.basis_scheme", _text, str),
+    "seed": ("hdb.basis_seed", partial(_count, low=0), str),
+    "basis_digest": ("hdb.basis_digest", _text, str),
+    # Nine digits bring any float32 back exactly.
+    "probes": (
+        "hdb.basis_probes",
+        _probes,
+        lambda probes: json.dumps([float(f"{probe:.9g}") for probe in probes]),
+    ),
+    "targets": ("hdb.targets", _count, str),
+    "a": ("hdb.a", _count, str),
+    "b": ("hdb.b", _count, str),
+    "rank": ("hdb.rank", _count, str),
+    "dtype": ("hdb.dtype", _text, str),
+    "identifier": ("hdb.identifier", _text, str),
+    "steps": ("hdb.steps", partial(_count, low=0), str),
+    "optimizer": ("hdb.optimizer", partial(_text, low=0), str),
+    "hypernetwork": ("hdb.hypernetwork", partial(_text, low=0), str),
+    "created": ("hdb.created", _time, str),
+    "lineage": ("hdb.lineage", _lines, lambda lines: json.dumps(list(lines))),
+    "likeness": (
+        "hdb.likeness",
+        _number,
+        lambda likeness: json.dumps(None if likeness is None else round(float(likeness), 6)),
+    ),
+}

@@ -19,7 +19,7 @@ from typing import Any
 from registry.checkpoints.safetensors import read_header
 from registry.errors import HdbError
 from registry.files import check_writable, move_to_new, write_beside
-from registry.identity_facts import Facts, read_content, read_facts
+from registry.identity_facts import Facts, Layout, read_content, read_facts
 from registry.spec import NAME_PATTERN
 
 SUFFIX = ".safetensors"
@@ -42,17 +42,20 @@ class Entry:
     path: Path
     bytes: int
     facts: Facts | None
+    layout: Layout | None
     problem: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return a flat table for JSON, with None for what a file with a problem does not say."""
-        facts = vars(self.facts) if self.facts else dict.fromkeys(Facts.__dataclass_fields__)
+        known: dict[str, Any] = {}
+        for kind, part in ((Facts, self.facts), (Layout, self.layout)):
+            known |= vars(part) if part else dict.fromkeys(kind.__dataclass_fields__)
         return {
             "name": self.name,
             "bytes": self.bytes,
             "path": str(self.path),
-            "numbers": self.facts.numbers if self.facts else None,
-            **facts,
+            "numbers": self.layout.numbers if self.layout else None,
+            **known,
             "problem": self.problem,
         }
 
@@ -163,7 +166,7 @@ def remove(name: str) -> Path:
 def describe(path: Path) -> Entry:
     """Return what an identity file says of itself, from its header; raise HdbError."""
     header = read_header(path)
-    return Entry(path.stem, path, header.bytes, read_facts(path, header))
+    return Entry(path.stem, path, header.bytes, *read_facts(path, header))
 
 
 def check(path: Path) -> None:
@@ -217,7 +220,7 @@ def entries() -> list[Entry]:
             size = 0
             with suppress(OSError):
                 size = path.lstat().st_size
-            found.append(Entry(path.stem, path, size, None, str(error)))
+            found.append(Entry(path.stem, path, size, None, None, str(error)))
     return found
 
 

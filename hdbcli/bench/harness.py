@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from hdbcli.identity.file import Identity, home_of, save
+from hdbcli.identity.file import Identity, facts_of, save
 from hdbcli.model.files import open_checkpoint
 from registry import store
 from registry.errors import HdbError
@@ -57,17 +57,8 @@ def random_identity(base: str, name: str) -> None:
     spec = load_registry().get(base)
     checkpoint = open_checkpoint(spec)
     count = len(checkpoint.places)
-    identity = Identity(
-        down=torch.randn(count, 4, spec.a) * 0.1,
-        up=torch.randn(count, spec.b, 4) * 0.1,
-        **home_of(spec, checkpoint),
-        identifier=spec.identifier,
-        steps=0,
-        optimizer="",
-        hypernetwork="",
-        created="2026-01-01T00:00:00+00:00",
-    )
-    save(identity, store.path_of(name), "int8")
+    down, up = torch.randn(count, 4, spec.a) * 0.1, torch.randn(count, spec.b, 4) * 0.1
+    save(Identity(facts_of(spec, checkpoint), down, up), store.path_of(name), "int8")
 
 
 @contextmanager

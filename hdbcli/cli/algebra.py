@@ -47,7 +47,7 @@ def inspect(
         store.check_picture(out, path)
     names, verified, problem = None, None, None
     try:
-        spec, weights = weights_of(loaded.base, loaded.targets_digest)
+        spec, weights = weights_of(loaded.facts.base, loaded.facts.targets_digest)
         problem = fit(loaded, spec, weights)
         names, verified = list(weights.shapes), True
     except HdbError as error:
@@ -151,7 +151,7 @@ def compose(
         with render.progress() as tell:
             drawn = api.walk(
                 list(weights),
-                base=made.base,
+                base=made.facts.base,
                 device=device,
                 memory=memory,
                 tell=tell,

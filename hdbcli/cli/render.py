@@ -191,14 +191,14 @@ def created_facts(saved: Saved, created: Created, preview: Path | None) -> dict[
     identity = created.identity
     return {
         "name": saved.name,
-        "base": identity.base,
+        "base": identity.facts.base,
         "numbers": identity.numbers,
         "bytes": saved.bytes,
         "rank": identity.rank,
         "dtype": saved.dtype,
         "seconds": {key: round(value, 3) for key, value in created.seconds.items()},
         "loss": {"start": created.loss_start, "end": created.loss_end},
-        "likeness": identity.likeness,
+        "likeness": identity.facts.likeness,
         "base_likeness": round(created.base_likeness, 4),
         "path": str(saved.path),
         "preview": str(preview) if preview else None,
@@ -235,11 +235,11 @@ def show_entries(entries: Sequence[Entry]) -> None:
     """Print the identities, one a line; a damaged file says so in its line."""
     rows: list[tuple[object, ...]] = []
     for entry in entries:
-        known = entry.facts
-        if known is None:
+        known, layout = entry.facts, entry.layout
+        if known is None or layout is None:
             rows.append((entry.name, "?", f"{entry.bytes:,}", "?", entry.problem))
         else:
-            rows.append((entry.name, known.base, f"{entry.bytes:,}", known.rank, known.created))
+            rows.append((entry.name, known.base, f"{entry.bytes:,}", layout.rank, known.created))
     table(("name", "base", "bytes", "rank", "created"), rows)
 
 

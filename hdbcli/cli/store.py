@@ -36,7 +36,7 @@ def import_identity(
     if warning:
         render.note(f"warning: {path.stem}: {warning}")
     verification.take_in(file, identity, path, new=not force)
-    _tell(path, as_json, base=identity.base, rank=identity.rank, verified=verified)
+    _tell(path, as_json, base=identity.facts.base, rank=identity.rank, verified=verified)
 
 
 def cp(name: Identity, new_name: NewName, force: Force = False, as_json: Json = False) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 
-from hdbcli.identity.file import Identity
+from hdbcli.identity.file import Identity, now
 from hdbcli.method.algebra import compose, shrink
 from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import relax
@@ -19,7 +18,7 @@ from registry.errors import HdbError
 from registry.identity_facts import WORD
 from registry.store import shown
 
-SAME = ("family", "base_digest", "targets_digest", "basis", "identifier")  # to be added up
+SAME = ("family", "base_digest", "targets_digest", "basis_digest", "identifier")  # to be added up
 
 
 def relaxed(identity: Identity, rank: int) -> Identity:
@@ -44,7 +43,7 @@ def composed(parts: Mapping[str, tuple[Identity, float]], rank: int | None) -> I
     first = identities[0]
     for name, other in zip(names[1:], identities[1:], strict=True):
         for field in SAME:
-            mine, theirs = _key(first, field), _key(other, field)
+            mine, theirs = getattr(first.facts, field), getattr(other.facts, field)
             if mine != theirs:
                 raise HdbError(
                     f"{names[0]} and {name} cannot be added up: {field} is {mine[:12]} and "
@@ -56,10 +55,12 @@ def composed(parts: Mapping[str, tuple[Identity, float]], rank: int | None) -> I
     how = [f"composed of {' + '.join(shares)}"]
     if len(how[0]) > WORD:
         how = [f"composed of {share}" for share in shares]
-    before = (line for identity in identities for line in identity.lineage)  # who is in the parts
+    before = (
+        line for identity in identities for line in identity.facts.lineage
+    )  # who is in the parts
     how += dict.fromkeys(line for line in before if line.startswith("composed of "))
-    made = _made(replace(first, lineage=()), theta, *how)
-    return replace(made, steps=0, optimizer="", hypernetwork="")
+    made = _made(first.saying(lineage=()), theta, *how)
+    return made.saying(steps=0, optimizer="", hypernetwork="")
 
 
 def read_weights(parts: Sequence[str]) -> dict[str, float]:
@@ -85,16 +86,7 @@ def theta_of(identity: Identity) -> Theta:
 
 
 def _made(identity: Identity, theta: Theta, *how: str) -> Identity:
-    return replace(
-        identity,
-        down=theta.down[0].contiguous(),
-        up=theta.up[0].contiguous(),
-        lineage=(*identity.lineage, *how),
-        likeness=None,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    facts = replace(
+        identity.facts, lineage=(*identity.facts.lineage, *how), likeness=None, created=now()
     )
-
-
-def _key(identity: Identity, field: str) -> str:
-    value = getattr(identity, field)
-    return str(getattr(value, "digest", value))
+    return Identity(facts, theta.down[0].contiguous(), theta.up[0].contiguous())

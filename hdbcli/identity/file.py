@@ -9,10 +9,9 @@ Letters: L targets, r rank, a numbers of the down side, b of the up side.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,14 +22,15 @@ from torch import Tensor
 from hdbcli.method.basis import PROBE_TOLERANCE, Fingerprint
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
-from registry.checkpoints.safetensors import MAX_FILE, TensorInfo, read_header
+from registry.checkpoints.safetensors import MAX_FILE, TensorInfo, header_bytes, read_header
 from registry.errors import HdbError
 from registry.files import Taken, keep_elsewhere, write_kept
 from registry.identity_facts import (
-    KIND,
     LAYOUTS,
-    VERSION,
+    Facts,
+    Layout,
     content_digest,
+    metadata_of,
     parse_facts,
     read_content,
     read_facts,
@@ -39,26 +39,20 @@ from registry.spec import BaseSpec
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# The facts that say which base an identity is of.
+HOME = (
+    *("base", "family", "base_digest", "targets_digest"),
+    *("scheme", "seed", "basis_digest", "probes"),
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """One person: the cores of every target, and what they were made on."""
+    """One person: what the file says of them, and the cores of every target."""
 
+    facts: Facts
     down: Tensor  # (L, r, a) float32
     up: Tensor  # (L, b, r) float32
-    base: str
-    family: str
-    base_digest: str
-    targets_digest: str
-    basis: Fingerprint
-    identifier: str
-    steps: int
-    optimizer: str
-    hypernetwork: str  # its digest, "" where none was used
-    created: str  # ISO 8601, UTC
-    lineage: tuple[str, ...] = ()
-    likeness: float | None = None
 
     @property
     def rank(self) -> int:
@@ -69,6 +63,10 @@ class Identity:
     def numbers(self) -> int:
         """Count the trained numbers."""
         return self.down.numel() + self.up.numel()
+
+    def saying(self, **facts: Any) -> Identity:
+        """Return the same numbers with some facts changed."""
+        return replace(self, facts=replace(self.facts, **facts))
 
 
 def save(identity: Identity, path: Path, dtype: str = "fp16", new: bool = False) -> int:
@@ -108,11 +106,13 @@ def encode(identity: Identity, dtype: str = "fp16") -> bytes:
         parts.append(part)
         end += len(part)
     content = b"".join(parts)
-    metadata = _metadata(identity, dtype)
+    count, rank, a = identity.down.shape
+    layout = Layout(count, a, identity.up.shape[1], rank, dtype)
+    metadata = metadata_of(identity.facts, layout)
     metadata["hdb.content"] = content_digest(metadata, infos, content)
     try:
         parse_facts(metadata, infos)
-        raw = _header(metadata, infos) + content
+        raw = header_bytes(dict(sorted(metadata.items())), infos) + content
         if len(raw) > MAX_FILE:
             raise HdbError(f"{len(raw)} bytes; at most {MAX_FILE} can be read back")
     except HdbError as error:
@@ -130,34 +130,19 @@ def keep_aside(identity: Identity, path: Path, dtype: str) -> str:
 def load(path: Path) -> Identity:
     """Read an identity; raise HdbError for a file that is damaged, edited, foreign or newer."""
     header = read_header(path)
-    facts = read_facts(path, header)
+    facts, layout = read_facts(path, header)
     content = read_content(path, header)
     tensors = {}
     for name, info in header.tensors.items():
         raw = bytearray(content[slice(*info.offsets)])  # of its own: aligned, and writable
         tensors[name] = torch.frombuffer(raw, dtype=_DTYPES[info.dtype]).view(info.shape).float()
     down, up = tensors["down"], tensors["up"]  # (L, r, a), (L, b, r)
-    if facts.dtype == "int8":
+    if layout.dtype == "int8":
         down = down * tensors["down_scale"][:, :, None]
         up = up * tensors["up_scale"][:, None, :]
     if not (down.isfinite().all() and up.isfinite().all()):
         raise HdbError(f"{path} holds numbers that are not finite; make it again with hdb new")
-    return Identity(
-        down=down,
-        up=up,
-        base=facts.base,
-        family=facts.family,
-        base_digest=facts.base_digest,
-        targets_digest=facts.targets_digest,
-        basis=Fingerprint(facts.scheme, facts.seed, facts.basis_digest, facts.probes),
-        identifier=facts.identifier,
-        steps=facts.steps,
-        optimizer=facts.optimizer,
-        hypernetwork=facts.hypernetwork,
-        created=facts.created,
-        lineage=facts.lineage,
-        likeness=facts.likeness,
-    )
+    return Identity(facts, down, up)
 
 
 class Weights(Protocol):
@@ -173,55 +158,67 @@ class Weights(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, int]]: ...
 
 
-def home_of(spec: BaseSpec, weights: Weights) -> dict[str, Any]:
-    """Return what an identity remembers of its base; it hashes all targeted weights: ask once."""
-    return {
-        "base": spec.name,
-        "family": spec.family,
-        "base_digest": weights.weights_digest(),
-        "targets_digest": weights.targets_digest(),
-        "basis": weights.fingerprint(),
-    }
+def facts_of(spec: BaseSpec, weights: Weights, hypernetwork: str = "") -> Facts:
+    """Return the facts of an identity that is made on a base now; all targeted weights are hashed
+    for it, so ask once."""
+    basis = weights.fingerprint()
+    return Facts(
+        base=spec.name,
+        family=spec.family,
+        base_digest=weights.weights_digest(),
+        targets_digest=weights.targets_digest(),
+        scheme=basis.scheme,
+        seed=basis.seed,
+        basis_digest=basis.digest,
+        probes=basis.probes,
+        identifier=spec.identifier,
+        created=now(),
+        hypernetwork=hypernetwork,
+    )
 
 
-def terms_of(spec: BaseSpec, weights: Weights) -> dict[str, Any]:
-    """Return all that `check_fits` asks of a base: what identities remember of it, and the shape
-    that their numbers must have."""
-    return {**home_of(spec, weights), "shape": (len(weights.shapes), spec.a, spec.b)}
+def now() -> str:
+    """Return the time as identities say it: ISO 8601, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def moved(facts: Facts, home: Facts) -> Facts:
+    """Return what an identity says that goes on to be made on another base of its family."""
+    return replace(facts, **{name: getattr(home, name) for name in HOME})
+
+
+def terms_of(spec: BaseSpec, weights: Weights) -> tuple[Facts, tuple[int, int, int]]:
+    """Return all that `check_fits` asks of a base: what its identities say, and (L, a, b)."""
+    return facts_of(spec, weights), (len(weights.shapes), spec.a, spec.b)
 
 
 def fit(identity: Identity, spec: BaseSpec, weights: Weights) -> str | None:
     """Ask `check_fits` of one identity and one base."""
-    return check_fits(identity, **terms_of(spec, weights))
+    return check_fits(identity, *terms_of(spec, weights))
 
 
 def check_fits(
-    identity: Identity,
-    *,
-    base: str,
-    family: str,
-    base_digest: str,
-    targets_digest: str,
-    basis: Fingerprint,
-    shape: tuple[int, int, int] | None = None,
+    identity: Identity, home: Facts, shape: tuple[int, int, int] | None = None
 ) -> str | None:
     """Return None where an identity is at home on a base, a warning on a fine-tune of its base.
 
-    Raises HdbError for another family, other targets or another basis, where it means nothing.
+    `home` is what identities of the base say. Raises HdbError for another family, other targets or
+    another basis, where it means nothing.
     """
-    made = f"the identity was made on {identity.base} (family {identity.family})"
-    if identity.family != family:
-        raise HdbError(f"{made}, {base} is of family {family}; pass --base {identity.base}")
-    if identity.targets_digest != targets_digest:
+    facts, base = identity.facts, home.base
+    made = f"the identity was made on {facts.base} (family {facts.family})"
+    if facts.family != home.family:
+        raise HdbError(f"{made}, {base} is of family {home.family}; pass --base {facts.base}")
+    if facts.targets_digest != home.targets_digest:
         raise HdbError(
-            f"{made} with targets {identity.targets_digest[:12]}, {base} has "
-            f"{targets_digest[:12]}; pass --base {identity.base} or make it again with hdb new"
+            f"{made} with targets {facts.targets_digest[:12]}, {base} has "
+            f"{home.targets_digest[:12]}; pass --base {facts.base} or make it again with hdb new"
         )
-    mine, theirs = identity.basis, basis
-    if (mine.scheme, mine.seed, mine.digest) != (theirs.scheme, theirs.seed, theirs.digest):
+    mine, theirs = ((each.scheme, each.seed, each.basis_digest) for each in (facts, home))
+    if mine != theirs:
         raise HdbError(
-            f"{made} in basis {mine.scheme}/{mine.seed}/{mine.digest[:12]}, {base} has "
-            f"{theirs.scheme}/{theirs.seed}/{theirs.digest[:12]}; make it again with hdb new"
+            f"{made} in basis {mine[0]}/{mine[1]}/{mine[2][:12]}, {base} has "
+            f"{theirs[0]}/{theirs[1]}/{theirs[2][:12]}; make it again with hdb new"
         )
     own = len(identity.down), identity.down.shape[2], identity.up.shape[1]
     if shape is not None and own != shape:
@@ -229,15 +226,15 @@ def check_fits(
             f"{made}, but its numbers are of {own[0]} targets, a = {own[1]}, b = {own[2]}, and "
             f"{base} has {shape[0]}, {shape[1]}, {shape[2]}; make it again with hdb new"
         )
-    pairs = list(zip(mine.probes, theirs.probes, strict=False))
+    pairs = list(zip(facts.probes, home.probes, strict=False))
     worst = max((abs(m - t) for m, t in pairs), default=0.0)
-    if len(mine.probes) != len(theirs.probes) or not worst <= PROBE_TOLERANCE:
+    if len(facts.probes) != len(home.probes) or not worst <= PROBE_TOLERANCE:
         raise HdbError(
-            f"the basis of {base} came out differently here: {len(theirs.probes)} probes for "
-            f"{len(mine.probes)}, off by up to {worst:.2g} (at most {PROBE_TOLERANCE:g}); "
+            f"the basis of {base} came out differently here: {len(home.probes)} probes for "
+            f"{len(facts.probes)}, off by up to {worst:.2g} (at most {PROBE_TOLERANCE:g}); "
             "reinstall numpy and torch, and report it if it stays"
         )
-    if identity.base_digest != base_digest:
+    if facts.base_digest != home.base_digest:
         return f"{made}; the weights of {base} differ from it, so the likeness may suffer"
     return None
 
@@ -280,51 +277,6 @@ def _quantise(side: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     half = torch.where(half.float() < step, above, half)
     safe = torch.where(half > 0, half.float(), 1.0)  # a row of zeros stays zero
     return (side / safe).round().to(torch.int8), half.squeeze(dim).contiguous()
-
-
-def _metadata(identity: Identity, dtype: str) -> dict[str, str]:
-    """Return the metadata but the digest; every value a string, as the format asks."""
-    count, rank, a = identity.down.shape
-    likeness = identity.likeness
-    if likeness is not None and not math.isfinite(likeness):
-        raise HdbError(f"the likeness {likeness} is not a number; nothing was written")
-    return {
-        "format": "pt",
-        "hdb.kind": KIND,
-        "hdb.version": str(VERSION),
-        "hdb.base": identity.base,
-        "hdb.family": identity.family,
-        "hdb.base_digest": identity.base_digest,
-        "hdb.targets_digest": identity.targets_digest,
-        "hdb.basis_scheme": identity.basis.scheme,
-        "hdb.basis_seed": str(identity.basis.seed),
-        "hdb.basis_digest": identity.basis.digest,
-        # Nine digits bring any float32 back exactly.
-        "hdb.basis_probes": json.dumps([float(f"{p:.9g}") for p in identity.basis.probes]),
-        "hdb.targets": str(count),
-        "hdb.a": str(a),
-        "hdb.b": str(identity.up.shape[1]),
-        "hdb.rank": str(rank),
-        "hdb.dtype": dtype,
-        "hdb.identifier": identity.identifier,
-        "hdb.steps": str(identity.steps),
-        "hdb.optimizer": identity.optimizer,
-        "hdb.hypernetwork": identity.hypernetwork,
-        "hdb.created": identity.created,
-        "hdb.lineage": json.dumps(list(identity.lineage)),
-        "hdb.likeness": json.dumps(None if likeness is None else round(float(likeness), 6)),
-    }
-
-
-def _header(metadata: dict[str, str], infos: dict[str, TensorInfo]) -> bytes:
-    """Return length and JSON; written here because the library's order of keys is random."""
-    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    for name, info in infos.items():
-        offsets = list(info.offsets)
-        table[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # aligns the tensors
-    return len(text).to_bytes(8, "little") + text
 
 
 def theta_for(base: Base, identity: Identity) -> tuple[Theta, str | None]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hdbcli.identity.file import Identity, Weights, check_fits, load, terms_of
 from registry import store
 from registry.checkpoints.lora_formats import lora_style
 from registry.checkpoints.safetensors import read_header
 from registry.errors import HdbError
+from registry.identity_facts import Facts
 from registry.spec import BaseSpec
 
 MAX_LORA = 2**40  # of a foreign file the header alone is read
@@ -63,10 +63,10 @@ def fits_here(weights_of: Open) -> Callable[[Identity], tuple[bool | None, str |
     It returns True if an identity is at home on its base, None if that is not here to ask; and a
     warning, if there is one. HdbError if the base refuses it: other family, targets or basis.
     """
-    homes: dict[tuple[str, str], dict[str, Any] | HdbError] = {}
+    homes: dict[tuple[str, str], tuple[Facts, tuple[int, int, int]] | HdbError] = {}
 
     def check(identity: Identity) -> tuple[bool | None, str | None]:
-        key = identity.base, identity.targets_digest
+        key = identity.facts.base, identity.facts.targets_digest
         if key not in homes:
             try:
                 homes[key] = terms_of(*weights_of(*key))
@@ -75,7 +75,7 @@ def fits_here(weights_of: Open) -> Callable[[Identity], tuple[bool | None, str |
         home = homes[key]
         if isinstance(home, HdbError):
             return None, f"its basis is not verified: {home}"
-        return True, check_fits(identity, **home)
+        return True, check_fits(identity, *home)
 
     return check
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
-from registry.checkpoints.safetensors import DTYPE_BYTES
+from registry.checkpoints.safetensors import DTYPE_BYTES, TensorInfo, header_bytes
 from registry.files import flush
 
 HASH = "modelspec.hash_sha256"
@@ -74,15 +74,9 @@ def copy_bytes(file: Path, start: int, end: int) -> Iterable[bytes]:
 
 
 def _header(items: Sequence[Item], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for item in items:
-        entries[item.key] = {
-            "dtype": item.dtype,
-            "shape": list(item.shape),
-            "data_offsets": [end, end + item.bytes],
-        }
-        end += item.bytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin aligned
-    return len(text).to_bytes(8, "little") + text
+    ends = list(accumulate(item.bytes for item in items))
+    infos = {
+        item.key: TensorInfo(item.dtype, tuple(item.shape), (end - item.bytes, end))
+        for item, end in zip(items, ends, strict=True)
+    }
+    return header_bytes(metadata, infos)

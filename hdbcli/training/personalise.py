@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from hdbcli.config import (
 from hdbcli.faces.embedding import embed, found
 from hdbcli.faces.photo import Crop, crop_face
 from hdbcli.identity.budget import rank_within
-from hdbcli.identity.file import Identity, home_of, theta_for
+from hdbcli.identity.file import Identity, facts_of, moved, theta_for
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import relax
@@ -138,7 +137,8 @@ def continue_refining(
 ) -> Created:
     """Give an existing identity more iterations, from where it is; its rank may be raised first."""
     theta, warning = theta_for(base, identity)
-    identity = replace(identity, **home_of(base.spec, base.injected))  # it may be another base
+    home = facts_of(base.spec, base.injected)  # it may be another base
+    identity = replace(identity, facts=moved(identity.facts, home))
     faces = base.faces([crop.image for crop in crops])
     created = _refined(identity, theta, crops, faces, base, config, tell, {"predict": 0.0})
     return replace(created, warnings=(*created.warnings, warning)) if warning else created
@@ -162,17 +162,15 @@ def _refined(
     else:
         if config.rank != theta.rank:
             relaxed = f"relaxed from rank {theta.rank} to {config.rank}"
-            identity = replace(identity, lineage=(*identity.lineage, relaxed))
+            identity = identity.saying(lineage=(*identity.facts.lineage, relaxed))
         result = refine(base, relax(theta, config.rank), latents, config, tell, [faces])
         theta, loss_start, loss_end = result.theta, result.loss_start, result.loss_end
-        identity = replace(
-            identity, steps=identity.steps + config.steps, optimizer=result.optimizer
-        )
+        steps = identity.facts.steps + config.steps
+        identity = identity.saying(steps=steps, optimizer=result.optimizer)
     seconds["refine"] = time.perf_counter() - start
     mine, floor, portrait = likeness_of(base, theta, crops, faces, tell)
-    identity = replace(
-        identity, down=theta.down[0].cpu(), up=theta.up[0].cpu(), likeness=round(mine, 4)
-    )
+    facts = replace(identity.facts, likeness=round(mine, 4))
+    identity = Identity(facts, theta.down[0].cpu(), theta.up[0].cpu())
     losses = float(loss_start), float(loss_end)
     return Created(identity, seconds, *losses, floor, (), crops[0].image, portrait)
 
@@ -202,15 +200,5 @@ def likeness_of(
 
 def describe(base: Base, theta: Theta, hypernetwork: str) -> Identity:
     """Wrap a fresh theta as an identity of this base."""
-    return Identity(
-        down=theta.down[0].cpu(),
-        up=theta.up[0].cpu(),
-        **home_of(base.spec, base.injected),
-        identifier=base.spec.identifier,
-        steps=0,
-        optimizer="",
-        hypernetwork=hypernetwork,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        lineage=(),
-        likeness=None,
-    )
+    facts = facts_of(base.spec, base.injected, hypernetwork)
+    return Identity(facts, theta.down[0].cpu(), theta.up[0].cpu())

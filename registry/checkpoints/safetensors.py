@@ -1,4 +1,4 @@
-"""Read and check a safetensors header, without torch.
+"""Read, check and write a safetensors header, without torch.
 
 A safetensors file is 8 bytes of header length, a JSON header, then the bytes of the tensors. What
 is checked here is checked before any tensor is made.
@@ -10,6 +10,7 @@ import json
 import math
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,18 @@ def _tensor(name: str, value: Any) -> TensorInfo:
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise ValueError(f"tensor {name!r} has offsets that do not agree with its shape")
     return TensorInfo(dtype, tuple(shape), (offsets[0], offsets[1]))
+
+
+def header_bytes(metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> bytes:
+    """Return the length and the JSON that begin a file, in this order of keys, which the library
+    does not keep; padded, so that the tensors lie aligned."""
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    for name, info in tensors.items():
+        offsets = list(info.offsets)
+        table[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -220,14 +220,14 @@ def test_refining_neither_revives_nor_replaces_what_changed_meanwhile(
 
     words = "refine", "alice", astronaut, "--steps", 1, "--likeness", 0
     other = load(alice)
-    meanwhile(lambda: save(replace(other, steps=99), alice))
+    meanwhile(lambda: save(other.saying(steps=99), alice))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     said = hdb(*words).stderr
     kept = next(tmp_path.glob("hdb-*/alice.safetensors"))  # the work is not lost
-    assert "changed while" in said and str(kept) in said and load(alice).steps == 99
-    assert load(kept).steps == other.steps + 1
+    assert "changed while" in said and str(kept) in said and load(alice).facts.steps == 99
+    assert load(kept).facts.steps == other.facts.steps + 1
     meanwhile(lambda: None)
-    assert hdb(*words).exit_code == 0 and load(alice).steps == 100  # the control
+    assert hdb(*words).exit_code == 0 and load(alice).facts.steps == 100  # the control
     meanwhile(alice.unlink)
     assert "is gone" in hdb(*words).stderr and not alice.exists()
 
@@ -259,11 +259,11 @@ def test_replacing_in_place_refuses_a_file_that_changed_meanwhile(
     words = does, "alice", "--rank", rank, *(["--yes"] * (does == "shrink"))
 
     def slow(*args: Any) -> Any:
-        save(replace(other, steps=99), alice)  # another process refines while this one asks
+        save(other.saying(steps=99), alice)  # another process refines while this one asks
         return original(*args)
 
     monkeypatch.setattr(derivation, makes, slow)
-    assert "changed while" in hdb(*words).stderr and load(alice).steps == 99
+    assert "changed while" in hdb(*words).stderr and load(alice).facts.steps == 99
     monkeypatch.setattr(derivation, makes, original)
     assert hdb(*words).exit_code == 0 and load(alice).rank == rank
 

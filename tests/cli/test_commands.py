@@ -286,12 +286,11 @@ def test_bad_identities(alice: Path, astronaut: Path, tmp_path: Path) -> None:
 
 
 def test_an_identity_of_another_family(alice: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
 
     from hdbcli.identity.file import load, save
 
     path = tmp_path / "sd.safetensors"
-    save(replace(load(alice), family="sd1", base="tiny"), path)
+    save(load(alice).saying(family="sd1", base="tiny"), path)
     refused("gen", path, "a [V] face", says="family sd1")
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from commands import hdb, refused, told
+from identities import facts
 
 from hdbcli.identity.budget import dtype_within, file_bytes, rank_within
 from hdbcli.identity.file import Identity, load, save
-from hdbcli.method.basis import Fingerprint
 from registry import store
 from registry.stable_diffusion.families import FAMILIES
 
@@ -23,20 +23,17 @@ if TYPE_CHECKING:
 
 def identity(targets: int, a: int, b: int, rank: int) -> Identity:
     return Identity(
-        down=torch.ones(targets, rank, a),
-        up=torch.ones(targets, b, rank),
-        base="x" * 64,
-        family="sdxl",
-        base_digest="b" * 64,
-        targets_digest="c" * 64,
-        basis=Fingerprint("shake256-qr-1", 20230713, "d" * 64, (0.123456789,) * 4),
-        identifier="sks",
-        steps=400,
-        optimizer="adamw8bit",
-        hypernetwork="e" * 64,
-        created="2026-11-22T12:00:00+00:00",
-        lineage=("relaxed from rank 1 to 4",),
-        likeness=0.5123,
+        facts(
+            base="x" * 64,
+            family="sdxl",
+            scheme="shake256-qr-1",
+            seed=20230713,
+            probes=(0.123456789,) * 4,
+            steps=400,
+            lineage=("relaxed from rank 1 to 4",),
+        ),
+        torch.ones(targets, rank, a),
+        torch.ones(targets, b, rank),
     )
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from click.testing import Result
 from commands import hdb
+from identities import facts
 from PIL import Image
 from torch import Tensor
 
 from hdbcli.identity.derivation import read_weights, relaxed
 from hdbcli.identity.file import Identity, load, save
 from hdbcli.identity.inspection import TargetEnergy, block_of
-from hdbcli.method.basis import Fingerprint
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from hdbcli.training.personalise import describe
@@ -35,19 +35,9 @@ def keep(hdb_home: Path) -> Keep:
     def put(name: str, seed: int = 0, rank: int = 2, basis: str = "d" * 64) -> Path:
         generator = torch.Generator().manual_seed(seed)
         identity = Identity(
-            down=torch.randn(3, rank, 8, generator=generator),
-            up=torch.randn(3, 6, rank, generator=generator),
-            base="tiny",
-            family="tiny",
-            base_digest="b" * 64,
-            targets_digest="c" * 64,
-            basis=Fingerprint("shake", 7, basis, (0.25, -0.5)),
-            identifier="sks",
-            steps=40,
-            optimizer="adamw8bit",
-            hypernetwork="e" * 64,
-            created="2026-11-22T12:00:00Z",
-            likeness=0.5,
+            facts(family="tiny", basis_digest=basis, lineage=()),
+            torch.randn(3, rank, 8, generator=generator),
+            torch.randn(3, 6, rank, generator=generator),
         )
         path = store.path_of(name)
         save(identity, path)
@@ -73,7 +63,7 @@ def test_relax_keeps_what_it_draws(keep: Keep) -> None:
     wide = load(store.path_of("wide"))
     assert wide.rank == 4 and (core(store.path_of("wide")) - before).abs().max() < 1e-6
     assert wide.down[:, 2:].abs().sum() > 0  # the added ranks can learn
-    assert wide.lineage[-1] == "relaxed from rank 2 to 4" and wide.likeness is None
+    assert wide.facts.lineage[-1] == "relaxed from rank 2 to 4" and wide.facts.likeness is None
     assert alice.read_bytes() == bytes_before
     says(hdb("relax", "alice", "--rank", 9), "from rank 2 to 9", "2 to 6")
     says(hdb("relax", "alice", "--rank", 2), "has rank 2 already")
@@ -118,13 +108,13 @@ def test_compose_is_the_sum(keep: Keep) -> None:
     carol = load(store.path_of("carol"))
     expected = 0.6 * core(alice) - 0.4 * core(bob)
     assert (core(store.path_of("carol")) - expected).abs().max() < 4e-3  # fp16 keeps 11 bits
-    assert carol.rank == 4 and carol.lineage == ("composed of 0.6 alice + -0.4 bob",)
+    assert carol.rank == 4 and carol.facts.lineage == ("composed of 0.6 alice + -0.4 bob",)
     words = ("compose", "alice", "bob", "carol", "--as", "all", "--dtype", "fp32")
     assert hdb(*words).exit_code == 0
     exact = core(alice) + core(bob) + core(store.path_of("carol"))
     assert load(store.path_of("all")).rank == 6  # b, though the ranks are eight
     assert (core(store.path_of("all")) - exact).abs().max() < 1e-5
-    whole = load(store.path_of("all")).lineage
+    whole = load(store.path_of("all")).facts.lineage
     assert whole == ("composed of 1 alice + 1 bob + 1 carol", "composed of 0.6 alice + -0.4 bob")
     assert hdb("compose", "carol=0.5", "bob=0.5", "--as", "dora").exit_code == 0
     assert store.composed_of("alice") == ["all", "carol", "dora"]  # though dora names carol
@@ -135,22 +125,24 @@ def test_a_composition_names_what_is_in_it_without_paths(keep: Keep) -> None:
     alice, names = keep("alice"), ["a" * 53 + str(k) for k in range(4)]
     keep("bob")
     assert hdb("compose", f"{alice}=0.5", "bob=0.5", "--as", "carol").exit_code == 0
-    assert load(store.path_of("carol")).lineage == ("composed of 0.5 alice + 0.5 bob",)
+    assert load(store.path_of("carol")).facts.lineage == ("composed of 0.5 alice + 0.5 bob",)
     assert store.composed_of("alice") == ["carol"]
     for name in names:
         keep(name)
     assert hdb("compose", *names, "--as", "all").exit_code == 0  # too long for one line
-    assert load(store.path_of("all")).lineage == tuple(f"composed of 1 {name}" for name in names)
+    assert load(store.path_of("all")).facts.lineage == tuple(
+        f"composed of 1 {name}" for name in names
+    )
     assert [store.composed_of(name) for name in names] == [["all"]] * 4
 
 
 def test_compose_refuses_what_cannot_be_added_up(keep: Keep) -> None:
     alice = keep("alice")
     keep("stranger", basis="f" * 64), keep("bob", 1)
-    says(hdb("compose", "alice", "stranger", "--as", "x"), "basis is dddd", "and ffff")
+    says(hdb("compose", "alice", "stranger", "--as", "x"), "basis_digest is dddd", "and ffff")
     says(hdb("compose", "alice", "alise", "--as", "x"), "alise", "alice")
     for field, value in (("family", "sd1"), ("base_digest", "a" * 64), ("targets_digest", "9")):
-        save(replace(load(alice), **{field: value}), store.path_of("odd"))
+        save(load(alice).saying(**{field: value}), store.path_of("odd"))
         says(hdb("compose", "alice", "odd", "--as", "x"), "cannot be added up", field)
     for words, text in (
         (("alice=much", "bob"), "'alice=much' has no weight"),

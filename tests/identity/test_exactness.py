@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from identities import facts
 from torch import Tensor
 
 from hdbcli.identity.derivation import composed, relaxed, theta_of
 from hdbcli.identity.file import Identity, load, save
-from hdbcli.method.basis import Fingerprint
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from hdbcli.training.personalise import describe
@@ -50,20 +50,9 @@ def of_sd15(seed: int, rank: int = 4, falling: float = 1.0) -> Identity:
     strengths = falling ** torch.arange(rank)
     up = 0.02 * torch.randn(targets, b, rank, generator=generator) * strengths
     return Identity(
-        down=torch.randn(targets, rank, a, generator=generator),
-        up=up,
-        base="sd15",
-        family="sd1",
-        base_digest="b" * 64,
-        targets_digest="c" * 64,
-        basis=Fingerprint("shake256-cholesky-1", 7, "d" * 64, (0.0123456789, -0.25, 0.1, 0.2)),
-        identifier="sks",
-        steps=40,
-        optimizer="adamw8bit",
-        hypernetwork="e" * 64,
-        created="2026-11-22T12:00:00+00:00",
-        lineage=("relaxed from rank 1 to 4",),
-        likeness=0.5,
+        facts(base="sd15", probes=(0.0123456789, -0.25, 0.1, 0.2)),
+        torch.randn(targets, rank, a, generator=generator),
+        up,
     )
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,19 +77,18 @@ def test_import_refuses_what_does_not_belong_here(
     outside: Path, identity: Identity, tmp_path: Path
 ) -> None:
     path = tmp_path / "odd.safetensors"
-    basis = identity.basis
     for changes, says in (
-        ({"basis": replace(basis, digest="0" * 64)}, "in basis"),
-        ({"basis": replace(basis, seed=1)}, "in basis"),
+        ({"basis_digest": "0" * 64}, "in basis"),
+        ({"seed": 1}, "in basis"),
         ({"targets_digest": "0" * 64}, "with targets 000000000000"),
         ({"family": "sd1"}, "family sd1"),
     ):
-        save(replace(identity, **changes), path)
+        save(identity.saying(**changes), path)
         refused("import", path, says=says)
-    save(replace(identity, base="sd15"), path)  # the control: a base that is not here can come
+    save(identity.saying(base="sd15"), path)  # the control: a base that is not here can come
     result = ok("import", path, "--json")
     assert json.loads(result.stdout)["verified"] is None and "unknown base model" in result.stderr
-    save(replace(identity, base_digest="0" * 64), path)  # and a fine-tune only warns
+    save(identity.saying(base_digest="0" * 64), path)  # and a fine-tune only warns
     result = ok("import", path, "tuned", "--json")
     assert json.loads(result.stdout)["verified"] is True and "likeness may suffer" in result.stderr
 
@@ -190,8 +188,8 @@ def test_verify_reads_all_of_every_file(outside: Path, identity: Identity) -> No
     data[-1] ^= 1  # in the numbers: a list does not see it
     path.write_bytes(data)
     assert all(entry.problem is None for entry in store.entries())
-    save(replace(identity, basis=replace(identity.basis, seed=3)), store.path_of("dave"))
-    save(replace(identity, base="sd15"), store.path_of("erin"))
+    save(identity.saying(seed=3), store.path_of("dave"))
+    save(identity.saying(base="sd15"), store.path_of("erin"))
     (path.parent / "a b.safetensors").write_bytes(outside.read_bytes())
     result = hdb("verify", "--json")
     found = {v["name"]: v for v in json.loads(result.stdout)}

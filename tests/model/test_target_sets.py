@@ -88,7 +88,7 @@ def test_an_identity_brings_its_target_set(spec: BaseSpec, base: Base, identity:
     """By the digest of its targets, loaded or from files; one of the other set gets the other."""
     convolutions = [n for n, m in base.injected.layers.items() if isinstance(m, LiDBConv2d)]
     assert len(convolutions) > 20 and len(base.injected.layers) == 71 + len(convolutions)
-    checkpoint = open_checkpoint(spec, identity.targets_digest)
+    checkpoint = open_checkpoint(spec, identity.facts.targets_digest)
     assert checkpoint.shapes == base.injected.shapes
     assert checkpoint.fingerprint() == base.injected.fingerprint()
     assert fit(identity, spec, checkpoint) is None
@@ -100,7 +100,7 @@ def test_an_identity_brings_its_target_set(spec: BaseSpec, base: Base, identity:
     )
     with pytest.raises(HdbError, match="with targets"):
         fit(identity, spec, plain)
-    again = load_base(spec, "cpu", targets_digest=identity.targets_digest)
+    again = load_base(spec, "cpu", targets_digest=identity.facts.targets_digest)
     assert again.injected.shapes == base.injected.shapes
     result = inspect(identity, list(base.injected.layers), True, None)
     assert result.share("kind")["convolution"] > 0.1
@@ -134,7 +134,7 @@ def test_a_hypernetwork_learns_every_target(base: Base) -> None:
 def test_merged_is_what_was_injected(
     spec: BaseSpec, base: Base, identity: Identity, tmp_path: Path
 ) -> None:
-    checkpoint = open_checkpoint(spec, identity.targets_digest)
+    checkpoint = open_checkpoint(spec, identity.facts.targets_digest)
     out = tmp_path / "m"
     merged_files.write_folder(
         Merge(checkpoint, theta_of(identity), "fp32"), out, "alice", lambda *_: None

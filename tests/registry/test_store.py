@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from identities import facts
 
 from hdbcli.identity.file import Identity, save
-from hdbcli.method.basis import Fingerprint
 from registry import store
 from registry.errors import HdbError
 
@@ -29,20 +29,9 @@ def keep(hdb_home: Path) -> Callable[[str], Path]:
     """Return a function that puts an identity into an empty store by name."""
     generator = torch.Generator().manual_seed(0)
     identity = Identity(
-        down=torch.randn(3, 2, 5, generator=generator),
-        up=torch.randn(3, 4, 2, generator=generator),
-        base="tiny",
-        family="sd1",
-        base_digest="b" * 64,
-        targets_digest="c" * 64,
-        basis=Fingerprint("shake", 7, "d" * 64, (0.25, -0.5)),
-        identifier="sks",
-        steps=40,
-        optimizer="AdamW8bit",
-        hypernetwork="e" * 64,
-        created="2026-11-22T12:00:00Z",
-        lineage=("relaxed 1 to 2",),
-        likeness=0.5,
+        facts(created="2026-11-22T12:00:00Z", lineage=("relaxed 1 to 2",), likeness=0.5),
+        torch.randn(3, 2, 5, generator=generator),
+        torch.randn(3, 4, 2, generator=generator),
     )
 
     def put(name: str) -> Path:

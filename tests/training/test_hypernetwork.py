@@ -343,5 +343,5 @@ def test_identity_of_a_fine_tune_warns(tiny: Base) -> None:
     theta = model.predict(tiny.faces([np.zeros((128, 128, 3), np.uint8)]))
     identity = describe(tiny, theta, digest)
     assert theta_for(tiny, identity)[1] is None
-    _, warning = theta_for(tiny, replace(identity, base_digest="0" * 64))
+    _, warning = theta_for(tiny, identity.saying(base_digest="0" * 64))
     assert warning is not None

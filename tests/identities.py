@@ -1,0 +1,31 @@
+"""An identity's facts, as tests make them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from registry.identity_facts import Facts
+
+FACTS = Facts(
+    base="tiny",
+    family="sd1",
+    base_digest="b" * 64,
+    targets_digest="c" * 64,
+    scheme="shake256-test",
+    seed=7,
+    basis_digest="d" * 64,
+    probes=(0.0123456789, -0.25),
+    identifier="sks",
+    created="2026-11-22T12:00:00+00:00",
+    steps=40,
+    optimizer="AdamW8bit",
+    hypernetwork="e" * 64,
+    lineage=("relaxed from rank 1",),
+    likeness=0.7312,
+)
+
+
+def facts(**changes: Any) -> Facts:
+    """Return facts that differ from these."""
+    return replace(FACTS, **changes)
