@@ -252,10 +252,10 @@ def check_output(out: Path, *inputs: Path) -> None:
 
 
 def check_picture(out: Path, *inputs: Path) -> None:
-    """Refuse a picture that is not called .png, and what `check_output` refuses."""
+    """Refuse what `check_output` refuses, and a picture that is not called .png."""
+    check_output(out, *inputs)
     if out.suffix.lower() != ".png":
         raise HdbError(f"{out} is not named .png, the kind of picture that hdb draws")
-    check_output(out, *inputs)
 
 
 def check_folder(out: Path) -> None:

@@ -77,7 +77,7 @@ def test_likeness_is_of_the_identity_beside_the_base(
     monkeypatch.setattr(
         "hdbcli.model.sample.generate", lambda _, adapter, *__: pictures[adapter is not None]
     )
-    mine, floor = likeness_of(tiny, tiny.first_theta(), [crop], tiny.faces([crop.image]), quiet)
+    mine, floor, _ = likeness_of(tiny, tiny.first_theta(), [crop], tiny.faces([crop.image]), quiet)
     assert mine > 0.99 > 0.9 > floor
 
 
