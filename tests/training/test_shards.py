@@ -4,7 +4,10 @@ wrong with a file."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -296,6 +299,26 @@ def test_memory_does_not_grow_with_people(tiny: Base, tmp_path: Path) -> None:
 
     few, many = peak(20), peak(400)
     assert many - few < 200_000 < 400 * 128**2 * 3 / 50  # what it would be, were a fiftieth held
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="asks the system for a process's memory")
+def test_training_takes_no_more_memory_with_twenty_times_as_many_people(
+    tiny: Base, tmp_path: Path
+) -> None:
+    def peak(count: int) -> int:
+        folder = tmp_path / str(count)
+        synthetic(tiny, folder, count)
+        words = ["train", "hypernetwork", folder, "--out", tmp_path / f"{count}.safetensors"]
+        words += ["--steps", 6, "--batch", 4, "--held-out", 0, "--device", "cpu"]
+        process = subprocess.Popen([sys.executable, "-m", "hdbcli", *map(str, words)])
+        _, status, used = os.wait4(process.pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        shutil.rmtree(folder)
+        return used.ru_maxrss
+
+    few, many = peak(1000), peak(20_000)
+    assert many < 1.05 * few, (few, many)
 
 
 def synthetic(tiny: Base, out: Path, count: int) -> int:
