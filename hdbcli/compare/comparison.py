@@ -22,6 +22,7 @@ from hdbcli.compare.timing import Alone, time_alone
 from hdbcli.config import PROMPTS, Tell, unnamed
 from hdbcli.faces.embedding import landmarks
 from hdbcli.faces.photo import read_photo
+from hdbcli.measure.groups import groups
 from hdbcli.measure.metrics import FACE, Judges
 from hdbcli.measure.plot import Axes, Curve, save_chart
 from hdbcli.measure.statistics import Found, Interval, bootstrap, find
@@ -98,13 +99,14 @@ def run(
     records: dict[str, Record] = {}
     results: list[MethodResult] = []
     judges, limits = _bounds(setup)
+    whose = groups(setup.given, np.array(setup.base.spec.template))
     timed: dict[str, Alone] = {}  # schedules of a method differ in how many steps they have
     for method in methods:
         if method.family not in timed or not method.steps:
             timed[method.family] = time_alone(method, load, setup.given[0], setup.batch)
         record = records[method.name] = run_method(setup, method, out / "records")
         first = next(iter(records.values())) if results else None
-        results.append(result_of(method, record, timed[method.family], judges, first))
+        results.append(result_of(method, record, timed[method.family], judges, first, whose))
     found = Comparison(
         people=len(setup.given),
         machine=machine(setup.base.device),

@@ -23,6 +23,7 @@ Seconds and memory are one person's, in a process of their own, start-up apart. 
 no one. Of each person and prompt {drawings} pictures are drawn; 95 % intervals are over people.
 Bytes are two a trained number. Fidelity is how well a metric finds a picture to fit its prompt,
 drift the mean change of a pixel, of 255, in pictures whose prompt has no [V]."""
+FEWEST = 3  # people of a group that are told of
 PAPERS = (1200, 5000)  # steps of DreamBooth and of Textual Inversion
 OTHER_PHOTO, SAME_PHOTO = "a photo that no method saw", "the photo that methods learned from"
 
@@ -81,6 +82,15 @@ def tables(comparison: Comparison) -> Iterator[Table]:
     )
     title = "Share of the way from the base's own portraits to a true photo"
     yield Table(title, ("method", "people", *judges), ways)
+    divided = tuple(
+        (each.name, group, str(count), _percent(way))
+        for each in comparison.results
+        for group, (count, way) in each.grouped.items()
+        if count >= FEWEST
+    )
+    if divided:
+        title = f"The same by {judges[-1]}, group by group as estimated from the photos"
+        yield Table(title, ("method", "group", "people", "share of the way"), divided)
     if rest:
         families = tuple(dict.fromkeys(each.family for each in comparison.results))
         title = f"Seconds to the final likeness of {first.name}, and times its own"

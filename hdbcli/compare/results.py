@@ -79,6 +79,9 @@ class MethodResult:
     together: Mapping[str, tuple[Interval, ...]]  # judge -> named right AND in five, a caption each
     found: tuple[float, ...]  # share of pictures with a face: portraits, and a caption each
     named: Mapping[str, tuple[float, ...]]  # metric -> share whose own prompt scores highest, each
+    grouped: Mapping[
+        str, tuple[int, Interval]
+    ]  # group -> its people, and their way by the last judge
 
 
 def measures(record: Record, judges: Sequence[Judge]) -> dict[str, Tensor]:
@@ -98,9 +101,11 @@ def result_of(
     alone: Alone,
     judges: Sequence[Judge],
     against: Record | None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> MethodResult:
     """Judge one method on its people, the first of all; it is held `against` the first method on
-    the people that both learned, or None if it is the first."""
+    the people that both learned, or None if it is the first. `groups` says which group everybody is
+    in, by one division of the people or several."""
     people = len(record.drift)
     best = measures(against or record, judges)
     mine = measures(record, judges)
@@ -108,10 +113,16 @@ def result_of(
     less = {key: bootstrap(best[key][:both] - row[:both]) for key, row in mine.items()}
     named = {metric: named_right(scores) for metric, scores in record.texts.items()}
     ways, portraits, styled, together = {}, {}, {}, {}
+    grouped: dict[str, tuple[int, Interval]] = {}
     for judge in judges:
         floor = judge.bounds.floor[:people]
-        gained = judge.likeness(record) - floor
-        ways[judge.name] = bootstrap_ratio(gained, judge.bounds.photo[:people] - floor)
+        gained, whole = judge.likeness(record) - floor, judge.bounds.photo[:people] - floor
+        ways[judge.name] = bootstrap_ratio(gained, whole)
+        for division, words in (groups or {}).items():
+            for word in dict.fromkeys(words[:people]):
+                who = torch.tensor([each == word for each in words[:people]])
+                way = bootstrap_ratio(gained[who], whole[who])
+                grouped[f"{division}: {word}"] = int(who.sum()), way
         if len(judge.truth) < 2:  # one alone has no other to be told from
             continue
         looks = [find(faces, judge.truth) for faces in record.faces[judge.name]]
@@ -141,6 +152,7 @@ def result_of(
         together=together,
         found=tuple(record.found.double().mean((1, 2)).tolist()),
         named={metric: tuple(rows.mean((1, 2)).tolist()) for metric, rows in named.items()},
+        grouped=dict(sorted(grouped.items())),
     )
 
 

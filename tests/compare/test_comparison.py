@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import hdb, told
 from PIL import Image
-from records import ALONE, judge, record
+from records import ALONE, OFF, judge, record
 
 from hdbcli.compare.comparison import RATES, Comparison, Limits
 from hdbcli.compare.methods import METHODS, choose
@@ -99,6 +99,27 @@ def test_methods_that_learned_fewer_people_are_judged_on_those() -> None:
     twin = torch.cat([truth[:5], truth[:1], truth[6:]])  # of a person who was not learned
     line = result_of(a, few, ALONE, [judge(twin)], None)
     assert line.portraits["face"].first.mean == pytest.approx(2 / 3)
+
+
+def test_groups_of_people_are_told_apart() -> None:
+    truth = people(9)
+    served = record(truth, 0.25)
+    served.faces["face"][0, 6:] += 0.35 * OFF  # three people come out as the base's own
+    words = ("light",) * 4 + ("medium",) * 2 + ("dark",) * 3
+    line = result_of(a, served, ALONE, [judge(truth)], None, {"complexion": words})
+    assert {group: count for group, (count, _) in line.grouped.items()} == {
+        "complexion: dark": 3,
+        "complexion: light": 4,
+        "complexion: medium": 2,
+    }
+    ways = {group: way.mean for group, (_, way) in line.grouped.items()}
+    assert ways["complexion: light"] == pytest.approx(0.55 / 0.7, abs=1e-5)
+    assert ways["complexion: dark"] == pytest.approx(0.20 / 0.7, abs=1e-5)
+    same = Interval(0.5, 0.4, 0.6)
+    limits = {"face": Limits(same, same, same, None, None)}
+    comparison = Comparison(9, "here", False, (line,), None, limits, ())
+    (told,) = (table for table in tables(comparison) if "group by group" in table.title)
+    assert [row[1] for row in told.rows] == ["complexion: dark", "complexion: light"]
 
 
 def test_seconds_are_read_from_finished_schedules() -> None:
