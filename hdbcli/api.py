@@ -583,7 +583,8 @@ def walk(
         picture = Picture(sheet.image, names, prompts, sheet.seed, text)
         return Walk(picture, interpolation.animation(rows))
 
-    work = interpolation.work_of(spec, len(read))
+    pictures = len(interpolation.ROWS) * len(interpolation.weights_of(len(read)))
+    work = sample.work_of(pictures, spec.resolution)
     return _on(_Place(home, device, memory, work, first, note), draw)
 
 
@@ -619,7 +620,7 @@ def score(
         theta = _adapter(loaded, [(name, identity)], note)
         return measure.score(loaded, theta, crops, judges, tell)
 
-    work = measure.work_of(spec)
+    work = sample.work_of(len(measure.SEEDS), spec.resolution)
     return _on(_Place(home, device, memory, work, first, note), measured)
 
 

@@ -75,6 +75,7 @@ def train_prepare(
     """Find, crop and encode the faces of a folder once, for any number of trainings; interrupted,
     the same command goes on."""
     from hdbcli.model.base import on_base
+    from hdbcli.model.memory import Work
     from hdbcli.training import shards
     from registry.plugins import find_base
 
@@ -87,7 +88,8 @@ def train_prepare(
             done = shards.prepare(data, loaded, out, pattern, aligned, tell, processes)
         render.show_prepared(done, out / shards.REPORT, time.perf_counter() - start)
 
-    on_base(spec, device, memory, shards.work_of(spec), prepare, render.note)
+    one = Work(1, spec.resolution, trains=False, exact=True)  # encoding, one picture at a time
+    on_base(spec, device, memory, one, prepare, render.note)
     render.say(str(out))
 
 

@@ -23,6 +23,7 @@ from hdbcli.method.basis import PROBE_TOLERANCE, Fingerprint
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from registry.checkpoints.safetensors import MAX_FILE, TensorInfo, header_bytes, read_header
+from registry.checkpoints.tensors import DTYPES, tensor_of
 from registry.errors import HdbError
 from registry.files import Taken, keep_elsewhere, write_kept
 from registry.identity_facts import (
@@ -37,8 +38,7 @@ from registry.identity_facts import (
 )
 from registry.spec import BaseSpec
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The facts that say which base an identity is of.
 HOME = (
     *("base", "family", "base_digest", "targets_digest"),
@@ -135,7 +135,7 @@ def load(path: Path) -> Identity:
     tensors = {}
     for name, info in header.tensors.items():
         raw = bytearray(content[slice(*info.offsets)])  # of its own: aligned, and writable
-        tensors[name] = torch.frombuffer(raw, dtype=_DTYPES[info.dtype]).view(info.shape).float()
+        tensors[name] = tensor_of(raw, info).float()
     down, up = tensors["down"], tensors["up"]  # (L, r, a), (L, b, r)
     if layout.dtype == "int8":
         down = down * tensors["down_scale"][:, :, None]

@@ -15,9 +15,7 @@ from hdbcli.method.relax import stack
 from hdbcli.model import sample
 from hdbcli.model.base import Base
 from hdbcli.model.contact_sheet import in_rows
-from hdbcli.model.memory import Work
 from registry.errors import HdbError
-from registry.spec import BaseSpec
 
 COLUMNS = 7  # from one identity to the next, both included
 ROWS = (PORTRAIT, CAPTIONS[1])
@@ -42,11 +40,6 @@ def walk(thetas: Sequence[Theta]) -> Theta:
     here = [theta.to("cpu") for theta in thetas]  # composing takes float64, which MPS lacks
     steps = [compose(here, weights) for weights in weights_of(len(here))]
     return stack(steps).to(thetas[0].down.device)
-
-
-def work_of(spec: BaseSpec, people: int) -> Work:
-    """Say what drawing the walk through `people` people asks of a base."""
-    return sample.work_of(len(ROWS) * len(weights_of(people)), spec.resolution)
 
 
 def draw(base: Base, thetas: Sequence[Theta], tell: Tell) -> list[Sequence[np.ndarray]]:

@@ -17,11 +17,11 @@ from torch import Tensor
 from hdbcli.interop.safetensors_writer import Item, copy_bytes
 from hdbcli.method import basis
 from hdbcli.method.lidb import Theta
-from hdbcli.model.files import DTYPES, Checkpoint, Place, tensor_of
+from hdbcli.model.files import MERGED, Checkpoint, Place
 from registry.checkpoints.ldm import Renamed, layout_of, rename
 from registry.checkpoints.other_names import original_names
 from registry.checkpoints.safetensors import TensorInfo
-from registry.checkpoints.tensors import canonical
+from registry.checkpoints.tensors import DTYPES, canonical, tensor_of
 from registry.errors import HdbError
 
 ROWS = 1024  # of a weight, computed at a time
@@ -98,7 +98,7 @@ class Merge:
         return Item(key, self._dtype(infos[0]), shape, chunks)
 
     def _dtype(self, info: TensorInfo) -> str:
-        return self.cast if self.cast and info.dtype in DTYPES else info.dtype
+        return self.cast if self.cast and info.dtype in MERGED else info.dtype
 
     def _chunks(self, file: Path, key: str) -> Iterable[bytes | bytearray]:
         header = self.checkpoint.headers[file]

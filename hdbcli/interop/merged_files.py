@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from hdbcli.config import Tell
 from hdbcli.interop.merge import Merge
 from hdbcli.interop.safetensors_writer import Item, write_tensors
-from hdbcli.model.files import DTYPES, Checkpoint, open_checkpoint
+from hdbcli.model.files import Checkpoint, open_checkpoint
 from registry.bases.settings import predicts
 from registry.checkpoints.contents import INDEX, PREDICTS_V, ZERO_SNR, read_config
 from registry.checkpoints.ldm import architecture_of
+from registry.checkpoints.tensors import DTYPES
 from registry.errors import HdbError
 from registry.files import write_beside
 from registry.spec import BaseSpec

@@ -20,9 +20,7 @@ from hdbcli.faces.photo import Crop
 from hdbcli.measure.metrics import FACE, Judges
 from hdbcli.model import sample
 from hdbcli.model.base import Adapter, Base
-from hdbcli.model.memory import Work
 from registry.metric import Metric
-from registry.spec import BaseSpec
 
 SEEDS = (1, 2, 3, 4)
 SLIGHT, STRONG = 6.0, 20.0  # mean change of a pixel, 0 to 255
@@ -64,11 +62,6 @@ class Score:
     styles: dict[str, Style]
     faces: float  # share of pictures in which the detector found a face
     drift: float
-
-
-def work_of(spec: BaseSpec) -> Work:
-    """Say what scoring asks of a base."""
-    return sample.work_of(len(SEEDS), spec.resolution)
 
 
 def score(base: Base, adapter: Adapter, crops: Sequence[Crop], judges: Judges, tell: Tell) -> Score:

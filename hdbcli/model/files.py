@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hdbcli.method.basis import Fingerprint, fingerprint
@@ -20,11 +19,11 @@ from registry.checkpoints.contents import WEIGHTS, weight_files
 from registry.checkpoints.ldm import layers_of, layout_of
 from registry.checkpoints.other_names import original_names
 from registry.checkpoints.safetensors import Header, TensorInfo, read_header
-from registry.checkpoints.tensors import canonical
+from registry.checkpoints.tensors import canonical, tensor_of
 from registry.errors import HdbError
 from registry.spec import BaseSpec
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MERGED = ("F32", "F16", "BF16")  # dtypes of weights that an identity can be added to
 LARGEST = 2**40  # bytes of a file
 MATRICES = (2, 4)  # dimensions of the weight of a linear layer, of a convolution
 STEMS = tuple(dict.fromkeys(WEIGHTS.values()))
@@ -90,11 +89,6 @@ class Checkpoint:
             yield whole[place.first : place.first + place.shape[0]]
 
 
-def tensor_of(data: bytearray, info: TensorInfo) -> Tensor:
-    """View bytes as the tensor they are."""
-    return torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(info.shape)
-
-
 def made_with(spec: BaseSpec, layers: Iterable[str], targets_digest: str | None) -> BaseSpec:
     """Return a spec with the target set of that digest, the one that an identity was made with.
 
@@ -136,8 +130,8 @@ def open_checkpoint(spec: BaseSpec, targets_digest: str | None = None) -> Checkp
     places = {name: found[name] for name in names}
     for name, place in places.items():
         dtype = headers[place.file].tensors[place.key].dtype
-        if dtype not in DTYPES:
-            raise HdbError(f"{name} is stored as {dtype}; only {', '.join(DTYPES)} can be merged")
+        if dtype not in MERGED:
+            raise HdbError(f"{name} is stored as {dtype}; only {', '.join(MERGED)} can be merged")
     return Checkpoint(spec, root, files, headers, places)
 
 

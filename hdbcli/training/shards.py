@@ -32,7 +32,6 @@ from torch import Tensor
 from hdbcli.config import Tell
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
-from hdbcli.model.memory import Work
 from hdbcli.training.people import (
     People,
     Persons,
@@ -80,11 +79,6 @@ class Part(NamedTuple):
     file: Path
     persons: Persons
     made_of: str
-
-
-def work_of(spec: BaseSpec) -> Work:
-    """Say what preparing asks of a base: encoding, one picture at a time."""
-    return Work(1, spec.resolution, trains=False, exact=True)
 
 
 def open_people(

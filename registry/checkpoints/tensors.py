@@ -11,14 +11,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from registry.checkpoints.contents import LARGEST
-from registry.checkpoints.safetensors import read_header
+from registry.checkpoints.safetensors import TensorInfo, read_header
 from registry.errors import HdbError
 
-FLOATS = {
+FLOATS = ("F64", "F32", "F16", "BF16")
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I8": torch.int8,
 }
 
 
@@ -29,6 +31,11 @@ def canonical(component: str, path: str) -> str:
     if component.startswith("text_encoder") and not own:
         return f"text_model.{path}"
     return path
+
+
+def tensor_of(content: bytearray, info: TensorInfo) -> Tensor:
+    """View bytes as the tensor they are."""
+    return torch.frombuffer(content, dtype=DTYPES[info.dtype]).view(info.shape)
 
 
 def read_floats(
@@ -59,8 +66,7 @@ def read_floats(
                 start, end = info.offsets
                 file.seek(header.start + start)
                 content = bytearray(file.read(end - start))
-                numbers = torch.frombuffer(content, dtype=FLOATS[info.dtype])
-                found[name] = numbers.view(info.shape).to(dtype)
+                found[name] = tensor_of(content, info).to(dtype)
     return found
 
 
