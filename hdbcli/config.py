@@ -50,7 +50,7 @@ def unnamed(prompt: str) -> str:
     return " ".join(prompt.replace(PLACEHOLDER, " ").split())
 
 
-# Whoever wants to draw progress is told (stage, done, in all).
+# A caller that draws progress is told (stage, done, in all).
 Tell = Callable[[str, int, int], None]
 
 

@@ -144,7 +144,7 @@ def _load(registry: Registry[Spec], entry: EntryPoint) -> None:
     try:
         entry.load()(lambda spec: registry.register(spec, source))
     except (Exception, SystemExit) as error:
-        # The one broad catch: a stranger's code runs here and may raise anything, and a broken
+        # The one broad catch: third-party code runs here and may raise anything, and a broken
         # plug-in must not take `hdb --help` or the other base models with it.
         if os.environ.get("HDB_DEBUG", "") not in ("", "0"):
             raise

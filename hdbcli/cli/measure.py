@@ -47,7 +47,7 @@ def score(
     memory: Memory = "auto",
     as_json: Json = False,
 ) -> None:
-    """Say how alike, how stylish and how well-behaved an identity is; likeness needs --photo."""
+    """Measure likeness, style fidelity and drift; likeness needs --photo."""
     from hdbcli import api
     from hdbcli.measure.score import words
 

@@ -36,7 +36,7 @@ from registry.errors import HdbError
 
 AVERAGE = 0.998
 
-# Whoever wants to look at the model now and then is told (step, training loss since, model).
+# A caller that looks at the model now and then is told (step, training loss since, model).
 Watch = Callable[[int, float, HyperNetwork], object]
 
 
