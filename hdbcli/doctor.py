@@ -104,11 +104,11 @@ class Check:
         return {"name": self.name, "state": self.state, "found": self.found, **self.facts}
 
 
-def examine(seconds: float = SECONDS) -> Iterator[Check]:
+def examine() -> Iterator[Check]:
     """Look at everything, one thing after the other; nothing that is broken stops it."""
     yield Check("versions", "hdb", __version__)
     yield Check("versions", "python", platform.python_version())
-    tried = [*libraries(seconds), eight_bit(seconds)]
+    tried = [*libraries(), eight_bit()]
     yield from sorted(tried, key=lambda check: check.section == "devices")
     registry, metrics = load_registry(), load_metrics()
     yield from bases(registry)

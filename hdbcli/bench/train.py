@@ -59,13 +59,11 @@ def run(*_: object) -> Iterator[Row]:
         yield from _measured(name, sizes[0])
 
 
-def person_flops(
-    family: Family, side: int, share: int = PretrainConfig.share, recompute: bool = False
-) -> float:
+def person_flops(family: Family, side: int, recompute: bool = False) -> float:
     """Return the floating-point operations that one person adds to a step, at `side` pixels."""
     forward = sample_flops(family, side)
     trained = 3 if recompute else 2  # forward, back, and forward once more
-    return DRAWS * forward * (trained + (1 + trained) / share)
+    return DRAWS * forward * (trained + (1 + trained) / PretrainConfig.share)
 
 
 def sample_flops(family: Family, side: int) -> float:

@@ -43,7 +43,6 @@ Watch = Callable[[int, float, HyperNetwork], object]
 def new_hypernetwork(
     base: Base,
     seed: int,
-    rank: int = 1,
     iterations: int | None = None,
     recogniser: bool = True,
 ) -> HyperNetwork:
@@ -59,7 +58,6 @@ def new_hypernetwork(
         targets_digest=injected.targets_digest(),
         base=base.spec.name,
         basis_digest=injected.fingerprint().digest,
-        rank=rank,
         resolution=side,
         patch=side // 8,
         scale=side // cells,
