@@ -88,7 +88,8 @@ def test_calls_give_what_commands_give(
     saved = api.save(here.identity, "carol")
     mine = load(saved.path)
     assert mine.down.equal(there.down) and mine.up.equal(there.up)
-    assert mine.likeness == there.likeness == pytest.approx(here.identity.facts.likeness)
+    likeness = pytest.approx(here.identity.facts.likeness)
+    assert mine.facts.likeness == there.facts.likeness == likeness
     assert saved.dtype == "fp16" and saved.bytes == saved.path.stat().st_size
     words = "gen", "bob", "a [V] face", "-n", 2, "--seed", 5, "--steps", 2, "-o", tmp_path
     files = [Path(each["path"]) for each in told(*words)["pictures"]]

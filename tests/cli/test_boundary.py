@@ -281,7 +281,7 @@ def test_renaming_replaces_no_file(alice: Path, monkeypatch: pytest.MonkeyPatch)
     assert "appeared while this ran" in said and said.count("\n") == 1
     assert alice.exists() and bob.read_bytes() == b"another"
     ok("mv", "alice", "bob", "--force")  # the control
-    assert not alice.exists() and load(bob).base == "tiny"
+    assert not alice.exists() and load(bob).facts.base == "tiny"
 
 
 def test_what_is_taken_in_is_what_was_checked(
