@@ -161,10 +161,11 @@ def _start(slot: Slot, folder: Path, number: int) -> int:
     command.started = time.perf_counter()
     if slot.rng.random() < KILLED:
         command.killed_after = slot.rng.random() * LONGEST
+    log = os.open(command.log, os.O_CREAT | os.O_WRONLY)
     process = os.fork()
     if process:
+        os.close(log)
         return process
-    log = os.open(command.log, os.O_CREAT | os.O_WRONLY)
     nowhere = os.open(os.devnull, os.O_RDONLY)
     for stream, target in ((nowhere, 0), (log, 1), (log, 2)):
         os.dup2(stream, target)
