@@ -41,7 +41,7 @@ from hdbcli.model.settings import Settings, read_settings
 from hdbcli.training import personalise
 from hdbcli.training.personalise import Created
 from registry import store
-from registry.errors import HdbError, HdbWarning
+from registry.errors import HdbError, HdbWarning, UsageError
 from registry.plugins import find_base
 from registry.spec import BaseSpec
 
@@ -258,7 +258,7 @@ def new(
     _check_weights(likeness=likeness)
     _check_seed(seed)
     if targets is not None and isinstance(base, Base):
-        raise HdbError(f"the base is loaded already; load it with targets={targets!r} instead")
+        raise UsageError(f"the base is loaded already; load it with targets={targets!r} instead")
     home = base if isinstance(base, Base) else find_base(base, targets)
     digest = None if isinstance(home, Base) else targets_of(home.hypernetwork)
 
@@ -383,13 +383,13 @@ def generate(
     _check_seed(0 if seed is None else seed)
     several = [people] if isinstance(people, Identity | str | os.PathLike) else list(people)
     if not several:
-        raise HdbError("no identity was given; name at least one")
+        raise UsageError("no identity was given; name at least one")
     prompts = (prompt,) if isinstance(prompt, str) else tuple(dict.fromkeys(prompt))
     if not prompts:
-        raise HdbError("no prompt was given; say what to draw, such as 'a [V] face'")
+        raise UsageError("no prompt was given; say what to draw, such as 'a [V] face'")
     read = [_read(each) for each in several]
     if loras and isinstance(base, Base):
-        raise HdbError("LoRA files would stay in a base that is loaded already; give its name")
+        raise UsageError("LoRA files would stay in a base that is loaded already; give its name")
     files = [lora_stack.read(each) for each in loras]  # a bad one is told before the work
     home, first = _home(base, read)
     spec = _spec(home)
@@ -486,7 +486,7 @@ def merge(
     out = Path(out)
     chosen = format or ("single-file" if out.suffix.casefold() == ".safetensors" else "diffusers")
     if chosen not in merged_files.FORMATS:
-        raise HdbError(f"unknown format {chosen!r}; choose {' or '.join(merged_files.FORMATS)}")
+        raise UsageError(f"unknown format {chosen!r}; choose {' or '.join(merged_files.FORMATS)}")
     single = chosen == "single-file"
     store.check_among(out)
     (merged_files.check_file if single else merged_files.check_folder)(out, force)
@@ -723,7 +723,7 @@ def _on(place: _Place, attempt: Callable[[Base], T]) -> T:
         work, digest = place.work, place.targets_digest
         return on_base(base, device, place.memory, work, attempt, place.note, digest)
     if device is not None and choose_device(device) != base.device:
-        raise HdbError(f"the base is loaded on {base.device}; load it on {device} instead")
+        raise UsageError(f"the base is loaded on {base.device}; load it on {device} instead")
     return attempt(base)
 
 
@@ -771,14 +771,14 @@ def _check_counts(**values: int | None) -> None:
     """Refuse what is to be counted and is below one."""
     for name, value in values.items():
         if value is not None and value < 1:
-            raise HdbError(f"{name} is {value}; give 1 or more")
+            raise UsageError(f"{name} is {value}; give 1 or more")
 
 
 def _check_numbers(**values: float | None) -> None:
     """Refuse NaN and infinity."""
     for name, value in values.items():
         if value is not None and not math.isfinite(value):
-            raise HdbError(f"{name} is {value}; give a finite number")
+            raise UsageError(f"{name} is {value}; give a finite number")
 
 
 def _check_weights(**values: float | None) -> None:
@@ -786,13 +786,13 @@ def _check_weights(**values: float | None) -> None:
     _check_numbers(**values)
     for name, value in values.items():
         if value is not None and value < 0:
-            raise HdbError(f"{name} is {value}; give 0 or more")
+            raise UsageError(f"{name} is {value}; give 0 or more")
 
 
 def _check_seed(seed: int) -> None:
     """Refuse a seed that no generator takes."""
     if not 0 <= seed <= LARGEST_SEED:
-        raise HdbError(f"seed is {seed}; give a number from 0 to {LARGEST_SEED}")
+        raise UsageError(f"seed is {seed}; give a number from 0 to {LARGEST_SEED}")
 
 
 def _paths(photos: Photos) -> list[Path]:
@@ -823,11 +823,11 @@ def _weighted(
     for number, (person, weight) in enumerate(pairs, 1):
         name = f"person {number}" if isinstance(person, Identity) else str(person)
         if name in found:
-            raise HdbError(f"{name} comes twice; give its weights as one")
+            raise UsageError(f"{name} comes twice; give its weights as one")
         _check_numbers(weight=weight)
         found[name] = _read(person)[1], weight
     if not found:
-        raise HdbError("no identity was given; name at least one")
+        raise UsageError("no identity was given; name at least one")
     return found
 
 

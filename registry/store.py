@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.checkpoints.safetensors import read_header
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 from registry.files import check_writable, move_to_new, write_beside
 from registry.identity_facts import Facts, Layout, read_content, read_facts
 from registry.spec import NAME_PATTERN
@@ -85,16 +85,16 @@ def check_name(name: str) -> str:
     """Return a name that is safe as a file's name on every system; raise HdbError."""
     if not re.fullmatch(NAME_PATTERN, name):
         shown = name if len(name) <= 80 else name[:77] + "..."
-        raise HdbError(
+        raise UsageError(
             f"{shown!r} is not a valid name; use 1 to 64 of A-Z a-z 0-9 _ . - and start with a "
             "letter, a digit or _"
         )
     if name.endswith(".") or ".." in name:
-        raise HdbError(f"{name!r} is not a valid name; drop the dot at its end or the '..'")
+        raise UsageError(f"{name!r} is not a valid name; drop the dot at its end or the '..'")
     if name.split(".")[0].casefold() in RESERVED:
-        raise HdbError(f"{name!r} is reserved on some systems; choose another name")
+        raise UsageError(f"{name!r} is reserved on some systems; choose another name")
     if name.casefold().endswith(SUFFIX):
-        raise HdbError(f"{name!r} reads like a file; drop {SUFFIX} from the name")
+        raise UsageError(f"{name!r} reads like a file; drop {SUFFIX} from the name")
     return name
 
 
@@ -255,7 +255,7 @@ def check_picture(out: Path, *inputs: Path) -> None:
     """Refuse what `check_output` refuses, and a picture that is not called .png."""
     check_output(out, *inputs)
     if out.suffix.lower() != ".png":
-        raise HdbError(f"{out} is not named .png, the kind of picture that hdb draws")
+        raise UsageError(f"{out} is not named .png, the kind of picture that hdb draws")
 
 
 def check_folder(out: Path) -> None:

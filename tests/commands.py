@@ -45,11 +45,16 @@ def told(*words: object) -> Any:
     return json.loads(ok(*words, "--json").stdout)
 
 
+def found(*words: object) -> Any:
+    """Run it likewise; return what the command found, without its settings and seconds."""
+    return {k: v for k, v in told(*words).items() if k not in ("settings", "seconds")}
+
+
 def refused(*words: object, says: str) -> str:
-    """Assert exit 1 and one line that says what, after the plan, and no change in the store; return
-    what was said."""
+    """Assert exit 1 or 2 and one line that says what, after the plan, and no change in the store;
+    return what was said."""
     before, result = _kept(), hdb(*words)
-    assert result.exit_code == 1, (result.exit_code, result.output)
+    assert result.exit_code in (1, 2), (result.exit_code, result.output)
     lines = [line for line in result.stderr.splitlines() if not line.startswith("memory: ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert says in result.stderr and not result.stdout, result.output

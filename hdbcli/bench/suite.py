@@ -21,7 +21,7 @@ from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base, open_base
 from hdbcli.model.sample import generate
 from hdbcli.training.refine import train, trainable_lidb
-from registry.errors import HdbError
+from registry.errors import UsageError
 from registry.stable_diffusion.families import FAMILIES
 
 BASE = "tiny"
@@ -34,7 +34,7 @@ def run(names: Sequence[str], people: Path | None, tell: Tell) -> Iterator[Row]:
     """
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
-        raise HdbError(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
+        raise UsageError(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
     chosen = list(names or (name for name in BENCHMARKS if people or name != "derived"))
     for done, name in enumerate(chosen):
         tell(name, done, len(chosen))

@@ -26,7 +26,7 @@ from hdbcli.cli.options import (
     weights_of,
 )
 from registry import store
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 from registry.files import write_kept
 
 
@@ -158,12 +158,12 @@ def compose(
                 note=render.note,
             )
     saved = api.save(made, new_name, dtype=dtype, replace=force)
-    shown: dict[str, str | None] = {"sheet": None, "animation": None}
+    shown: dict[str, Path | None] = {"sheet": None, "animation": None}
     if sheet and drawn:
         drawn.sheet.save(sheet)
         moving = free_path(sheet.parent, sheet.stem, suffix=".webp")
         write_kept(moving, lambda file: file.write_bytes(drawn.animation))
-        shown = {"sheet": str(sheet), "animation": str(moving)}
+        shown = {"sheet": sheet, "animation": moving}
     _tell(path, made.rank, saved.bytes, as_json, **shown)
 
 
@@ -194,9 +194,8 @@ def export(
         identity, out, format=form, dtype=dtype, check=check, force=force, note=render.note
     )
     if as_json:
-        values = asdict(made) | {"path": str(made.path)}
         readers = [asdict(reading) | {"ok": reading.ok} for reading in made.readers]
-        render.document({**values, "readers": readers})
+        render.document({**asdict(made), "readers": readers})
         return
     render.say(
         f"{made.path}  {made.bytes:,} bytes, rank {made.rank}, {form}; use {made.identifier!r} "
@@ -212,7 +211,7 @@ def _sheet_path(show: bool, out: Path | None, name: str, people: int) -> Path | 
 
     if not show:
         if out:
-            raise HdbError(f"-o {out} is the place of what --show draws; add --show")
+            raise UsageError(f"-o {out} is the place of what --show draws; add --show")
         return None
     weights_of(people)
     (path,) = plan_outputs(out, [f"{name}-walk"], False).pictures
@@ -229,7 +228,7 @@ def _check_unchanged(source: Path, stamp: tuple[int, int, int] | None) -> None:
 def _tell(path: Path, rank: int, size: int, as_json: bool, **more: object) -> None:
     """Say what was made, and of what size."""
     if as_json:
-        values = {"name": path.stem, "path": str(path), "rank": rank, "bytes": size}
+        values = {"name": path.stem, "path": path, "rank": rank, "bytes": size}
         render.document({**values, **more})
         return
     render.say(f"{path}  rank {rank}, {size:,} bytes")

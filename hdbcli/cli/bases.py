@@ -11,7 +11,7 @@ import typer
 from hdbcli.cli import render
 from hdbcli.cli.boundary import new_app
 from hdbcli.cli.options import Json, added_of, base_name, bases
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 from registry.store import check_name, made_on
 
 if TYPE_CHECKING:
@@ -78,9 +78,8 @@ def base_list(as_json: Json = False) -> None:
         render.note(f"warning: {problem}")
     specs, default = registry.specs(), base_name(None).casefold()
     if as_json:
-        render.document(
-            [{**_facts(s, registry), "default": s.name.casefold() == default} for s in specs]
-        )
+        found = [{**_facts(s, registry), "default": s.name.casefold() == default} for s in specs]
+        render.document({"bases": found, "problems": registry.problems})
         return
     rows = []
     for s in specs:
@@ -158,6 +157,7 @@ def base_set_hypernetwork(
         Path | None, typer.Argument(help="File made by hdb train hypernetwork.")
     ] = None,
     reset: Annotated[bool, typer.Option("--reset", help="Go back to the base's own.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Let a base model predict with another hypernetwork, after checking that it fits."""
     from registry.bases.settings import set_hypernetwork
@@ -165,7 +165,7 @@ def base_set_hypernetwork(
     from registry.checkpoints.safetensors import read_header
 
     if reset == (file is not None):
-        raise HdbError("give either the file of a hypernetwork or --reset")
+        raise UsageError("give either the file of a hypernetwork or --reset")
     spec = bases().get(name)
     if file:
         if read_header(file, LARGEST).metadata.get("hdb.kind") != "hypernetwork":
@@ -179,7 +179,10 @@ def base_set_hypernetwork(
         chosen = find_base(name, None, file)
         load_predictor(load_base(chosen, "cpu", targets_digest=targets_of(file)))
     set_hypernetwork(spec.name, file)
-    render.say(f"{spec.name} predicts with {file or 'its own hypernetwork'}")
+    if as_json:
+        render.document({"name": spec.name, "hypernetwork": file})
+    else:
+        render.say(f"{spec.name} predicts with {file or 'its own hypernetwork'}")
 
 
 def _check_known(name: str) -> None:

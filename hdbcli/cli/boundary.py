@@ -15,9 +15,12 @@ from io import TextIOWrapper
 from typing import Any
 
 import typer
+from typer._click.exceptions import ClickException
 
 from hdbcli.cli import render
-from registry.errors import HdbError, HdbWarning
+from registry.errors import HdbError, HdbWarning, UsageError
+
+INTERRUPTED = "interrupted; no file was left half-written"
 
 
 def new_app(about: str, **more: Any) -> typer.Typer:
@@ -62,12 +65,24 @@ class Boundary(Grouped):
     """The one place where errors become a line on stderr and an exit code; bugs keep
     their traceback."""
 
+    as_json = False
+
     def main(self, *args: Any, **more: Any) -> Any:
         """Run a command; a closed pipe ends it without a word, a full disk with a line."""
         _open_missing()
+        words = [*args, more.get("args")][0]
+        self.as_json = "--json" in (sys.argv[1:] if words is None else words)
         try:
             try:
-                return super().main(*args, **more)
+                code = super().main(*args, **{**more, "standalone_mode": False})
+                raise SystemExit(code or 0)
+            except ClickException as error:
+                error.show()
+                self._tell(error.exit_code, error.format_message())
+                raise SystemExit(error.exit_code) from None
+            except typer.Abort:  # a question without an answer
+                self._tell(1, "nothing was done", "")
+                raise SystemExit(1) from None
             finally:  # what the interpreter fails to flush at its end is exit code 120
                 sys.stdout.flush()
         except OSError as error:
@@ -87,21 +102,38 @@ class Boundary(Grouped):
             try:
                 with _told():
                     return super().invoke(ctx)
+            except (typer.Exit, typer.Abort, ClickException) as error:
+                if not stopped:
+                    raise
+                raise self._end(128 + stopped[0], INTERRUPTED, "") from error
+            except UsageError as error:
+                raise self._end(2, str(error)) from None
             except HdbError as error:
-                render.note(f"error: {error}")
-                raise typer.Exit(1) from None
+                raise self._end(1, str(error)) from None
             except (Exception, KeyboardInterrupt) as error:
                 # What is interrupted while it loads may fail in any way.
                 if stopped or isinstance(error, KeyboardInterrupt):
-                    render.note("interrupted; no file was left half-written")
-                    raise typer.Exit(128 + (stopped[0] if stopped else signal.SIGINT)) from None
+                    number = stopped[0] if stopped else signal.SIGINT
+                    raise self._end(128 + number, INTERRUPTED, "") from None
                 if _out_of_memory(error):
-                    render.note("error: out of memory; close other programs, or try --device cpu")
-                    raise typer.Exit(1) from None
+                    said = "out of memory; close other programs, or try --device cpu"
+                    raise self._end(1, said) from None
                 if isinstance(error, OSError) and error.filename is not None:
-                    render.note(f"error: {error.filename}: {error.strerror}")
-                    raise typer.Exit(1) from None
+                    raise self._end(1, f"{error.filename}: {error.strerror}") from None
+                if self.as_json:  # a bug keeps its traceback
+                    render.failure(1, f"{type(error).__name__}: {error}")
                 raise
+
+    def _end(self, code: int, message: str, kind: str = "error: ") -> typer.Exit:
+        """Say why the command ends; return what ends it."""
+        self._tell(code, message, kind)
+        return typer.Exit(code)
+
+    def _tell(self, code: int, message: str, kind: str | None = None) -> None:
+        if kind is not None:
+            render.note(f"{kind}{message}")
+        if self.as_json:
+            render.failure(code, message)
 
 
 def _open_missing() -> None:

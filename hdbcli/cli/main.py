@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,6 +85,7 @@ def root(
     if version:
         render.say(f"hdb {__version__}")
         raise typer.Exit
+    ctx.obj = time.perf_counter()  # when it began
     if values := defaults.read():
         ctx.default_map = default_map(ctx.command, values, defaults.path())
 
@@ -285,6 +287,8 @@ def gen(
     values = kept.close(drawn)
     values |= {"name": ",".join(map(store.shown, paths)), "base": drawn.settings.base}
     values |= {"prompts": texts, "loras": [each.facts() for each in drawn.loras]}
+    settled = "steps", "guidance", "scheduler", "seed", "base"
+    values["settings"] = {name: getattr(drawn.settings, name) for name in settled}
     (render.document if as_json else render.show_pictures)(values)
 
 
@@ -311,7 +315,7 @@ def list_identities(
     """List the identities."""
     entries = store.entries()
     if as_json:
-        render.document([entry.as_dict() for entry in entries])
+        render.document({"identities": [entry.as_dict() for entry in entries]})
     elif quiet:
         for name in store.names():  # what commands take
             render.say(name)

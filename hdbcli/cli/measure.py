@@ -132,7 +132,7 @@ def compare(
             note=render.note,
         )
     if as_json:
-        render.document(made.document)
+        render.document({**made.document, "files": made.files})
     else:
         render.show_comparison(made.comparison)
     for path in made.files:

@@ -47,8 +47,6 @@ def merge(
             note=render.note,
         )
     if as_json:
-        facts = asdict(merged) | {"path": str(out)}
-        facts.pop("identifier")
-        render.document(facts)
+        render.document(asdict(merged))
     else:
         render.say(f"{out}  {merged.bytes:,} bytes; use {merged.identifier!r} where you wrote [V]")

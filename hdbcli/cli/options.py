@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from hdbcli.config import LARGEST_SEED, OPTIMIZERS, PICTURES
 from hdbcli.faces.source import KINDS, STDIN, check_photos
 from registry import store
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 from registry.files import check_writable
 from registry.spec import SampleSettings
 
@@ -54,7 +55,7 @@ def one_of(noun: str, choices: Sequence[str]) -> Callable[[str | None], str | No
 
     def check(value: str | None) -> str | None:
         if value is not None and value not in choices:
-            raise HdbError(f"unknown {noun} {value!r}; choose {' or '.join(choices)}")
+            raise UsageError(f"unknown {noun} {value!r}; choose {' or '.join(choices)}")
         return value
 
     return check
@@ -186,10 +187,8 @@ AsPicture = Annotated[
     ),
 ]
 PromptFile = Annotated[
-    typer.FileText | None,
-    typer.Option(
-        "--prompts", encoding="utf-8-sig", help="A file of prompts, one a line; - reads them."
-    ),
+    Path | None,
+    typer.Option("--prompts", help="A file of prompts, one a line; - reads standard input."),
 ]
 Grid = Annotated[
     bool, typer.Option("--grid", help="Save a contact sheet too; with -o FILE.png, only that.")
@@ -226,13 +225,13 @@ def refuse_given(ctx: typer.Context, why: str, *names: str) -> None:
     """Refuse options that were given and would do nothing; `why` ends before their names."""
     for name in names:
         if given(ctx, name):
-            raise HdbError(f"{why} --{name.replace('_', '-')}")
+            raise UsageError(f"{why} --{name.replace('_', '-')}")
 
 
 def chosen_name(name: str) -> str:
     """Return the name that a new identity is to have; refuse one that was meant as a photo."""
     if name.casefold().endswith(PICTURES) or os.path.isfile(name):
-        raise HdbError(f"{name} is a picture or a file, not a name; more photos: --photo {name}")
+        raise UsageError(f"{name} is a picture or a file, not a name; more photos: --photo {name}")
     return store.check_name(name)
 
 
@@ -241,7 +240,7 @@ def name_for(photo: Path, name: str | None) -> str:
     if name is not None:
         return chosen_name(name)
     if str(photo) == STDIN:
-        raise HdbError("a photo from standard input has no name; give one: hdb new - NAME")
+        raise UsageError("a photo from standard input has no name; give one: hdb new - NAME")
     return store.name_from_stem(photo.stem)
 
 
@@ -252,18 +251,17 @@ def photos_of(photo: Path, more: Sequence[Path] | None) -> list[Path]:
     return photos
 
 
-def prompts_in(file: TextIO | None) -> list[str]:
+def prompts_in(file: Path | None) -> list[str]:
     """Return the lines of a file of prompts that are not empty."""
     if file is None:
         return []
     try:
-        lines = [line.strip() for line in file]
-    except (OSError, ValueError) as error:
-        raise HdbError(
-            f"{file.name} is not UTF-8 text ({error}); give one prompt a line"
-        ) from error
+        raw = sys.stdin.buffer.read() if str(file) == STDIN else file.read_bytes()
+        lines = [line.strip() for line in raw.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise HdbError(f"{file} is not UTF-8 text ({error}); give one prompt a line") from error
     if not any(lines):
-        raise HdbError(f"{file.name} holds no prompt; write one a line")
+        raise HdbError(f"{file} holds no prompt; write one a line")
     return [line for line in lines if line]
 
 

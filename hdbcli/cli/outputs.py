@@ -13,7 +13,7 @@ from typing import Any
 from hdbcli.api import Drawn, Picture
 from hdbcli.cli.options import free_path
 from hdbcli.config import PICTURES
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 from registry.files import Taken, check_writable, write_kept
 
 WORDS = 48  # letters of a prompt in a file's name
@@ -48,10 +48,10 @@ def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool, page: bool 
     """
     kind = "" if out is None or out.is_dir() else out.suffix.lower()
     if kind in PICTURES and kind != ".png":
-        raise HdbError(f"{out} is not named .png, the kind of picture that hdb draws")
+        raise UsageError(f"{out} is not named .png, the kind of picture that hdb draws")
     if out is not None and kind == ".png":
         if len(stems) > 1 and not grid:
-            raise HdbError(
+            raise UsageError(
                 f"{out} is one file, {len(stems)} pictures were asked for; give a folder, -n 1, or "
                 "--grid for a sheet of them"
             )
@@ -103,7 +103,7 @@ class Album:
         listed = [
             {
                 "name": picture.name,
-                "path": str(path) if path else None,
+                "path": path,
                 "prompt": picture.prompt,
                 "seed": picture.seed,
             }
@@ -111,8 +111,8 @@ class Album:
         ]
         return {
             "pictures": listed,
-            "grid": str(grid) if grid else None,
-            "html": str(page) if page else None,
+            "grid": grid,
+            "html": page,
         }
 
 

@@ -4,13 +4,18 @@ time left."""
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typer._click.globals import get_current_context
+
 from hdbcli.config import CAPTIONS, Tell
+from hdbcli.faces.source import STDIN
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
     from registry.spec import BaseSpec
     from registry.store import Entry
 
+UNSAID = ("json", "yes")  # options that change nothing of what is done
 COUNTS = {"bytes": True, "budget": True, "numbers": False}  # names of counts -> whether of bytes
 NAMED = 3  # pairs of names in a message; the report has all
 
@@ -58,11 +64,50 @@ def note(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
-def document(value: object) -> None:
-    """Print one JSON document, alone on standard output; JSON is UTF-8, so in any other encoding
-    all but ASCII is escaped."""
+def document(values: Mapping[str, Any]) -> None:
+    """Print what a command has found as one JSON document, alone on standard output, with the
+    settings it ran with and the seconds it took."""
+    ctx = get_current_context()
+    options: list[Any] = [each for each in ctx.command.params if each.name in ctx.params]
+    names = [_long(option) for option in options]
+    settings = {
+        option.name if names.count(name) > 1 else name: _value(option, ctx.params[option.name])
+        for name, option in zip(names, options, strict=True)
+        if name not in UNSAID
+    }
+    took = {"total": round(time.perf_counter() - ctx.find_root().obj, 3)}
+    both = {"settings": settings | values.get("settings", {})}
+    _print({**values, **both, "seconds": {**took, **values.get("seconds", {})}})
+
+
+def failure(code: int, message: str) -> None:
+    """Print why a command failed as one JSON document."""
+    _print({"error": {"code": code, "message": message}})
+
+
+def _print(value: Mapping[str, Any]) -> None:
+    """Print JSON, with absolute paths; it is UTF-8, so in any other encoding all but ASCII is
+    escaped."""
     plain = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=plain, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=plain, allow_nan=False, default=_absolute)
+    sys.stdout.write(f"{text}\n")
+
+
+def _absolute(value: object) -> str:
+    return os.path.abspath(value) if isinstance(value, Path) and str(value) != STDIN else str(value)
+
+
+def _value(option: Any, value: Any) -> Any:
+    """Return what an option says, a path as such: Click has it as text."""
+    if isinstance(value, list | tuple):
+        return [_value(option, each) for each in value]
+    return Path(value) if option.type.name == "path" and value is not None else value
+
+
+def _long(option: Any) -> str:
+    """Return the long name of an option, or an argument's own."""
+    words = (word for word in option.opts if word.startswith("--"))
+    return next(words, option.name).removeprefix("--")
 
 
 class Bars:
@@ -200,8 +245,8 @@ def created_facts(saved: Saved, created: Created, preview: Path | None) -> dict[
         "loss": {"start": created.loss_start, "end": created.loss_end},
         "likeness": identity.facts.likeness,
         "base_likeness": round(created.base_likeness, 4),
-        "path": str(saved.path),
-        "preview": str(preview) if preview else None,
+        "path": saved.path,
+        "preview": preview,
     }
 
 
@@ -216,8 +261,8 @@ def show_created(values: Mapping[str, Any]) -> None:
             "seconds": ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()),
             "loss": f"{loss['start']:.4f} before, {loss['end']:.4f} after",
             "likeness": f"{values['likeness']:.2f} (the base's own: {values['base_likeness']:.2f})",
-            "file": values["path"],
-            **({"preview": values["preview"]} if values["preview"] else {}),
+            "file": str(values["path"]),
+            **({"preview": str(values["preview"])} if values["preview"] else {}),
             "next": f'hdb gen {values["name"]} "{CAPTIONS[1]}"',
         }
     )
@@ -228,7 +273,7 @@ def show_pictures(saved: Mapping[str, Any]) -> None:
     for picture in saved["pictures"]:
         say(f"{picture['path'] or 'in the sheet'}  seed {picture['seed']}")
     for more in filter(None, (saved["grid"], saved["html"])):
-        say(more)
+        say(str(more))
 
 
 def show_entries(entries: Sequence[Entry]) -> None:

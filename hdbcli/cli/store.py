@@ -82,7 +82,7 @@ def rm(
     left = orphans.temporaries(older=0) if purge else []
     for orphan in left:
         orphans.delete(orphan)
-    files += [{"name": None, "path": str(o.path), "bytes": o.bytes} for o in left]
+    files += [{"name": None, "path": o.path, "bytes": o.bytes} for o in left]
     for path in paths if purge else []:
         for other in store.composed_of(path.stem):
             render.note(f"note: {other} was composed of {path.stem} and still holds its share")
@@ -107,7 +107,8 @@ def verify(
         paths = [entry.path for entry in store.entries()]
     verdicts = list(verification.verify(paths, weights_of))
     if as_json:
-        render.document([asdict(verdict) for verdict in verdicts])
+        found = [asdict(verdict) for verdict in verdicts]
+        render.document({"ok": all(verdict.ok for verdict in verdicts), "identities": found})
     elif verdicts:
         render.show_verdicts(verdicts)
     else:
@@ -137,7 +138,7 @@ def gc(
         orphans.delete(orphan)
     freed = sum(orphan.bytes for orphan in found)
     if as_json:
-        files = [{**asdict(orphan), "path": str(orphan.path)} for orphan in found]
+        files = [asdict(orphan) for orphan in found]
         render.document({"dry_run": dry_run, "files": files, "bytes": freed})
         return
     for orphan in found:
@@ -147,7 +148,7 @@ def gc(
 
 def _file(path: Path) -> dict[str, Any]:
     """Describe a file of the store, damaged or not."""
-    return {"name": path.stem, "path": str(path), "bytes": path.lstat().st_size}
+    return {"name": path.stem, "path": path, "bytes": path.lstat().st_size}
 
 
 def _tell(path: Path, as_json: bool, **more: object) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ from hdbcli.config import (
 )
 from registry import store
 from registry.checkpoints.safetensors import read_header
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 
 if TYPE_CHECKING:
     from hdbcli.method.hypernet import HyperNetwork
@@ -71,6 +71,7 @@ def train_prepare(
     aligned: Aligned = False,
     device: Device = None,
     memory: Memory = "auto",
+    as_json: Json = False,
 ) -> None:
     """Find, crop and encode the faces of a folder once, for any number of trainings; interrupted,
     the same command goes on."""
@@ -82,15 +83,19 @@ def train_prepare(
     store.check_folder(out)
     spec = find_base(base)
 
-    def prepare(loaded: Base) -> None:
+    def prepare(loaded: Base) -> shards.Prepared:
         start = time.perf_counter()
         with render.progress() as tell:
             done = shards.prepare(data, loaded, out, pattern, aligned, tell, processes)
         render.show_prepared(done, out / shards.REPORT, time.perf_counter() - start)
+        return done
 
     one = Work(1, spec.resolution, trains=False, exact=True)  # encoding, one picture at a time
-    on_base(spec, device, memory, one, prepare, render.note)
-    render.say(str(out))
+    done = on_base(spec, device, memory, one, prepare, render.note)
+    if as_json:
+        render.document({"path": out, "report": out / shards.REPORT, **asdict(done)})
+    else:
+        render.say(str(out))
 
 
 @train_app.command("bank")
@@ -108,6 +113,7 @@ def train_bank(
     aligned: Aligned = False,
     device: Device = None,
     memory: Memory = "auto",
+    as_json: Json = False,
 ) -> None:
     """Optimise the LiDB of every person in a folder; interrupted, the same command goes on."""
     from hdbcli.model.base import on_base
@@ -119,7 +125,7 @@ def train_bank(
     spec = find_base(base, targets)
     config = BankConfig(steps, lr=lr, at_once=at_once, seed=seed, optimizer=optimizer)
 
-    def build(loaded: Base) -> None:
+    def build(loaded: Base) -> int:
         with render.progress() as tell:
             people = open_people(data, loaded, pattern, aligned, out / "people", tell)
             render.show_skipped(people.skipped)
@@ -132,11 +138,15 @@ def train_bank(
                     f"{shard.loss_end:.4f}, {rate:.2f} people a second, "
                     f"{(len(people.names) - shard.total) / rate / 60:.1f} min left"
                 )
+        return len(people.names)
 
     fewer = f"take fewer people side by side than --at-once {at_once}"
     work = bank.work_of(spec, at_once)
-    on_base(spec, device, memory, work, build, render.note, advice=fewer)
-    render.say(str(out))
+    people = on_base(spec, device, memory, work, build, render.note, advice=fewer)
+    if as_json:
+        render.document({"path": out, "people": people})
+    else:
+        render.say(str(out))
 
 
 Prior = Annotated[
@@ -229,6 +239,7 @@ def train_hypernetwork(
     aligned: Aligned = False,
     device: Device = None,
     memory: Memory = "auto",
+    as_json: Json = False,
 ) -> None:
     """Train the hypernetwork of a base model; interrupted, the same command goes on.
 
@@ -249,7 +260,7 @@ def train_hypernetwork(
         why = "the hypernetwork after --from has its shape already; drop it or"
         refuse_given(ctx, why, "iterations", "recogniser")
     if accumulate > batch:
-        raise HdbError(f"a batch of {batch} has no {accumulate} parts; lower --accumulate")
+        raise UsageError(f"a batch of {batch} has no {accumulate} parts; lower --accumulate")
     if not held_out:
         refuse_given(ctx, "--held-out 0 leaves no one to look at; drop it or", "look")
     _check_hypernetwork_out(out, start)
@@ -260,7 +271,7 @@ def train_hypernetwork(
     )
     spec = find_base(base, targets, start)
 
-    def learn(loaded: Base) -> None:
+    def learn(loaded: Base) -> dict[str, Any] | None:
         # Before the photos are read, which takes hours: these may be missing, or another base's.
         known = read_bank(bank, loaded) if bank else None
         model = (
@@ -277,10 +288,16 @@ def train_hypernetwork(
         if not workers.rank:
             render.show_skipped(people.skipped)
         with render.progress() as tell:
-            _learn(loaded, model, people, config, known, out, tell, workers, track)
+            return _learn(loaded, model, people, config, known, out, tell, workers, track)
 
     work = _work_of(spec, config)
-    on_base(spec, device, memory, work, learn, render.note, targets_of(start))
+    made = on_base(spec, device, memory, work, learn, render.note, targets_of(start))
+    if made is None:  # another process says it
+        return
+    if as_json:
+        render.document(made)
+    else:
+        render.say(str(out))
 
 
 def _work_of(spec: BaseSpec, config: PretrainConfig) -> Work:
@@ -323,8 +340,9 @@ def _learn(
     tell: Tell,
     workers: Workers,
     track: str | None,
-) -> None:
-    """Train, and write the hypernetwork: in the first process, if there are several."""
+) -> dict[str, Any] | None:
+    """Train, and write the hypernetwork, in the first process, if there are several; return what
+    that one says."""
     from hdbcli.model.hypernetwork_file import save_hypernetwork
     from hdbcli.training import hypernetwork as pretrain
     from hdbcli.training.monitor import Watch, open_tracker, tracked
@@ -340,12 +358,13 @@ def _learn(
     steps = pretrain.pretrain(loaded, model, people, config, tell, known, workers, look_at)
     if workers.rank:
         deque(steps, maxlen=0)
-        return
+        return None
     render.follow(tracked(steps, tracker) if tracker else steps, tell)
     save_hypernetwork(model, out)
     if watch:
         render.note(f"curves and portraits of people held out: {watch.picture}")
-    render.say(str(out))
+    counts = {"people": len(people.names), "held_out": len(held.names) if held else 0}
+    return {"path": out, **counts, "curves": watch.picture if watch else None}
 
 
 @train_app.command("evaluate")

@@ -29,7 +29,7 @@ from hdbcli.model.base import Base
 from hdbcli.training.objective import Samples
 from hdbcli.training.personalise import settle
 from hdbcli.training.refine import Trainable, trainable_lidb, with_losses
-from registry.errors import HdbError
+from registry.errors import UsageError
 
 # (method, base, hypernetwork, the faces on P people's photos, tell) -> what the method trains for
 # them; afterwards the base is as it was. Only a method that starts from a prediction needs the
@@ -217,15 +217,17 @@ def choose(names: Sequence[str], most: int | None = None) -> list[Method]:
         whole, _, people = each.partition(":")
         name, at, schedule = whole.partition("@")
         if name not in METHODS:
-            raise HdbError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
+            raise UsageError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
         if people and not (people.isdecimal() and int(people)):
-            raise HdbError(f"{each!r}: expected NAME or NAME:PEOPLE, e.g. {name}:12")
+            raise UsageError(f"{each!r}: expected NAME or NAME:PEOPLE, e.g. {name}:12")
         if whole in chosen:
-            raise HdbError(f"method {whole} comes twice; name it once, with its people or without")
+            raise UsageError(
+                f"method {whole} comes twice; name it once, with its people or without"
+            )
         method = METHODS[name]
         if at:
             if not (schedule.isdecimal() and int(schedule) and method.steps):
-                raise HdbError(
+                raise UsageError(
                     f"{each!r}: expected NAME@STEPS of a method that trains, as lora@400"
                 )
             method = method.of_steps(int(schedule))

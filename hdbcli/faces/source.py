@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 
 STDIN = "-"
 KINDS = "JPEG, PNG, WebP, HEIC, AVIF, TIFF, GIF or BMP"
@@ -26,8 +26,8 @@ def refuse_url(path: Path) -> None:
     if _URL.match(text) and not _exists(path):
         shown = re.sub(":/+", "://", text, count=1)[:100]
         if text.lower().startswith("file:"):
-            raise HdbError(f"{shown} is a URL; give the path of the file without file://")
-        raise HdbError(
+            raise UsageError(f"{shown} is a URL; give the path of the file without file://")
+        raise UsageError(
             f"{shown} is a URL, and hdb does not download; save the photo first, "
             "or pipe it in: curl -L URL | hdb new - NAME"
         )
@@ -38,7 +38,7 @@ def check_photos(photos: Sequence[Path]) -> None:
     for each in photos:
         refuse_url(each)
     if [str(each) for each in photos].count(STDIN) > 1:
-        raise HdbError("standard input holds one photo; give - once")
+        raise UsageError("standard input holds one photo; give - once")
 
 
 def _exists(path: Path) -> bool:

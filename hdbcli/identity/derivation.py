@@ -14,7 +14,7 @@ from hdbcli.identity.file import Identity, now
 from hdbcli.method.algebra import compose, shrink
 from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import relax
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 from registry.identity_facts import WORD
 from registry.store import shown
 
@@ -73,9 +73,9 @@ def read_weights(parts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             weight = math.nan
         if not math.isfinite(weight):
-            raise HdbError(f"{part!r} has no weight; write {name or 'alice'}=0.6")
+            raise UsageError(f"{part!r} has no weight; write {name or 'alice'}=0.6")
         if name in weights:
-            raise HdbError(f"{name} comes twice; give its weights as one")
+            raise UsageError(f"{name} comes twice; give its weights as one")
         weights[name] = weight
     return weights
 

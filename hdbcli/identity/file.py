@@ -24,7 +24,7 @@ from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from registry.checkpoints.safetensors import MAX_FILE, TensorInfo, header_bytes, read_header
 from registry.checkpoints.tensors import DTYPES, tensor_of
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 from registry.files import Taken, keep_elsewhere, write_kept
 from registry.identity_facts import (
     LAYOUTS,
@@ -242,7 +242,7 @@ def check_fits(
 def _pack(identity: Identity, dtype: str) -> dict[str, Tensor]:
     """Return the tensors of the file on the CPU; raise HdbError for what would not come back."""
     if dtype not in LAYOUTS:
-        raise HdbError(f"unknown dtype {dtype!r}; choose from {', '.join(LAYOUTS)}")
+        raise UsageError(f"unknown dtype {dtype!r}; choose from {', '.join(LAYOUTS)}")
     down, up = (
         side.detach().to("cpu", torch.float32).contiguous() for side in (identity.down, identity.up)
     )

@@ -15,7 +15,7 @@ from hdbcli.method.relax import stack
 from hdbcli.model import sample
 from hdbcli.model.base import Base
 from hdbcli.model.contact_sheet import in_rows
-from registry.errors import HdbError
+from registry.errors import UsageError
 
 COLUMNS = 7  # from one identity to the next, both included
 ROWS = (PORTRAIT, CAPTIONS[1])
@@ -29,7 +29,7 @@ def weights_of(people: int, columns: int = COLUMNS) -> list[list[float]]:
     n people make (n - 1) (columns - 1) + 1 steps; in every one the weights add up to 1.
     """
     if people < 2:
-        raise HdbError("a walk needs two identities or more; give another, or leave --show out")
+        raise UsageError("a walk needs two identities or more; give another, or leave --show out")
     steps = (people - 1) * (columns - 1)
     places = [step * (people - 1) / steps for step in range(steps + 1)]
     return [[max(0.0, 1 - abs(place - person)) for person in range(people)] for place in places]

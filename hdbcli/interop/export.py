@@ -23,7 +23,7 @@ from hdbcli.model.base import Base
 from registry.bases.settings import predicts
 from registry.checkpoints.ldm import LAYOUTS, architecture_of, original_layer
 from registry.checkpoints.tensors import save_tensors
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 from registry.files import write_beside
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -35,9 +35,9 @@ _SHORT = {"unet": "unet", "text_encoder": "te", "text_encoder_2": "te2"}
 def export_tensors(base: Base, theta: Theta, form: str, dtype: str) -> dict[str, Tensor]:
     """Return the tensors of a LoRA file by key; computed in float32, cast once at the end."""
     if form not in _FORMATS:
-        raise HdbError(f"unknown format {form!r}; choose {' or '.join(_FORMATS)}")
+        raise UsageError(f"unknown format {form!r}; choose {' or '.join(_FORMATS)}")
     if dtype not in DTYPES:
-        raise HdbError(f"unknown dtype {dtype!r}; choose {' or '.join(DTYPES)}")
+        raise UsageError(f"unknown dtype {dtype!r}; choose {' or '.join(DTYPES)}")
     factors = base.injected.factors(theta)
     tensors: dict[str, Tensor] = {}
     stems = stem_names(base, form)

@@ -34,7 +34,7 @@ from registry.checkpoints.ldm import original_layer
 from registry.checkpoints.lora_formats import PEFT, architecture, lora_style, other_adapter, split
 from registry.checkpoints.safetensors import SHA256, Header, read_header
 from registry.checkpoints.tensors import canonical
-from registry.errors import HdbError, HdbWarning
+from registry.errors import HdbError, HdbWarning, UsageError
 from registry.spec import BaseSpec, FewSteps, SampleSettings
 from registry.stable_diffusion.few_steps import few_steps
 from registry.store import shown
@@ -82,7 +82,7 @@ class Stacked:
     def facts(self) -> dict[str, Any]:
         """Return what `hdb gen --json` prints."""
         lora = self.lora
-        known = {"name": shown(lora.path), "path": str(lora.path), "strength": lora.strength}
+        known = {"name": shown(lora.path), "path": lora.path, "strength": lora.strength}
         return {**known, "hash": lora.digest, "layers": self.layers, "unread": len(self.unread)}
 
 
@@ -163,7 +163,7 @@ def parse(text: str) -> tuple[Path, float]:
     except ValueError:
         path, strength = "", 1.0
     if not math.isfinite(strength):
-        raise HdbError(
+        raise UsageError(
             f"strength {number!r} of {path} is not a finite number; give one such as 0.8"
         )
     return Path(os.path.expanduser(path or text)), strength

@@ -22,7 +22,7 @@ from registry.checkpoints.ldm import Renamed, layout_of, rename
 from registry.checkpoints.other_names import original_names
 from registry.checkpoints.safetensors import TensorInfo
 from registry.checkpoints.tensors import DTYPES, canonical, tensor_of
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 
 ROWS = 1024  # of a weight, computed at a time
 CASTS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -34,7 +34,7 @@ class Merge:
     def __init__(self, checkpoint: Checkpoint, theta: Theta, dtype: str | None) -> None:
         """Take one identity (a batch of 1); `dtype` None leaves every tensor in its own."""
         if dtype is not None and dtype not in CASTS:
-            raise HdbError(f"unknown dtype {dtype!r}; choose one of {', '.join(CASTS)}")
+            raise UsageError(f"unknown dtype {dtype!r}; choose one of {', '.join(CASTS)}")
         self.checkpoint = checkpoint
         self.cast = dtype and CASTS[dtype]
         cores = theta.up[0].float() @ theta.down[0].float()  # (L, b, a)

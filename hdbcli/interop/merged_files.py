@@ -21,7 +21,7 @@ from registry.bases.settings import predicts
 from registry.checkpoints.contents import INDEX, PREDICTS_V, ZERO_SNR, read_config
 from registry.checkpoints.ldm import architecture_of
 from registry.checkpoints.tensors import DTYPES
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 from registry.files import write_beside
 from registry.spec import BaseSpec
 
@@ -103,9 +103,9 @@ def _index(root: Path, copied: Set[str]) -> bytes:
 def check_folder(out: Path, force: bool) -> None:
     """Raise HdbError now if the merged model could not be written to `out`."""
     if out.exists() and not out.is_dir():
-        raise HdbError(f"{out} is a file; give a folder")
+        raise UsageError(f"{out} is a file; give a folder")
     if out.suffix.casefold() in WEIGHTS and not out.is_dir():
-        raise HdbError(
+        raise UsageError(
             f"{out} is named like a file, and would be a folder; one file is named .safetensors, "
             "the one kind that hdb writes"
         )
@@ -126,7 +126,7 @@ def check_folder(out: Path, force: bool) -> None:
 def check_file(out: Path, force: bool) -> None:
     """Raise HdbError now if the merged checkpoint could not be written to `out`."""
     if out.suffix.casefold() != ".safetensors":
-        raise HdbError(f"{out} is not named .safetensors, the one kind of file hdb writes")
+        raise UsageError(f"{out} is not named .safetensors, the one kind of file hdb writes")
     if out.is_dir():
         raise HdbError(f"{out} is a folder; give a file")
     if out.exists() and not force:

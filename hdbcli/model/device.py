@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hdbcli.config import DEVICES, OPTIMIZERS, PRECISIONS
-from registry.errors import HdbError, HdbWarning
+from registry.errors import HdbError, HdbWarning, UsageError
 from registry.stable_diffusion.uncompiled import light_optimizers, without_compiler
 
 SHORT = 128  # tokens: plain attention is 2.7 times as fast at 64, half as fast at 256
@@ -136,7 +136,7 @@ def autocast(
     anywhere: every pass casts all weights anew.
     """
     if precision not in PRECISIONS:
-        raise HdbError(f"unknown precision {precision!r}; choose {' or '.join(PRECISIONS)}")
+        raise UsageError(f"unknown precision {precision!r}; choose {' or '.join(PRECISIONS)}")
     kind = device.split(":")[0]
     if precision == "fp32":
         return nullcontext()
@@ -212,7 +212,7 @@ def make_optimizer(
     """
     parameters = list(parameters)
     if name not in OPTIMIZERS:
-        raise HdbError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+        raise UsageError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
     light_optimizers()
     if name == "adamw8bit":
         try:

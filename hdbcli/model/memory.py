@@ -23,7 +23,7 @@ from hdbcli.config import MEMORIES
 from hdbcli.limits import free_ram
 from hdbcli.model.device import has_bf16
 from registry.checkpoints.contents import read_checkpoint
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 from registry.spec import BaseSpec
 from registry.stable_diffusion.loading import out_of_memory
 
@@ -109,7 +109,7 @@ def choose(spec: BaseSpec, device: str, asked: str, work: Work, free: int | None
     base's files are not what they were.
     """
     if asked not in MEMORIES:
-        raise HdbError(f"unknown --memory {asked!r}; choose {', '.join(MEMORIES)}")
+        raise UsageError(f"unknown --memory {asked!r}; choose {', '.join(MEMORIES)}")
     spec.check()
     size = measure(spec)
     plans = [_suited(plan, device, work) for plan in PLANS if not (work.exact and plan.quantised)]

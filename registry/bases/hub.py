@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from registry.checkpoints.contents import INDEX, INDEXED, VARIANT, WEIGHTS
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -38,7 +38,7 @@ def locate(source: str, revision: str | None) -> tuple[Path, str]:
     path = Path(os.path.expanduser(source))  # a ~name that is no user's stays as it is
     if path.exists():
         if revision:
-            raise HdbError(f"{source} is a path; --revision is for models of the hub")
+            raise UsageError(f"{source} is a path; --revision is for models of the hub")
         return path.absolute(), ""
     if not HUB_ID.fullmatch(source) or source.casefold().endswith((".safetensors", ".ckpt")):
         raise HdbError(f"no such file or folder: {source}")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from registry.checkpoints.tensors import canonical, save_tensors
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 from registry.seeds import generator_of
 from registry.spec import SampleSettings
 from registry.stable_diffusion.uncompiled import without_compiler
@@ -350,7 +350,7 @@ def _scheduler(settings: SampleSettings, config: Mapping[str, Any]) -> Any:
 
     name = settings.scheduler or ""
     if name not in SCHEDULERS:
-        raise HdbError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
+        raise UsageError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
     more: dict[str, Any] = {"clip_sample": False}  # latents are no pixels of -1 to 1
     if name == "lcm":  # draws its steps out of those that it was distilled on, and takes no more
         more["original_inference_steps"] = max(LCM_STEPS, settings.steps)

@@ -11,7 +11,7 @@ from pathlib import Path
 from registry.checkpoints.contents import Checkpoint, read_config
 from registry.checkpoints.ldm import LAYOUTS
 from registry.checkpoints.safetensors import TensorInfo
-from registry.errors import HdbError, HdbWarning
+from registry.errors import HdbError, HdbWarning, UsageError
 from registry.stable_diffusion.families import FAMILIES, PER_BLOCK, PER_LAYER, Family
 from registry.stable_diffusion.few_steps import few_steps
 
@@ -119,7 +119,7 @@ def prediction_of(checkpoint: Checkpoint, family: Family, asked: str | None) -> 
     A folder says it. A single file may; else it is what was asked for, or usual in the family.
     """
     if asked is not None and asked not in PREDICTIONS:
-        raise HdbError(f"unknown prediction {asked!r}; choose epsilon or v")
+        raise UsageError(f"unknown prediction {asked!r}; choose epsilon or v")
     folder = family.configs() if checkpoint.single else checkpoint.path
     config = read_config(folder / "scheduler" / "scheduler_config.json")
     told = str(config.get("prediction_type", "epsilon"))

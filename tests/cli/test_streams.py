@@ -27,7 +27,7 @@ def test_json_is_json_in_any_encoding(encoding: str, tmp_path: Path) -> None:
     home = {"HDB_HOME": str(path.parents[1]), "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
     done = run(*HDB, "list", "--json", env={**os.environ, **home})
     assert done.returncode == 0, done.stderr
-    assert [entry["path"] for entry in json.loads(done.stdout)] == [str(path)]
+    assert [entry["path"] for entry in json.loads(done.stdout)["identities"]] == [str(path)]
     assert ("caf\u00e9" in done.stdout) == (encoding == "utf-8")  # which is left readable
 
 

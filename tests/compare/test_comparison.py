@@ -230,7 +230,9 @@ def test_compare_from_photos_to_sheet(
     assert 0 < limits["floor"]["mean"] < limits["photo"]["mean"] < 1
     assert Image.open(tmp_path / "out/sheet.png").size == (NAME + 6 * 128, 6 + 3 * LINE + 3 * 128)
     assert Image.open(tmp_path / "out/curves.png").size[0] == 800
-    assert json.loads((tmp_path / "out/compare.json").read_text()) == document
+    more = ("files", "settings", "seconds")
+    saved = {name: value for name, value in document.items() if name not in more}
+    assert json.loads((tmp_path / "out/compare.json").read_text()) == saved
     assert limits["through"]["auc"]["mean"] > 0 and limits["other_photo"]["first"]["mean"] == 1.0
     assert 1e7 < document["checkpoint"] < 1e8
     assert document["command"] == shlex.join(["hdb", *sys.argv[1:]])
@@ -282,5 +284,5 @@ def test_compare_says_what_is_wrong(tmp_path: Path) -> None:
         ([], "does not exist"),
     ):
         result = hdb("compare", tmp_path / "missing", *words)
-        assert result.exit_code == 1 and says in result.stderr
+        assert result.exit_code == 1 + ("magic" in says) and says in result.stderr
     assert not list(tmp_path.iterdir())

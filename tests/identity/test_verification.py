@@ -176,10 +176,10 @@ def test_a_random_basis_keeps_little_of_a_foreign_lora() -> None:
 
 
 def test_verify_reads_all_of_every_file(outside: Path, identity: Identity) -> None:
-    assert json.loads(ok("verify", "--json").stdout) == []
+    assert json.loads(ok("verify", "--json").stdout)["identities"] == []
     for name in ("alice", "bob", "carol"):
         ok("import", outside, name)
-    found = json.loads(ok("verify", "--json").stdout)
+    found = json.loads(ok("verify", "--json").stdout)["identities"]
     assert [(v["name"], v["ok"], v["basis"]) for v in found] == [
         (name, True, True) for name in ("alice", "bob", "carol")
     ]
@@ -192,7 +192,7 @@ def test_verify_reads_all_of_every_file(outside: Path, identity: Identity) -> No
     save(identity.saying(base="sd15"), store.path_of("erin"))
     (path.parent / "a b.safetensors").write_bytes(outside.read_bytes())
     result = hdb("verify", "--json")
-    found = {v["name"]: v for v in json.loads(result.stdout)}
+    found = {v["name"]: v for v in json.loads(result.stdout)["identities"]}
     assert result.exit_code == 1 and "3 of 6 are bad" in result.stderr
     assert [n for n, v in found.items() if not v["ok"]] == ["a b", "bob", "dave"]
     assert "edited by hand" in found["bob"]["problem"]

@@ -211,7 +211,7 @@ def test_low_memory_end_to_end(
     same, other = (psnr(first, tmp_path / "auto" / f"low-{seed}.png") for seed in (1, 2))
     assert same > 20 and same > other + 2, (same, other)
     wrong = hdb("gen", "low", "a [V] face", "--memory", "lots")
-    assert wrong.exit_code == 1 and wrong.stderr.startswith("error: unknown --memory 'lots'")
+    assert wrong.exit_code == 2 and wrong.stderr.startswith("error: unknown --memory 'lots'")
 
 
 def psnr(one: Path, other: Path) -> float:

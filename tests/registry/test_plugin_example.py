@@ -82,7 +82,7 @@ def test_the_other_commands(installed: None, astronaut: Path, tmp_path: Path) ->
     difference = np.abs(read(out / "eve-a-v-face-1.png") - read(out / "same-a-v-face-1.png"))
     assert difference.max() <= 2  # the file of eve is rounded, that of the sum is not
     ok("inspect", "eve")
-    assert json.loads(ok("verify", "--json").stdout)[0]["basis"] is True
+    assert json.loads(ok("verify", "--json").stdout)["identities"][0]["basis"] is True
     ok("export", "eve", "-o", tmp_path / "lora.safetensors")
     assert "lora_denoiser_blocks_0_query.alpha" in load_file(tmp_path / "lora.safetensors")
     ok("gen", "adam", *words, "--lora", tmp_path / "lora.safetensors")
