@@ -10,6 +10,7 @@ DEVICES = ("cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw8bit", "adamw")
 LARGEST_SEED = 2**63 - 1  # torch takes twice as large ones: a first seed may be counted up from
 PRECISIONS = ("auto", "fp32")
+SCHEDULERS = ("ddim", "dpm++", "euler", "euler-a", "lcm", "unipc")
 MEMORIES = ("auto", "low", "normal", "half", "recompute")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml")
 # Names of picture files; what is read is decided by content.

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hdbcli.cli import render
+from hdbcli.cli import complete, render
 from hdbcli.cli.boundary import ask
 from hdbcli.cli.options import (
     FORMATS,
@@ -20,6 +20,7 @@ from hdbcli.cli.options import (
     Json,
     Memory,
     Yes,
+    complete_format,
     free_path,
     new_path,
     refuse_given,
@@ -87,7 +88,10 @@ def shrink(
     identity: Identity,
     rank: Annotated[int, typer.Option(min=1, help="The new, lower rank.")],
     new_name: As = None,
-    dtype: Annotated[str | None, typer.Option(help=f"{FORMATS}; default: the file's own.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(autocompletion=complete_format, help=f"{FORMATS}; default: the file's own."),
+    ] = None,
     force: Force = False,
     yes: Yes = False,
     as_json: Json = False,
@@ -111,14 +115,22 @@ def shrink(
 
 def compose(
     ctx: typer.Context,
-    parts: Annotated[list[str], typer.Argument(help="NAME=WEIGHT, such as alice=0.6 bob=0.4.")],
+    parts: Annotated[
+        list[str],
+        typer.Argument(
+            autocompletion=complete.identities, help="NAME=WEIGHT, such as alice=0.6 bob=0.4."
+        ),
+    ],
     new_name: Annotated[str, typer.Option("--as", help="Name of the new identity.")],
     rank: Annotated[
         int | None, typer.Option(min=1, help="Highest rank; default: whatever is exact.")
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help=f"{FORMATS}; default: fp16, or what the base's budget allows."),
+        typer.Option(
+            autocompletion=complete_format,
+            help=f"{FORMATS}; default: fp16, or what the base's budget allows.",
+        ),
     ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Draw the walk from the first to the last, step by step.")
@@ -169,11 +181,21 @@ def compose(
 
 def export(
     identity: Identity,
-    form: Annotated[str, typer.Option("--format", help="kohya or diffusers.")] = "kohya",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            autocompletion=complete.words("kohya", "diffusers"),
+            help="kohya or diffusers.",
+        ),
+    ] = "kohya",
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="File; default: NAME-lora.safetensors.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp16",
+    dtype: Annotated[
+        str,
+        typer.Option(autocompletion=complete.words("fp16", "fp32"), help="fp16 or fp32."),
+    ] = "fp16",
     check: Annotated[
         bool,
         typer.Option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hdbcli.cli import render
+from hdbcli.cli import complete, render
 from hdbcli.cli.boundary import new_app
 from hdbcli.cli.options import Json, added_of, base_name, bases
 from registry.errors import HdbError, UsageError
@@ -22,7 +22,7 @@ base_app = new_app("The base models that hdb knows.")
 
 NAMED = 5  # identities in a message
 
-Name = Annotated[str, typer.Argument(help="Name of a base model.")]
+Name = Annotated[str, typer.Argument(autocompletion=complete.bases, help="Name of a base model.")]
 
 
 @base_app.command("add")
@@ -40,7 +40,10 @@ def base_add(
     ] = None,
     prediction: Annotated[
         str | None,
-        typer.Option(help="epsilon or v, where a single file predicts what is not usual for it."),
+        typer.Option(
+            autocompletion=complete.words("epsilon", "v"),
+            help="epsilon or v, where a single file predicts what is not usual for it.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -100,7 +103,11 @@ def base_show(name: Name, as_json: Json = False) -> None:
 @base_app.command("default")
 def base_default(
     name: Annotated[
-        str | None, typer.Argument(help="Name of a base model; without one, say which it is.")
+        str | None,
+        typer.Argument(
+            autocompletion=complete.bases,
+            help="Name of a base model; without one, say which it is.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

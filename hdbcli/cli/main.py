@@ -15,6 +15,7 @@ from hdbcli.cli import render
 from hdbcli.cli.algebra import compose, export, inspect, relax, shrink
 from hdbcli.cli.bases import base_app
 from hdbcli.cli.boundary import Boundary, ask, new_app, only_asked
+from hdbcli.cli.complete import asked_for, identities
 from hdbcli.cli.defaults import default_map
 from hdbcli.cli.doctor import doctor
 from hdbcli.cli.measure import bench, compare, score
@@ -40,6 +41,7 @@ from hdbcli.cli.options import (
     Negative,
     NoPreview,
     Optimizer,
+    OwnBase,
     Photo,
     Preview,
     PromptFile,
@@ -170,10 +172,10 @@ def new(
 
 @app.command(rich_help_panel=MAKE)
 def refine(
-    name: Annotated[str, typer.Argument(help="Name of the identity.")],
+    name: Annotated[str, typer.Argument(autocompletion=identities, help="Name of the identity.")],
     photo: Photo,
     more: More = None,
-    base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
+    base: OwnBase = None,
     steps: Steps = RefineConfig.steps,
     rank: Annotated[int | None, typer.Option(min=1, help="Raise the rank to this first.")] = None,
     seed: Seed = RefineConfig.seed,
@@ -215,7 +217,10 @@ def gen(
     ctx: typer.Context,
     identity: Annotated[
         str,
-        typer.Argument(help="Name of an identity, or its file; several: alice,bob,carol."),
+        typer.Argument(
+            autocompletion=identities,
+            help="Name of an identity, or its file; several: alice,bob,carol.",
+        ),
     ],
     prompts: Prompts = None,
     file: PromptFile = None,
@@ -229,7 +234,7 @@ def gen(
     size: Size = None,
     scheduler: Scheduler = None,
     lora: Loras = None,
-    base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
+    base: OwnBase = None,
     device: Device = None,
     memory: Memory = "auto",
     out: Annotated[
@@ -382,5 +387,5 @@ def _show(created: Created, saved: Saved, as_json: bool, preview: Path | None = 
 def main() -> None:
     """Run the command line."""
     if not defaults.path().exists():  # its keys are checked against all commands
-        only_asked(app, sys.argv[1:])
+        only_asked(app, asked_for(sys.argv[1:]))
     app()

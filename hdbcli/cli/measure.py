@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hdbcli.cli import render
+from hdbcli.cli import complete, render
 from hdbcli.cli.options import (
     BaseName,
     Device,
@@ -19,6 +19,7 @@ from hdbcli.cli.options import (
     Json,
     Memory,
     More,
+    OwnBase,
     Pattern,
     refuse_given,
 )
@@ -40,7 +41,7 @@ def score(
     ctx: typer.Context,
     identity: Identity,
     photo: More = None,
-    base: Annotated[str | None, typer.Option(help="Another base than its own.")] = None,
+    base: OwnBase = None,
     face: FaceNumber = None,
     judge: _Judge = False,
     device: Device = None,
@@ -79,6 +80,7 @@ _METHODS = (
     "NAME, NAME@400 for a schedule of 400 steps, or NAME:12 for the first 12 people alone, of "
     f"{', '.join(METHOD_NAMES)}."
 )
+BENCHMARKS = ("basis", "people", "bank", "merge", "sd15", "train", "device", "derived")
 _Batch = Annotated[
     int | None, typer.Option(min=1, help="Samples a step of every method; default: the base's.")
 ]
@@ -88,7 +90,9 @@ _Tune = Annotated[Path | None, typer.Option(help="Other people, to choose each l
 
 def compare(
     photos: _Photos,
-    methods: Annotated[str, typer.Option(help=_METHODS)] = MAIN_METHODS,
+    methods: Annotated[
+        str, typer.Option(autocompletion=complete.methods, help=_METHODS)
+    ] = MAIN_METHODS,
     base: BaseName = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Most steps of any method, for a first look.")
@@ -143,8 +147,9 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
+            autocompletion=complete.words(*BENCHMARKS),
             help="basis, people, bank, merge, sd15, train, device or derived; default: all, the "
-            "last only with --people."
+            "last only with --people.",
         ),
     ] = None,
     people: Annotated[

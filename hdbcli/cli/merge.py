@@ -8,23 +8,34 @@ from typing import Annotated
 
 import typer
 
-from hdbcli.cli import render
-from hdbcli.cli.options import Force, Json
+from hdbcli.cli import complete, render
+from hdbcli.cli.options import Force, Json, OwnBase
 
 
 def merge(
     parts: Annotated[
-        list[str], typer.Argument(help="NAME, or NAME=STRENGTH; several are added up.")
+        list[str],
+        typer.Argument(
+            autocompletion=complete.identities, help="NAME, or NAME=STRENGTH; several are added up."
+        ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="A folder, or a .safetensors file.")],
     form: Annotated[
         str | None,
-        typer.Option("--format", help="diffusers or single-file; default: by the name of --out."),
+        typer.Option(
+            "--format",
+            autocompletion=complete.words("diffusers", "single-file"),
+            help="diffusers or single-file; default: by the name of --out.",
+        ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16; default: each tensor keeps its own.")
+        str | None,
+        typer.Option(
+            autocompletion=complete.words("fp32", "fp16", "bf16"),
+            help="fp32, fp16 or bf16; default: each tensor keeps its own.",
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Default: the identity's.")] = None,
+    base: OwnBase = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:

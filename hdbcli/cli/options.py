@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from hdbcli.config import LARGEST_SEED, OPTIMIZERS, PICTURES
+from hdbcli.cli import complete
+from hdbcli.config import DEVICES, LARGEST_SEED, MEMORIES, OPTIMIZERS, PICTURES, SCHEDULERS
 from hdbcli.faces.source import KINDS, STDIN, check_photos
 from registry import store
 from registry.errors import HdbError, UsageError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FORMATS = "fp16, fp32 or int8"
+complete_format = complete.words("fp16", "fp32", "int8")
 
 
 def as_text(value: str) -> str:
@@ -91,16 +93,35 @@ TargetSet = Annotated[
     str | None,
     typer.Option(
         "--targets",
+        autocompletion=complete.words("attention", "all"),
         help="Layers that get residuals: attention, or all for the convolutions too; default: "
         "those of the base and of its hypernetwork.",
     ),
 ]
-Identity = Annotated[str, typer.Argument(help="Name of an identity, or an identity file.")]
+Identity = Annotated[
+    str,
+    typer.Argument(
+        autocompletion=complete.identities, help="Name of an identity, or an identity file."
+    ),
+]
 BaseName = Annotated[
-    str | None, typer.Option("--base", help="Base model; default: see hdb base default.")
+    str | None,
+    typer.Option(
+        "--base",
+        autocompletion=complete.bases,
+        help="Base model; default: see hdb base default.",
+    ),
+]
+OwnBase = Annotated[
+    str | None,
+    typer.Option("--base", autocompletion=complete.bases, help="Default: the identity's."),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or mps; default: the fastest there is.")
+    str | None,
+    typer.Option(
+        autocompletion=complete.words(*DEVICES),
+        help="cpu, cuda or mps; default: the fastest there is.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what has this name already.")]
@@ -123,7 +144,10 @@ Preview = Annotated[
 NoPreview = Annotated[bool, typer.Option("--no-preview", help="Save no preview.")]
 Scheduler = Annotated[
     str | None,
-    typer.Option(help="ddim, dpm++, euler, euler-a, lcm or unipc; default: the base's."),
+    typer.Option(
+        autocompletion=complete.words(*SCHEDULERS),
+        help=f"{', '.join(SCHEDULERS[:-1])} or {SCHEDULERS[-1]}; default: the base's.",
+    ),
 ]
 Loras = Annotated[
     list[str] | None,
@@ -202,11 +226,17 @@ Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the no
 Memory = Annotated[
     str,
     typer.Option(
-        help="auto (what fits into the free memory), low (the least), normal, half or recompute."
+        autocompletion=complete.words(*MEMORIES),
+        help="auto (what fits into the free memory), low (the least), normal, half or recompute.",
     ),
 ]
 Optimizer = Annotated[
-    str, typer.Option(callback=known_optimizer, help=f"{' or '.join(OPTIMIZERS)}.")
+    str,
+    typer.Option(
+        callback=known_optimizer,
+        autocompletion=complete.words(*OPTIMIZERS),
+        help=f"{' or '.join(OPTIMIZERS)}.",
+    ),
 ]
 As = Annotated[str | None, typer.Option("--as", help="Name of the new one; default: replace.")]
 Data = Annotated[Path, typer.Argument(help="Folder of photos, or a folder of them per person.")]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hdbcli.cli import render
+from hdbcli.cli import complete, render
 from hdbcli.cli.boundary import ask
 from hdbcli.cli.options import Force, Identity, Json, NewName, Yes, bases, new_path, weights_of
 from registry import orphans, store
@@ -58,7 +58,10 @@ def mv(name: Identity, new_name: NewName, force: Force = False, as_json: Json = 
 
 
 def rm(
-    names: Annotated[list[str], typer.Argument(help="Names of identities.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(autocompletion=complete.identities, help="Names of identities."),
+    ],
     purge: Annotated[
         bool, typer.Option("--purge", help="With all temporary files that may hold part of one.")
     ] = False,
@@ -95,7 +98,11 @@ def rm(
 
 def verify(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Names or files of identities; default: all.")
+        list[str] | None,
+        typer.Argument(
+            autocompletion=complete.identities,
+            help="Names or files of identities; default: all.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hdbcli.cli import render
+from hdbcli.cli import complete, render
 from hdbcli.cli.boundary import new_app
 from hdbcli.cli.options import (
     Aligned,
@@ -172,6 +172,7 @@ Track = Annotated[
     str | None,
     typer.Option(
         callback=one_of("tracker", TRACKERS),
+        autocompletion=complete.words(*TRACKERS),
         help="Log the curves to tensorboard, wandb or another tracker that accelerate knows.",
     ),
 ]
@@ -193,7 +194,11 @@ Recogniser = Annotated[
 ]
 Precision = Annotated[
     str,
-    typer.Option(callback=one_of("precision", PRECISIONS), help=f"{' or '.join(PRECISIONS)}."),
+    typer.Option(
+        callback=one_of("precision", PRECISIONS),
+        autocompletion=complete.words(*PRECISIONS),
+        help=f"{' or '.join(PRECISIONS)}.",
+    ),
 ]
 SaveSeconds = Annotated[
     float, typer.Option(min=0, callback=finite, help="Seconds between checkpoints.")
