@@ -13,7 +13,7 @@ from registry import store
 from registry.checkpoints.safetensors import TensorInfo
 from registry.identity_facts import content_digest
 
-QUICK = ["--steps", "2"]
+QUICK = ["--steps", "1"]
 DRAWN = Settings(
     people=("alice",),
     prompt=("a [V] face",),

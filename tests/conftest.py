@@ -7,18 +7,21 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hdbcli.limits import cpus, set_threads
+from registry.spec import BaseSpec, SampleSettings
 
 if TYPE_CHECKING:
     from cutdown import Narrow
 
     from hdbcli.model.base import Base
+    from hdbcli.model.memory import MemoryPlan
 
 # Set before anything imports torch or a hub client, and inherited by the commands that tests start.
 _STORE = tempfile.TemporaryDirectory(prefix="hdb-tests-")
@@ -27,6 +30,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The nets are small: more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, cpus())))
 set_threads()
+
+_USUAL_SAMPLING: Any = BaseSpec.sampling
 
 
 @pytest.fixture(autouse=True)
@@ -93,13 +98,85 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(why)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def two_sampling_steps() -> Iterator[None]:
+    """Draw in 2 steps by default, where 25 are usual: few tests look at what a picture shows, and
+    those say how many steps that takes."""
+
+    def sampling(spec: BaseSpec) -> SampleSettings:
+        usual = _USUAL_SAMPLING.fget(spec)
+        return usual if spec.few_steps else replace(usual, steps=2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseSpec, "sampling", property(sampling))
+        # DreamBooth draws pictures of its class, whatever the base's default.
+        patch.setattr("hdbcli.compare.baselines.SampleSettings", partial(SampleSettings, steps=2))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_pairs_of_losses() -> Iterator[None]:
+    """Measure what refinement gained on 2 pairs of noise and time a sample, where 8 are usual."""
+    from hdbcli.training import refine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refine, "PAIRS", 2)
+        yield
+
+
+@pytest.fixture
+def usual_sampling_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw by default as users do."""
+    monkeypatch.setattr(BaseSpec, "sampling", _USUAL_SAMPLING)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_loaded_base() -> Iterator[None]:
+    """Let the commands that tests run in this process share one loaded `tiny`; after one that wrote
+    into its weights, the next loads it anew."""
+    import hdbcli.api
+    import hdbcli.model.base
+    import registry.tiny
+    from hdbcli.model.memory import NORMAL
+
+    usual, own = hdbcli.model.base.load_base, registry.tiny.load
+    kept: list[tuple[Base, int]] = []
+
+    def writes(base: Base) -> int:
+        """Count how often weights were written to, as torch does."""
+        modules = [*base.backbone.components.values(), base.backbone.autoencoder]  # type: ignore[attr-defined]
+        return sum(p._version for module in modules for p in module.parameters())
+
+    def load_base(
+        spec: BaseSpec, device: str, plan: MemoryPlan = NORMAL, targets_digest: str | None = None
+    ) -> Base:
+        if (spec.load, device, plan) != (own, "cpu", NORMAL):
+            return usual(spec, device, plan, targets_digest)
+        for base, count in kept:
+            alike = replace(base.spec, hypernetwork=spec.hypernetwork) == spec
+            if alike and writes(base) == count:
+                return replace(base, spec=spec)
+        base = usual(spec, device, plan, targets_digest)
+        kept[:] = [(base, writes(base))]
+        return base
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (hdbcli.api, hdbcli.model.base):
+            patch.setattr(module, "load_base", load_base)
+        yield
+
+
 @pytest.fixture(scope="session")
-def tiny() -> Iterator[Base]:
-    """Load the shipped base once; tests leave it without an adapter."""
+def tiny(one_loaded_base: None) -> Base:
+    """Load the shipped base once for the calls of tests, which leave it without an adapter."""
+    import registry.tiny
     from hdbcli.model.base import load_base
     from registry.plugins import load_registry
 
-    yield load_base(load_registry().get("tiny"), "cpu")
+    spec = load_registry().get("tiny")
+    # Apart from the one of commands, which may write into it.
+    base = load_base(replace(spec, load=lambda *how: registry.tiny.load(*how)), "cpu")
+    return replace(base, spec=spec)
 
 
 @pytest.fixture(scope="session")

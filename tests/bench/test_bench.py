@@ -18,11 +18,13 @@ from hdbcli.bench.derived import spearman
 from hdbcli.bench.device import agreement, speeds
 from hdbcli.bench.harness import Row, measured, paired, scratch
 from hdbcli.bench.suite import BENCHMARKS
+from hdbcli.config import RefineConfig
 from hdbcli.model.base import Base, load_base
 from hdbcli.model.memory import PLANS
 from registry import store
 from registry.errors import HdbError
 from registry.plugins import load_registry
+from registry.spec import BaseSpec, SampleSettings
 
 
 def test_rows_keep_what_they_promise() -> None:
@@ -69,7 +71,12 @@ def test_spearman_is_the_order() -> None:
     assert spearman(torch.tensor([1.0, 0.0, 3.0, 2.0])) == pytest.approx(0.6)
 
 
-def test_derived_identities_are_measured(hdb_home: Path, tmp_path: Path) -> None:
+def test_derived_identities_are_measured(
+    hdb_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=6))  # faces are to be found
+    monkeypatch.setattr(RefineConfig, "steps", 2)
+    monkeypatch.setattr("hdbcli.bench.derived.SEEDS", 2)
     refused("bench", "derived", says="give --people")
     for folder in sorted((Path(__file__).parents[1] / "data/heldout").iterdir())[:2]:
         shutil.copytree(folder, tmp_path / "people" / folder.name)

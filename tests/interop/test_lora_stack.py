@@ -34,7 +34,7 @@ from registry.stable_diffusion.families import CONFIGS
 from registry.tiny import WEIGHTS
 
 SDXL = CONFIGS / "sdxl" / "unet"
-PROMPT = ("a [V] face", "-n", 1, "--seed", 3, "--steps", 4)
+PROMPT = ("a [V] face", "-n", 1, "--seed", 3, "--steps", 2)
 
 
 def draw(out: Path, *words: object) -> np.ndarray:
@@ -89,7 +89,9 @@ def test_few_steps_and_what_is_recorded(people: None, tmp_path: Path) -> None:
     assert "Lora" not in Image.open(out).text["parameters"]
 
 
-def test_a_few_step_file_chooses_how_to_sample(people: None, tmp_path: Path) -> None:
+def test_a_few_step_file_chooses_how_to_sample(
+    people: None, tmp_path: Path, usual_sampling_steps: None
+) -> None:
     """By its own name, its folder's or its title; what was asked for comes first."""
     tensors = {"lora_unet_x.lora_up.weight": torch.zeros(1)}
     hub = tmp_path / "models--latent-consistency--lcm-lora-sdv1-5" / "snapshots" / "c0ffee"

@@ -149,7 +149,9 @@ def test_a_single_file_of_2_says_what_was_assumed(narrow: Narrow) -> None:
         assert prediction_of(read_checkpoint(narrow.single("sd1")), FAMILIES["sd1"], None)
 
 
-def test_a_turbo_of_2_is_named_and_drawn_in_few_steps(narrow: Narrow, tmp_path: Path) -> None:
+def test_a_turbo_of_2_is_named_and_drawn_in_few_steps(
+    narrow: Narrow, tmp_path: Path, usual_sampling_steps: None
+) -> None:
     file = tmp_path / "sd_turbo.safetensors"
     file.symlink_to(narrow.single("sd2"))
     assert prediction_of(read_checkpoint(file), FAMILIES["sd2"], None) == "epsilon"
