@@ -71,14 +71,14 @@ def test_chips_of_large_crops_lose_nothing_between_samples(tiny: Base) -> None:
 
 
 def test_a_draft_of_many_steps_is_what_ddim_draws(tiny: Base, predicted: Theta) -> None:
-    settings = SampleSettings(steps=50, scheduler="ddim", guidance=2.0)
+    settings = SampleSettings(steps=20, scheduler="ddim", guidance=2.0)
     drawn = generate(tiny, predicted[:1], PORTRAIT, [3], settings, lambda *_: None)[0].image
     start = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(3))
     backbone, prompts = tiny.backbone, [tiny.prompt(PORTRAIT)]
     with torch.no_grad(), tiny.adapted(predicted[:1]):
         many, few, other = (
             _pixels(backbone.decode(backbone.draft(prompts, each, steps, 2.0)))
-            for each, steps in ((start, 50), (start, 4), (start.flip(-1), 50))
+            for each, steps in ((start, 20), (start, 4), (start.flip(-1), 20))
         )
     far = [np.abs(each - drawn.astype(float)).mean() for each in (many, few, other)]
     assert far[0] < 8 and far[0] < far[1] / 2 and far[0] < far[2] / 2, far
@@ -231,6 +231,13 @@ def test_a_step_along_the_gradient_brings_the_person_nearer(
     assert moved[0] < before < moved[1]
 
 
+@pytest.fixture
+def without_preservation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the loss of other prompts, which has tests of its own."""
+    monkeypatch.setattr("hdbcli.training.refine.preservation", lambda *_: lambda *_: iter(()))
+
+
+@pytest.mark.usefixtures("without_preservation")
 def test_refinement_learns_from_what_it_draws(
     tiny: Base, crops: list[np.ndarray], predicted: Theta
 ) -> None:
@@ -243,7 +250,7 @@ def test_refinement_learns_from_what_it_draws(
         with torch.no_grad(), tiny.injected.adapted(theta):
             return likeness_loss(tiny, PROMPTS, noise(2), *true[:2])
 
-    config = RefineConfig(steps=12, rank=1, lr=1e-3, batch=4, likeness=1.0)
+    config = RefineConfig(steps=5, rank=1, lr=3e-3, batch=2, likeness=1.0)
     with_it, without = (
         far(refine(tiny, start, latents, each, lambda *_: None, faces).theta).mean()
         for each in (config, replace(config, likeness=0.0))
@@ -251,15 +258,17 @@ def test_refinement_learns_from_what_it_draws(
     assert with_it < far(start).mean() and with_it < without - 0.005
 
 
+@pytest.mark.usefixtures("without_preservation")
 def test_people_that_learn_likeness_side_by_side_are_each_as_if_alone(
     tiny: Base, crops: list[np.ndarray], predicted: Theta, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32: in bfloat16 Adam turns the last bit of a gradient near 0 into a whole step."""
     monkeypatch.setattr("hdbcli.training.refine.autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr("hdbcli.training.likeness_loss.autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("hdbcli.training.likeness_loss.SHARE", 2)  # two portraits each
     faces = [tiny.faces(crops[:1]), tiny.faces(crops[1:3])]  # the second has two photos
     latents = [tiny.backbone.encode_images(each.crops) for each in faces]
-    config = RefineConfig(steps=2, rank=1, batch=8, optimizer="adamw", likeness=1.0)
+    config = RefineConfig(steps=2, rank=1, batch=4, optimizer="adamw", likeness=1.0)
 
     def refined(*people: int, likeness: float = 1.0) -> Tensor:
         own = predicted[list(people)], [latents[p] for p in people]

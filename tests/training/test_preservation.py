@@ -149,7 +149,7 @@ def test_refinement_keeps_styles_and_others(
 
     def lost(weight: float) -> tuple[float, float]:
         monkeypatch.setattr(prior, "WEIGHT", weight)
-        config = RefineConfig(steps=8, rank=2, optimizer="adamw", likeness=0.0)
+        config = RefineConfig(steps=5, rank=2, optimizer="adamw", likeness=0.0)
         now = refine(tiny, start, [alone[0].latents], config, lambda *_: None, alone).theta
         assert not torch.equal(now.up, start.up)
         monkeypatch.setattr(prior, "WEIGHT", 1.0)

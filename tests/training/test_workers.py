@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer.main
+from commands import ok
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -52,21 +53,22 @@ try:
 except HdbError as error:
     print(error)
 """
-LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m")
+HDB = (sys.executable, "-m", "hdbcli")
+TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hdbcli")
 
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy a photo each of twenty people."""
+    """Copy a photo each of ten people, too few to hold one out and look at them."""
     folder = tmp_path_factory.mktemp("people")
-    for person in sorted(HELD_OUT.iterdir())[:20]:
+    for person in sorted(HELD_OUT.iterdir())[:10]:
         shutil.copy(person / "photo-0.jpg", folder / f"{person.name}.jpg")
     return folder
 
 
-def command(people: Path, *launcher: str, out: Path, **options: object) -> list[str]:
+def command(people: Path, out: Path, **options: object) -> list[str]:
     chosen = {
-        "steps": 4,
+        "steps": 3,
         "lr": 1e-3,
         "optimizer": "adamw",
         "precision": "fp32",
@@ -74,11 +76,10 @@ def command(people: Path, *launcher: str, out: Path, **options: object) -> list[
         "device": "cpu",  # GPUs may be fewer than processes
         **options,
     }
-    words = ["hdbcli", "train", "hypernetwork", str(people)]
-    words += ["--out", str(out)]
+    words = ["train", "hypernetwork", str(people), "--out", str(out)]
     for key, value in chosen.items():
         words += [f"--{key.replace('_', '-')}", str(value)]
-    return [sys.executable, *(launcher or ("-m",)), *words]
+    return words
 
 
 def run(words: list[str]) -> str:
@@ -91,7 +92,7 @@ def run(words: list[str]) -> str:
 def whole(people: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train in one process and one go, with a batch of four."""
     out = tmp_path_factory.mktemp("whole") / "h.safetensors"
-    run(command(people, out=out, batch=4))
+    ok(*command(people, out, batch=4))
     return out
 
 
@@ -107,9 +108,9 @@ def test_two_processes_are_one_with_twice_the_batch(
     people: Path, whole: Path, tmp_path: Path
 ) -> None:
     both, half = tmp_path / "both/h.safetensors", tmp_path / "half/h.safetensors"
-    said = run(command(people, *LAUNCH, out=both, batch=2))
-    assert said.count("step 4/4") == 1  # one of the two speaks
-    run(command(people, out=half, batch=2))  # the control: half of the batch is something else
+    said = run([*TWO, *command(people, both, batch=2)])
+    assert said.count("step 3/3") == 1  # one of the two speaks
+    ok(*command(people, half, batch=2))  # the control: half of the batch is something else
     assert difference(both, whole) < 0.02 * difference(half, whole)
 
 
@@ -171,8 +172,8 @@ def test_torchrun_takes_no_option_for_its_own() -> None:
 
 def test_killed_and_resumed_is_the_same(people: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "h.safetensors"
-    words = command(people, out=out, batch=4, save_seconds=0)
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    words = command(people, out, batch=4, save_seconds=0)
+    process = subprocess.Popen([*HDB, *words], stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "h-checkpoint.safetensors"
     try:
         while not checkpoint.exists() and process.poll() is None:
@@ -182,7 +183,7 @@ def test_killed_and_resumed_is_the_same(people: Path, whole: Path, tmp_path: Pat
         process.kill()
         process.wait()
     assert checkpoint.exists() and not out.exists(), "it ended before it could be killed"
-    run(words)
+    ok(*words)
     for name, tensor in load_file(out).items():
         assert torch.equal(tensor, load_file(whole)[name]), name
 
@@ -193,12 +194,12 @@ def test_two_processes_go_with_one_for_fifty_steps_though_they_are_killed(
     people: Path, tmp_path: Path
 ) -> None:
     shards = tmp_path / "shards"
-    run([sys.executable, "-m", "hdbcli", "train", "prepare", str(people), "--out", str(shards)])
+    ok("train", "prepare", people, "--out", shards)
     whole, both, killed = (tmp_path / name / "h.safetensors" for name in ("one", "two", "killed"))
     shared = {"steps": 50, "likeness": 0}
-    run(command(shards, out=whole, batch=4, **shared))
-    run(command(shards, *LAUNCH, out=both, batch=2, **shared))
-    words = command(shards, *LAUNCH, out=killed, batch=2, save_seconds=0, **shared)
+    ok(*command(shards, whole, batch=4, **shared))
+    run([*TWO, *command(shards, both, batch=2, **shared)])
+    words = [*TWO, *command(shards, killed, batch=2, save_seconds=0, **shared)]
     for step, count in ((10, 1), (30, 2)):
         kill_at(step, count, words, killed)
         assert not killed.exists(), "it ended before it could be killed"
