@@ -195,7 +195,7 @@ def run(*words: object) -> dict:
 def test_compare_from_photos_to_sheet(
     tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=6))
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=3))
     monkeypatch.setattr("hdbcli.compare.run.DRAWINGS", 2)
     for folder in sorted(HELD_OUT.iterdir())[:3]:
         shutil.copytree(folder, tmp_path / "people" / folder.name)

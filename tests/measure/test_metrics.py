@@ -77,7 +77,7 @@ def test_faces_of_one_person_score_higher_than_of_two(tiny: Base) -> None:
 def test_in_domain_clip_names_what_the_base_draws(tiny: Base) -> None:
     clip = load_clip()
     rows = [
-        [p.image for p in generate(tiny, None, text, range(4), SampleSettings(), quiet)]
+        [p.image for p in generate(tiny, None, text, range(4), SampleSettings(steps=10), quiet)]
         for text in TEXTS
     ]
     named = np.array([clip.score(row, TEXTS) for row in rows]).argmax(2)

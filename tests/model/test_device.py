@@ -37,7 +37,7 @@ def learnt(base: Base, optimizer: str) -> tuple[list[float], torch.dtype]:
     chosen, name = make_optimizer(optimizer, trainable.parameters.values(), 5e-3)
     assert name == optimizer
     losses = [float(portrait_loss(base, trainable.adapter(), latents))]
-    config = RefineConfig(steps=15, rank=1, lr=5e-3, batch=8)
+    config = RefineConfig(steps=15, rank=1, lr=5e-3, batch=4)
     losses += [step.loss for step in train(base, trainable, latents, config, chosen)]
     (held,) = moments(chosen, trainable.parameters["theta"])
     return [*losses, float(portrait_loss(base, trainable.adapter(), latents))], held
