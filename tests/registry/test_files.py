@@ -96,7 +96,7 @@ def test_a_rehearsal_leaves_nothing_and_refuses_what_the_write_would(tmp_path: P
     check_writable(path)
     assert sorted(os.listdir(tmp_path)) == ["new", "x.bin"]
     assert path.read_bytes() == b"older"
-    for bad, why in ((tmp_path / "new", "no plain file"), (tmp_path / ("n" * 300), "too long")):
+    for bad, why in ((tmp_path / "new", "not a plain file"), (tmp_path / ("n" * 300), "too long")):
         with pytest.raises(HdbError, match=why):
             check_writable(bad)
     with pytest.raises(HdbError, match="cannot write"):
