@@ -166,6 +166,7 @@ def _start(slot: Slot, folder: Path, number: int) -> int:
     if process:
         os.close(log)
         return process
+    os.chdir(folder)  # where a command leaves pictures
     nowhere = os.open(os.devnull, os.O_RDONLY)
     for stream, target in ((nowhere, 0), (log, 1), (log, 2)):
         os.dup2(stream, target)
