@@ -22,7 +22,8 @@ from hdbcli.model import sample
 from hdbcli.model.base import Adapter, Base
 from registry.metric import Metric
 
-SEEDS = (1, 2, 3, 4)
+SEEDS = (1, 2, 3, 4)  # the first of them are those of `hdb new`
+DRIFTING = (PORTRAIT, CAPTIONS[1])
 SLIGHT, STRONG = 6.0, 20.0  # mean change of a pixel, 0 to 255
 
 
@@ -65,7 +66,13 @@ class Score:
 
 
 def score(base: Base, adapter: Adapter, crops: Sequence[Crop], judges: Judges, tell: Tell) -> Score:
-    """Draw the portrait and each caption with four seeds, with the identity on and without."""
+    """Draw the portrait and each caption with four seeds, with the identity on and without.
+
+    Likeness is that of as many portraits as a step of the base has samples: `hdb new` tells the
+    same number.
+    """
+    tell = _as_one(tell, 2 * (len(PROMPTS) + len(DRIFTING)))
+    compared = base.spec.batch
     mine, plain = ([_draw(base, w, p, tell) for p in PROMPTS] for w in (adapter, None))
     styles = {}
     for name, metric in judges.texts.items():
@@ -73,7 +80,13 @@ def score(base: Base, adapter: Adapter, crops: Sequence[Crop], judges: Judges, t
         styles[name] = Style(own, without, own_named, base_named)
     seen = found(embed([each for row in mine for each in row]))
     subjects = {
-        name: _likeness(base, metric, mine[0], plain[0], [crop.image for crop in crops])
+        name: _likeness(
+            base,
+            metric,
+            mine[0][:compared],
+            plain[0][:compared],
+            [crop.image for crop in crops],
+        )
         for name, metric in judges.persons.items()
         if crops
     }
@@ -121,6 +134,18 @@ def _way(like: Likeness) -> str:
     )
 
 
+def _as_one(tell: Tell, parts: int) -> Tell:
+    """Tell the progress of so many drawings, one after the other, as that of one piece of work."""
+    done = 0
+
+    def told(stage: str, step: int, steps: int) -> None:
+        nonlocal done
+        tell(stage, done * steps + step, parts * steps)
+        done += step == steps
+
+    return told
+
+
 def _draw(base: Base, adapter: Adapter | None, prompt: str, tell: Tell) -> list[np.ndarray]:
     drawn = sample.generate(base, adapter, prompt, SEEDS, base.spec.sampling, tell)
     return [picture.image for picture in drawn]
@@ -158,7 +183,7 @@ def _likeness(
 
 def _drift(base: Base, adapter: Adapter, tell: Tell) -> float:
     changes = []
-    for prompt in (PORTRAIT, CAPTIONS[1]):
+    for prompt in DRIFTING:
         with_it, without = (
             np.array(_draw(base, w, unnamed(prompt), tell), np.float32) for w in (adapter, None)
         )

@@ -16,7 +16,7 @@ from commands import hdb, ok, told
 from hdbcli.faces.photo import crop_face
 from hdbcli.measure import metrics
 from hdbcli.measure.metrics import load_judges
-from hdbcli.measure.score import Likeness, Score, Style, words
+from hdbcli.measure.score import Likeness, Score, Style, _as_one, words
 from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
 from registry.errors import HdbError
@@ -170,18 +170,29 @@ class Brightness:
         return [[each if self.sign > 0 else 1 - each] * len(references) for each in bright]
 
 
+def test_progress_of_all_drawings_is_one() -> None:
+    told: list[tuple[str, int, int]] = []
+    tell = _as_one(lambda *step: told.append(step), 3)
+    for _ in range(3):
+        for step in (1, 2):
+            tell("draw", step, 2)
+    assert told == [("draw", step, 6) for step in range(1, 7)]
+
+
 def test_score_of_an_identity(
     hdb_home: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=10))
-    monkeypatch.setattr("hdbcli.measure.score.SEEDS", (1, 2))
+    monkeypatch.setattr("hdbcli.measure.score.SEEDS", (1, 2, 3))
     registry = load_metrics()  # with two that a plug-in might bring
     for name, sign in (("bright", 1), ("dark", -1)):
         registry.register(MetricSpec(name, "s", "person", (), partial(Brightness, sign)), "here")
     monkeypatch.setattr("registry.plugins.load_metrics", lambda: registry)
-    ok("new", astronaut, "alice", "--yes", "--no-refine")
+    made = told("new", astronaut, "alice", "--yes", "--no-refine")
     values = told("score", "alice", "--photo", astronaut)
     like = values["likeness"]
+    assert like["portraits"] == pytest.approx(made["likeness"], abs=0.01)  # one number
+    assert like["floor"] == pytest.approx(made["base_likeness"], abs=0.01)
     assert 0 <= like["floor"] < like["ceiling"] < 1 and 0 < like["portraits"] < like["ceiling"]
     inverse = values["subjects"]["dark"]
     assert inverse["portraits"] == pytest.approx(1 - values["subjects"]["bright"]["portraits"])
