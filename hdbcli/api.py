@@ -429,6 +429,8 @@ def generate(
 
     def draw(loaded: Base) -> Drawn:
         theta = _adapter(loaded, read, note).scaled(strength)
+        if line := sample.strange_words(loaded, [*prompts, negative]):
+            note(line)
         stacked = lora_stack.stack(loaded, files)
         for each in stacked:
             if each.unread:

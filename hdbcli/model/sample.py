@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,15 +15,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hdbcli import __version__
-from hdbcli.config import Tell
+from hdbcli.config import Tell, unnamed
 from hdbcli.model.base import Adapter, Base
 from hdbcli.model.memory import Work
 from hdbcli.model.settings import CHUNK, Settings
-from registry.errors import HdbWarning
+from registry.errors import HdbError, HdbWarning
 from registry.files import write_kept
 from registry.spec import BaseSpec, Limited, SampleSettings
 
 STRONG, GUIDED, SCALED = 3.0, 30.0, 2.0  # beyond these pictures come apart
+SHOWN = 5  # words in a line
 AT_ONCE = 4  # pictures of 512 px in one pass, more of smaller ones: memory stays bounded
 
 
@@ -92,6 +94,27 @@ def doubts(spec: BaseSpec, settings: SampleSettings, strength: float) -> list[st
     if not 1 / SCALED <= ratio <= SCALED:
         said.append(f"--size {settings.size} is far from the {spec.resolution} px that it draws")
     return [f"hint: {each}; expect a poor picture" for each in said]
+
+
+def strange_words(base: Base, prompts: Iterable[str]) -> str:
+    """Say which words of prompts a base that was taught a few captions was never taught, ""
+    if none: those that its tokenizer, learned on its captions, has no token for."""
+    if not base.spec.captions:
+        return ""
+    words = (w for text in prompts for w in re.findall(r"[^\W_]+", unnamed(text).lower()))
+    strange = [repr(word) for word in dict.fromkeys(words) if not _is_token(base, word)]
+    if not strange:
+        return ""
+    more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
+    listed = ", ".join(strange[:SHOWN]) + more
+    return f"hint: {base.spec.name} was never taught {listed}; hdb styles lists what it draws"
+
+
+def _is_token(base: Base, word: str) -> bool:
+    try:
+        return bool(base.backbone.token_embeddings(word))
+    except HdbError:
+        return False
 
 
 def work_of(pictures: int, side: int, exact: bool = False) -> Work:

@@ -3,6 +3,7 @@ waits for the wrong thing."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from commands import hdb, ok, refused, store_identity
 
 from hdbcli.cli import render
 from hdbcli.interop.merged_files import check_folder
-from hdbcli.model.sample import doubts
+from hdbcli.model.base import Base
+from hdbcli.model.sample import doubts, strange_words
 from registry import store
 from registry.bases.settings import Added, Settings, write_settings
 from registry.errors import HdbError
@@ -96,3 +98,13 @@ def test_settings_far_from_sense_get_a_line() -> None:
     odd = doubts(spec, SampleSettings(25, 100.0, size=1024), 1e9)
     assert [line.split()[1] for line in odd] == ["--strength", "--guidance", "--size"]
     assert "128 px" in odd[2] and "1e+09" in odd[0]
+
+
+def test_words_that_a_base_was_never_taught_get_a_line(tiny: Base) -> None:
+    captions = tiny.spec.captions
+    assert strange_words(tiny, captions) == "" == strange_words(tiny, ["a [V] FACE,", ""])
+    said = strange_words(tiny, ["a [V] face riding a dragon", "Dragon, bark skin"])
+    assert said == "hint: tiny was never taught 'riding', 'dragon'; hdb styles lists what it draws"
+    assert "and 3 more" in strange_words(tiny, ["zero two three four five six seven eight"])
+    anything = replace(tiny, spec=replace(tiny.spec, captions=()))  # draws what is described
+    assert strange_words(anything, ["a [V] face riding a dragon"]) == ""
