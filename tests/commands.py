@@ -36,7 +36,7 @@ def hdb(*words: object) -> Result:
 
 def ok(*words: object) -> Result:
     result = hdb(*words)
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 0, (result.stderr, result.exception)
     return result
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from cutdown import Narrow
 
     from hdbcli.model.base import Base
-    from hdbcli.model.memory import MemoryPlan
 
 # Set before anything imports torch or a hub client, and inherited by the commands that tests start.
 _STORE = tempfile.TemporaryDirectory(prefix="hdb-tests-")
@@ -130,53 +129,13 @@ def usual_sampling_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BaseSpec, "sampling", _USUAL_SAMPLING)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_loaded_base() -> Iterator[None]:
-    """Let the commands that tests run in this process share one loaded `tiny`; after one that wrote
-    into its weights, the next loads it anew."""
-    import hdbcli.api
-    import hdbcli.model.base
-    import registry.tiny
-    from hdbcli.model.memory import NORMAL
-
-    usual, own = hdbcli.model.base.load_base, registry.tiny.load
-    kept: list[tuple[Base, int]] = []
-
-    def writes(base: Base) -> int:
-        """Count how often weights were written to, as torch does."""
-        modules = [*base.backbone.components.values(), base.backbone.autoencoder]  # type: ignore[attr-defined]
-        return sum(p._version for module in modules for p in module.parameters())
-
-    def load_base(
-        spec: BaseSpec, device: str, plan: MemoryPlan = NORMAL, targets_digest: str | None = None
-    ) -> Base:
-        if (spec.load, device, plan) != (own, "cpu", NORMAL):
-            return usual(spec, device, plan, targets_digest)
-        for base, count in kept:
-            alike = replace(base.spec, hypernetwork=spec.hypernetwork) == spec
-            if alike and writes(base) == count:
-                return replace(base, spec=spec)
-        base = usual(spec, device, plan, targets_digest)
-        kept[:] = [(base, writes(base))]
-        return base
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (hdbcli.api, hdbcli.model.base):
-            patch.setattr(module, "load_base", load_base)
-        yield
-
-
 @pytest.fixture(scope="session")
-def tiny(one_loaded_base: None) -> Base:
-    """Load the shipped base once for the calls of tests, which leave it without an adapter."""
-    import registry.tiny
+def tiny() -> Base:
+    """Load the shipped base once; tests leave it without an adapter."""
     from hdbcli.model.base import load_base
     from registry.plugins import load_registry
 
-    spec = load_registry().get("tiny")
-    # Apart from the one of commands, which may write into it.
-    base = load_base(replace(spec, load=lambda *how: registry.tiny.load(*how)), "cpu")
-    return replace(base, spec=spec)
+    return load_base(load_registry().get("tiny"), "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def test_errors_of_the_system_are_lines(alice: Path, tmp_path: Path) -> None:
     refused("base", "add", "foo", "~no-user-of-that-name/model", says="no such file")
     refused("gen", "alice", "a [V] face", "--device", "cpu:x", says="not available")
     assert hdb("gen", "alice", "x", "--size", 2**40).exit_code == 2
-    assert "no text" in hdb("gen", "alice", "\udcff [V] face").stderr
+    assert "not UTF-8 text" in hdb("gen", "alice", "\udcff [V] face").stderr
     refused("inspect", "alice", "-o", tmp_path / "photo.jpg", says="not named .png")
 
 

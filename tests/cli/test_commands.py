@@ -309,7 +309,7 @@ def test_unusable_options(alice: Path, astronaut: Path) -> None:
     assert hdb("new", astronaut, "b", "--steps", 0).exit_code == 2
     assert hdb("nonsense").exit_code == 2
     for words in ("gen a b --guidance", "gen a b --strength", "new a.png --likeness"):
-        assert "no number to work with" in hdb(*words.split(), "nan").stderr
+        assert "not a number to work with" in hdb(*words.split(), "nan").stderr
 
 
 def test_interrupt_leaves_nothing(

@@ -25,11 +25,11 @@ def test_a_training_replaces_hypernetworks_alone(alice: Path, tmp_path: Path) ->
     shutil.copy(alice, identity)
     for file in (photo, identity):
         before = file.read_bytes()
-        refused(*words, file, says="no hypernetwork of hdb")
+        refused(*words, file, says="not a hypernetwork of hdb")
         assert file.read_bytes() == before
     refused(*words, older, "--from", older, says="is the input file")
     said = hdb(*words, older).stderr  # the control: an older hypernetwork may be replaced
-    assert "no hypernetwork of hdb" not in said and "missing" in said
+    assert "not a hypernetwork of hdb" not in said and "missing" in said
 
 
 def test_refining_says_first_that_it_cannot_write(

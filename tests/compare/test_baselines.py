@@ -145,7 +145,7 @@ def test_relaxation_outside_the_basis_starts_where_the_prediction_is(
     trainable = trainable_lora(tiny, 1, 2, beneath=theta)
     predicted = portrait_loss(tiny, theta, latents[:1])
     torch.testing.assert_close(portrait_loss(tiny, trainable.adapter(), latents[:1]), predicted)
-    assert abs(float(predicted - portrait_loss(tiny, None, latents[:1]))) > 1e-3
+    assert abs(float(predicted - portrait_loss(tiny, None, latents[:1]))) > 1e-4
 
 
 def test_each_sample_reads_its_own_word(tiny: Base) -> None:

@@ -218,7 +218,7 @@ def test_copies_and_renames_say_their_bytes(outside: Path) -> None:
     for words, name in ((("cp", "alice", "bob"), "bob"), (("mv", "bob", "carol"), "carol")):
         values = json.loads(ok(*words, "--json").stdout)
         said = {"name": name, "path": str(store.path_of(name)), "bytes": size}
-        assert values == (said | {"was": "bob"} if words[0] == "mv" else said)
+        assert values.items() >= (said | {"was": "bob"} if words[0] == "mv" else said).items()
     assert store.names() == ["alice", "carol"]
     ok("mv", "carol", "Carol")  # a change of case is no clash with itself
     assert os.listdir(store.folder()) and store.names() == ["alice", "Carol"]

@@ -261,7 +261,7 @@ UNET_ONLY = {f"{STEM}.lora_up.weight": (1, 4), f"{STEM}.lora_down.weight": (4, 1
         ({f"{STEM}.alpha": (1,)}, "has no down matrix"),
         ({f"{STEM}.dora_scale": (1,)}, "has no down matrix"),
         ({f"{STEM}.hada_w1_b": (4, 4)}, "has no hada_w1_a matrix"),
-        ({"model.weight": (4, 4)}, "no LoRA with kohya, diffusers, PEFT or ComfyUI keys"),
+        ({"model.weight": (4, 4)}, "not a LoRA with kohya, diffusers, PEFT or ComfyUI keys"),
         ({"\x1b[2Jmodel.weight": (4, 4)}, r"first tensor: '\\x1b\[2Jmodel"),
         ({"unet.\x1b[2J.lora_A.weight": (1, 4)}, r"first key is 'unet.\\x1b\[2J"),
         ({**UNET_ONLY, "\x1b[2J.oft_blocks": (1,)}, r"by its tensor '\\x1b\[2J"),
@@ -282,7 +282,7 @@ def test_what_is_no_file_of_numbers_is_refused(people: None, tmp_path: Path) -> 
     file, out = tmp_path / "style.safetensors", tmp_path / "out.png"
     refused(out, tmp_path / "none.safetensors", "no such file")
     refused(out, store.path_of("alice"), "hdb compose")
-    refused(out, f"{file}=nan", "no finite number")
+    refused(out, f"{file}=nan", "not a finite number")
     file.write_bytes(pickle.dumps({"lora_unet_conv_in.alpha": 1}))
     refused(out, file, "pickle")
     ok("export", "alice", "--dtype", "fp32", "-o", file, "--force")

@@ -23,6 +23,7 @@ from registry.errors import HdbError
 from registry.metric import MetricSpec
 from registry.plugins import Registry, load_metrics
 from registry.spec import BaseSpec, SampleSettings
+from registry.tiny import WEIGHTS
 from registry.tiny.clip import load_clip
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
@@ -53,7 +54,7 @@ def test_metrics_are_found_and_judge_their_own_bases() -> None:
 
 def test_a_spec_that_could_not_work_is_refused() -> None:
     for values, says in (
-        (("", "s", "text", (), dict), "no word"),
+        (("", "s", "text", (), dict), "not a word"),
         (("x", "s", "smell", (), dict), "against is 'smell'"),
         (("x", "s", "text", (), None), "must be callable"),
     ):
@@ -117,7 +118,7 @@ def test_clip_and_dino_score_once_their_weights_are_there(
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     small |= {"num_attention_heads": 2}
-    tokenizer = CLIPTokenizer.from_pretrained(Path("registry/tiny/weights/tokenizer"))
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
     config = CLIPConfig(
         text_config=small | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id},
         vision_config=small | {"image_size": 32, "patch_size": 16},

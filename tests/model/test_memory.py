@@ -207,8 +207,8 @@ def test_low_memory_end_to_end(
         drawn = hdb("gen", "low", *words, "-o", tmp_path / memory)
         assert drawn.exit_code == 0 and drawn.stderr.startswith("memory: "), drawn.stderr
         assert "fine-tune" not in drawn.stderr
-    first = tmp_path / "low" / "low-1.png"
-    same, other = (psnr(first, tmp_path / "auto" / f"low-{seed}.png") for seed in (1, 2))
+    first = tmp_path / "low" / "low-a-v-face-1.png"
+    same, other = (psnr(first, tmp_path / f"auto/low-a-v-face-{seed}.png") for seed in (1, 2))
     assert same > 20 and same > other + 2, (same, other)
     wrong = hdb("gen", "low", "a [V] face", "--memory", "lots")
     assert wrong.exit_code == 2 and wrong.stderr.startswith("error: unknown --memory 'lots'")

@@ -87,7 +87,7 @@ def test_the_other_commands(installed: None, astronaut: Path, tmp_path: Path) ->
     assert "lora_denoiser_blocks_0_query.alpha" in load_file(tmp_path / "lora.safetensors")
     ok("gen", "adam", *words, "--lora", tmp_path / "lora.safetensors")
     for more, says in (
-        (("--scheduler", "ddim"), "no scheduler of this model"),
+        (("--scheduler", "ddim"), "not a scheduler of this model"),
         (("--size", 30), "multiple of 4"),
     ):
         result = hdb("gen", "eve", *words, *more)

@@ -77,7 +77,7 @@ def test_a_bank_of_other_settings_or_another_base(
     with pytest.raises(HdbError, match="was made for"):
         read_bank(tmp_path, tiny)
     (tmp_path / "index.json").write_text("{}")
-    with pytest.raises(HdbError, match="no index"):
+    with pytest.raises(HdbError, match="not a bank index"):
         read_bank(tmp_path, tiny)
     with pytest.raises(HdbError, match="hdb train bank"):
         read_bank(tmp_path / "none", tiny)
