@@ -210,8 +210,6 @@ def _check(slot: Slot, code: int, folder: Path) -> list[str]:
     expected.discard(command.goes or "")
     found = {n for n in _names(folder) if re.fullmatch(rf"p{slot.number}-\d+", n)}
     allowed = [expected] if code == 0 else [slot.there, expected]
-    if command.goes and command.appears and code != 0:  # a rename is one step of the file system
-        allowed = [slot.there, expected]
     if found not in allowed:
         wrong.append(f"{what}: exit code {code}, there is {sorted(found)}, expected {allowed}")
     slot.there = found

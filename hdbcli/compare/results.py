@@ -113,16 +113,10 @@ def result_of(
     less = {key: bootstrap(best[key][:both] - row[:both]) for key, row in mine.items()}
     named = {metric: named_right(scores) for metric, scores in record.texts.items()}
     ways, portraits, styled, together = {}, {}, {}, {}
-    grouped: dict[str, tuple[int, Interval]] = {}
     for judge in judges:
         floor = judge.bounds.floor[:people]
         gained, whole = judge.likeness(record) - floor, judge.bounds.photo[:people] - floor
         ways[judge.name] = bootstrap_ratio(gained, whole)
-        for division, words in (groups or {}).items():
-            for word in dict.fromkeys(words[:people]):
-                who = torch.tensor([each == word for each in words[:people]])
-                way = bootstrap_ratio(gained[who], whole[who])
-                grouped[f"{division}: {word}"] = int(who.sum()), way
         if len(judge.truth) < 2:  # one alone has no other to be told from
             continue
         looks = [find(faces, judge.truth) for faces in record.faces[judge.name]]
@@ -152,8 +146,21 @@ def result_of(
         together=together,
         found=tuple(record.found.double().mean((1, 2)).tolist()),
         named={metric: tuple(rows.mean((1, 2)).tolist()) for metric, rows in named.items()},
-        grouped=dict(sorted(grouped.items())),
+        grouped=_by_group(gained, whole, groups or {}),
     )
+
+
+def _by_group(
+    gained: Tensor, whole: Tensor, groups: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[int, Interval]]:
+    """Return how many people (of P) are in each group, and their share of the whole way."""
+    found = {}
+    for division, words in groups.items():
+        theirs = words[: len(gained)]
+        for word in sorted(set(theirs)):
+            who = torch.tensor([each == word for each in theirs])
+            found[f"{division}: {word}"] = int(who.sum()), bootstrap_ratio(gained[who], whole[who])
+    return found
 
 
 def named_right(scores: Tensor) -> Tensor:

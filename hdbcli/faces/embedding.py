@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,11 +98,17 @@ class FaceEmbedding(nn.Module):
         """Embed aligned chips (B, 3, 150, 150) RGB from 0 to 255, as (B, 128)."""
         if chips.shape[1:] != (3, CHIP, CHIP):
             raise ValueError(f"chips are (B, 3, {CHIP}, {CHIP}), not {tuple(chips.shape)}")
-        x = self.stem((chips - self.mean) / 256).relu()
+        (last,) = deque(self.features(chips), maxlen=1)
+        return last.mean((2, 3)) @ self.fc
+
+    def features(self, pictures: Tensor) -> Iterator[Tensor]:
+        """Yield what each block in turn makes (B, c, h, w) of pictures of any size, (B, 3, H, W)
+        RGB from 0 to 255."""
+        x = self.stem((pictures - self.mean) / 256).relu()
         x = F.max_pool2d(x, 3, 2)
         for block in self.blocks:
             x = block(x)
-        return x.mean((2, 3)) @ self.fc
+            yield x
 
 
 @functools.cache

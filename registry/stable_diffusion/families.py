@@ -15,14 +15,14 @@ from registry.spec import Point, Targets
 
 CONFIGS = Path(__file__).parent / "configs"  # diffusers configurations, a folder for each family
 
-_UNET = (r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)", r".*\.ff\.net\.0\.proj")
+ATTENTION = (r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)", r".*\.ff\.net\.0\.proj")
 # Every convolution inside the blocks. The first and the last of the UNet are narrower than a basis.
-_CONVOLUTIONS = (
+CONVOLUTIONS = (
     r".*\.resnets\.\d+\.(conv1|conv2|conv_shortcut)",
     r".*\.(down|up)samplers\.0\.conv",
     r".*\.proj_(in|out)",  # linear in some families, a convolution of 1 x 1 in others
 )
-_TEXT = (r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",)
+TEXT = (r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",)
 END = "<|endoftext|>"
 PER_BLOCK, PER_LAYER = 9, 4  # targets that these find in a transformer block, in a text layer
 
@@ -61,10 +61,10 @@ class Family:
     def target_sets(self) -> dict[str, Targets]:
         """Return the targets there are to choose from: the paper's alone, or with the UNet's
         convolutions, which reach the finest grid, where the paper's see nothing."""
-        text = dict.fromkeys(self.layers, _TEXT)
+        text = dict.fromkeys(self.layers, TEXT)
         return {
-            "attention": {"unet": _UNET, **text},
-            "all": {"unet": (*_UNET, *_CONVOLUTIONS), **text},
+            "attention": {"unet": ATTENTION, **text},
+            "all": {"unet": (*ATTENTION, *CONVOLUTIONS), **text},
         }
 
     @property

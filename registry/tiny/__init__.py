@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from registry.metric import Metric, MetricSpec
 from registry.spec import BaseSpec
+from registry.stable_diffusion.families import ATTENTION, TEXT
 
 if TYPE_CHECKING:
     from registry.stable_diffusion.backbone import StableDiffusion
@@ -55,10 +56,7 @@ def register(add: Callable[[BaseSpec], None]) -> None:
             family="tiny",
             summary="embedded demonstration model, 128 px, trained on rendered faces",
             licence="Apache-2.0",
-            targets={
-                "unet": (r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)", r".*\.ff\.net\.0\.proj"),
-                "text_encoder": (r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",),
-            },
+            targets={"unet": ATTENTION, "text_encoder": TEXT},
             a=64,
             b=32,
             basis_seed=20230713,  # the day the paper came out

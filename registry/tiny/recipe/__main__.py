@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,13 +125,10 @@ def judge_base(options: argparse.Namespace) -> Iterator[str]:
 def trial(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.trial import Setting, try_settings
 
+    each = product(options.targets, options.sizes, options.rank, options.steps, options.lr)
     settings = [
         Setting(targets, a, b, rank, steps, lr, options.likeness)
-        for targets in options.targets
-        for a, b in options.sizes
-        for rank in options.rank
-        for steps in options.steps
-        for lr in options.lr
+        for targets, (a, b), rank, steps, lr in each
     ]
     folders = options.pipeline, options.photos
     return try_settings(*folders, options.people, options.side, options.drawings, settings)
@@ -215,7 +213,9 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--teacher", type=Path, required=True, help="folder of TAEF2's two files")
     step = steps.add_parser("base", help="train the UNet and the text encoder")
     _trains(step, base, count=8000, lr=1e-3, batch=64)
-    step.add_argument("--compile", action="store_true", help="a third faster; needs a C++ compiler")
+    step.add_argument(
+        "--compile", action="store_true", help="compile the UNet; needs a C++ compiler"
+    )
     step.add_argument("--side", type=int, default=128, help="of the pictures, in pixels")
     step.add_argument("--from", dest="start", type=Path, help="pipeline of a run before")
     step.add_argument("--steady", action="store_true", help="keep the rate to the end")

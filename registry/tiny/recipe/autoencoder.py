@@ -11,6 +11,7 @@ decoder sees windows of half a side, which costs a quarter and shows it four tim
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -63,13 +64,10 @@ def new_autoencoder() -> AutoencoderTiny:
 def feature_distance(made: Tensor, true: Tensor) -> Tensor:
     """Return how far the recogniser's first features of two batches of windows (B, 3, S, S) lie
     apart: mean |made - true| / mean |true|, summed over `BLOCKS`."""
-    model = load_embedding(str(made.device))
     pictures = F.interpolate(torch.cat([made, true]), scale_factor=SCALE, mode="bilinear")
-    x = model.stem(((pictures + 1) * 127.5 - model.mean) / 256).relu()
-    x = F.max_pool2d(x, 3, 2)
-    far = x.new_zeros(())
-    for index, block in enumerate(model.blocks[: max(BLOCKS) + 1]):
-        x = block(x)
+    features = load_embedding(str(made.device)).features((pictures + 1) * 127.5)
+    far = made.new_zeros(())
+    for index, x in enumerate(islice(features, max(BLOCKS) + 1)):
         if index in BLOCKS:
             mine, theirs = x.chunk(2)
             far = far + F.l1_loss(mine, theirs) / theirs.abs().mean()

@@ -8,7 +8,7 @@ person is too fast for the preservation of the class.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +20,17 @@ from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base, load_base
 from hdbcli.model.sample import Picture, generate
 from hdbcli.training.refine import portrait_loss, refine
-from registry.spec import BaseSpec, SampleSettings, Targets
+from registry.plugins import load_registry
+from registry.spec import SampleSettings, Targets
+from registry.stable_diffusion.families import ATTENTION, CONVOLUTIONS, TEXT
 from registry.stable_diffusion.loading import load_folder
-from registry.tiny import TEMPLATE
 from registry.tiny.recipe.judge import read_pairs, recognisers
 
-_ATTENTION = (r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)", r".*\.ff\.net\.0\.proj")
-_BLOCKS = (r".*\.resnets\.\d+\.(conv1|conv2|conv_shortcut)",)
-_CONVOLUTIONS = (*_BLOCKS, r".*\.(down|up)samplers\.0\.conv", r".*\.proj_(in|out)")
-_TEXT = (r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",)
 TARGETS: dict[str, Targets] = {
-    "attention": {"unet": _ATTENTION, "text_encoder": _TEXT},
-    "blocks": {"unet": _BLOCKS},
-    "convolutions": {"unet": _CONVOLUTIONS},
-    "all": {"unet": (*_ATTENTION, *_CONVOLUTIONS), "text_encoder": _TEXT},
+    "attention": {"unet": ATTENTION, "text_encoder": TEXT},
+    "blocks": {"unet": CONVOLUTIONS[:1]},  # those of residual blocks alone
+    "convolutions": {"unet": CONVOLUTIONS},
+    "all": {"unet": (*ATTENTION, *CONVOLUTIONS), "text_encoder": TEXT},
 }
 
 
@@ -65,21 +62,15 @@ def try_settings(
 
 
 def _base(pipeline: Path, side: int, setting: Setting) -> Base:
-    spec = BaseSpec(
-        name="trial",
-        family="tiny",
-        summary="a base in the making",
-        licence="Apache-2.0",
+    spec = replace(
+        load_registry().get("tiny"),
         targets=TARGETS[setting.targets],
         a=setting.a,
         b=setting.b,
-        basis_seed=20230713,
-        identifier="sks",
         resolution=side,
-        template=TEMPLATE,
         hypernetwork=None,
+        files=pipeline,
         load=lambda device, dtype: load_folder(pipeline, device, dtype),
-        batch=2,
     )
     return load_base(spec, "cpu")
 
