@@ -142,10 +142,10 @@ def new(
     if no_refine:
         trained = "steps", "rank", "likeness", "seed", "optimizer"
         refuse_given(ctx, "--no-refine keeps the prediction as it is; drop it or", *trained)
-    from hdbcli import api
-    from hdbcli.model.sample import save_crops
-
     with render.progress() as tell:
+        from hdbcli import api
+        from hdbcli.model.sample import save_crops
+
         created = api.new(
             photos,
             base=base,
@@ -187,13 +187,13 @@ def refine(
     as_json: Json = False,
 ) -> None:
     """Give an existing identity more iterations on a photo; its file is replaced at the end."""
-    from hdbcli import api
-    from hdbcli.identity.file import load
-
     path = store.resolve(store.check_name(name))
     check_writable(path)
-    stamp, identity = store.stamp(path), load(path)
     with render.progress() as tell:
+        from hdbcli import api
+        from hdbcli.identity.file import load
+
+        stamp, identity = store.stamp(path), load(path)
         created = api.refine(
             identity,
             photos_of(photo, more),
@@ -250,7 +250,6 @@ def gen(
     Several people and prompts are drawn in one pass, each with the same seeds. --from draws a
     picture again, or everything on a sheet.
     """
-    from hdbcli import api
     from hdbcli.cli import outputs
 
     first = int.from_bytes(os.urandom(4), "big") if seed is None else seed
@@ -270,6 +269,8 @@ def gen(
     ]
     kept = outputs.Album(outputs.plan_outputs(out, stems, grid, html))
     with render.progress() as tell:
+        from hdbcli import api
+
         drawn = api.generate(
             paths,
             texts,

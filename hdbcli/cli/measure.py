@@ -49,12 +49,12 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Measure likeness, style fidelity and drift; likeness needs --photo."""
-    from hdbcli import api
-    from hdbcli.measure.score import words
-
     if not photo:
         refuse_given(ctx, "there is no face to choose; add --photo or drop", "face")
     with render.progress() as tell:
+        from hdbcli import api
+        from hdbcli.measure.score import words
+
         result = api.score(
             identity,
             photo or [],
@@ -115,9 +115,9 @@ def compare(
 
     What is done is kept in the folder of the results: interrupted, the same command goes on.
     """
-    from hdbcli import api
-
     with render.progress() as tell:
+        from hdbcli import api
+
         made = api.compare(
             photos,
             out,

@@ -43,10 +43,10 @@ def merge(
 
     A folder in the layout of diffusers, or one file as A1111, Forge and ComfyUI load it.
     """
-    from hdbcli import api
-    from hdbcli.identity.derivation import read_weights
-
     with render.progress() as tell:
+        from hdbcli import api
+        from hdbcli.identity.derivation import read_weights
+
         merged = api.merge(
             read_weights(parts),
             out,

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hdbcli.api import Drawn, Picture
 from hdbcli.cli.options import free_path
 from hdbcli.config import PICTURES
 from registry.errors import HdbError, UsageError
 from registry.files import Taken, check_writable, write_kept
+
+if TYPE_CHECKING:
+    from hdbcli.api import Drawn, Picture
 
 WORDS = 48  # letters of a prompt in a file's name
 

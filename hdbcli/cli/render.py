@@ -40,6 +40,7 @@ COUNTS = {"bytes": True, "budget": True, "numbers": False}  # names of counts ->
 NAMED = 3  # pairs of names in a message; the report has all
 
 STAGES = {
+    "start": "starting",
     "crop": "finding the face",
     "load": "loading the base model",
     "hash": "reading its files",
@@ -141,7 +142,10 @@ class Bars:
 
 @contextmanager
 def progress() -> Iterator[Bars]:
-    """Draw one bar a stage with the time left; silent where standard error is not a terminal."""
+    """Draw one bar a stage with the time left; silent where standard error is not a terminal.
+
+    The first is there at once: what a command needs, torch above all, is imported inside.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -163,7 +167,9 @@ def progress() -> Iterator[Bars]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        yield Bars(bar)
+        bars = Bars(bar)
+        bars("start", 0, 1)
+        yield bars
 
 
 def follow(steps: Iterator[Step], tell: Tell) -> None:

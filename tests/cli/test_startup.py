@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,49 @@ def test_files_are_looked_after_without_torch(words: list[str], says: str, hdb_h
     kept = {p.stem: p.read_bytes() for p in path.parent.iterdir()}
     assert (
         kept == {"cp": {"alice": before, "bob": before}, "mv": {"bob": before}, "rm": {}}[words[0]]
+    )
+
+
+# Tells of every bar, when it is drawn, whether torch was loaded by then.
+BARS = """
+import sys
+from rich.progress import Progress
+from hdbcli.__main__ import main
+add = Progress.add_task
+def told(self, text, **more):
+    print("BAR", text, "torch" in sys.modules, file=sys.stderr)
+    return add(self, text, **more)
+Progress.add_task = told
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["new", "face.png", "bob", "--base", "none"],
+        ["refine", "alice", "face.png", "--base", "none"],
+        ["gen", "alice", "a [V] face", "--base", "none"],
+        ["score", "alice", "--base", "none"],
+        ["merge", "alice", "--out", "m", "--base", "none"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_bar_is_drawn_before_torch_is_loaded(
+    words: list[str], hdb_home: Path, tmp_path: Path, astronaut: Path
+) -> None:
+    store_identity("alice", whole=True)
+    shutil.copy(astronaut, tmp_path / "face.png")
+    done = subprocess.run(
+        [sys.executable, "-c", BARS, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "none" in done.stderr  # which imported torch to find out
+    assert next(line for line in done.stderr.splitlines() if line.startswith("BAR")) == (
+        "BAR starting False"
     )
 
 
