@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from hdbcli.model.device import short_attention
+from hdbcli.model.device import join_workers
 from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
 from registry.errors import HdbError
 from registry.tiny.recipe.latents import GROUPS, read_autoencoder, read_latents
@@ -93,12 +94,15 @@ def train_base(
     side: int,
     start: Path | None,
 ) -> Iterator[Step]:
-    """Train on pictures of `side` px and their mirror images, from the pipeline `start` if given.
+    """Train on pictures of `side` px and their mirror images, from the pipeline `start` if given,
+    `batch` in each of the processes that `torchrun` started.
 
     Write `base-SIDE.safetensors`, which a run that was cut off goes on from, and now and then, with
     average weights, a sheet of samples and the pipeline so far, where another run can start.
     """
-    latents = read_latents(build, side, device)
+    workers = join_workers(device)
+    with workers.first():
+        latents = read_latents(build, side, device)
     tokenizer = write_tokenizer(build / "vocabulary", _words())
     tokens = _tokens(tokenizer)
     torch.manual_seed(plan.seed)
@@ -110,20 +114,24 @@ def train_base(
     unet.to(memory_format=torch.channels_last)
     signal = new_scheduler().alphas_cumprod.to(device)
     randomness = torch.Generator(device)
+    if device == "cpu":  # its backward pass takes half as long as the fused one's, compiled too
+        unet.set_attn_processor(AttnProcessor())
     forward = torch.compile(unet) if compiled else unet
     clean_of = latents.values.to(device)
 
     def losses(generator: torch.Generator) -> Iterator[Tensor]:
-        pick = latents.draw(batch, generator)
-        ids = _captions(tokens, latents.captions(pick, generator), generator).to(device)
+        pick = latents.draw(batch * workers.count, generator)
+        ids = _captions(tokens, latents.captions(pick, generator), generator)
+        pick, ids = (each[workers.rank :: workers.count] for each in (pick, ids.to(device)))
         # Drawn where it is needed: a GPU would wait for the numbers.
-        randomness.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
+        seed = int(torch.randint(1 << 62, (), generator=generator))
+        randomness.manual_seed(seed + workers.rank)
         mirrored = torch.randint(2, (batch,), generator=randomness, device=device)
         clean = clean_of[mirrored, pick.to(device)].float()
         noise = torch.randn(clean.shape, generator=randomness, device=device)
         t = torch.randint(len(signal), (batch,), generator=randomness, device=device)
         a, s = signal[t].sqrt().view(-1, 1, 1, 1), (1 - signal[t]).sqrt().view(-1, 1, 1, 1)
-        with half(unet.device), short_attention(device, clean[0, 0].numel()):
+        with half(unet.device):
             states = text_encoder(ids).last_hidden_state
             velocity = forward(a * clean + s * noise, t, states).sample
         yield F.mse_loss(velocity.float(), a * noise - s * clean)
@@ -133,8 +141,18 @@ def train_base(
         parameters.values(), lr=plan.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True
     )
     for step in fit(
-        parameters, losses, optimizer, plan, averages, build / f"base-{side}.safetensors"
+        parameters,
+        losses,
+        optimizer,
+        plan,
+        averages,
+        build / f"base-{side}.safetensors",
+        workers.share,
+        writes=workers.rank == 0,
+        agree=workers.agree,
     ):
+        if workers.rank:
+            continue
         yield step
         if step.number % SHOWN_EVERY == 0 or step.number == step.steps:
             kept = {name: p.detach().clone() for name, p in parameters.items()}
