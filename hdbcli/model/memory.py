@@ -69,12 +69,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Size:
-    """How many numbers a base has, and the width of its UNet's first layer."""
+    """How many numbers a base has, and what they say of the memory that it works in."""
 
     linear: int  # of the layers that can be quantised
     others: int
     autoencoder: int
-    width: int
+    width: int  # of the UNet's first layer
+    depth: int = 2  # residual blocks of its first level
+    decoded: float = 10.5 * 128  # numbers for a pixel of a picture while it is decoded
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,14 @@ SHARE = 0.9  # of the free memory that a plan may take: the rest is for what is 
 # Numbers of working memory for a sample, latent position and channel of the UNet's first layer:
 # peaks of Stable Diffusion 1.5's shape at 512 px, in bfloat16 on a CPU, were 419, 230 and 79.
 # Residuals on its convolutions as well add 10 to the first: a convolution keeps its input anyway.
-KEPT, RECOMPUTED, DRAWN = 450, 250, 100
-DECODED = 1350  # numbers for a pixel of a picture that its autoencoder decodes, likewise
+# The last, of each residual block of the first level, was 25 with `tiny`, which has one.
+KEPT, RECOMPUTED, DRAWN = 450, 250, 50
+# Numbers for a pixel and channel of what the decoder's last layer reads: AutoencoderKL keeps more
+# of them than AutoencoderTiny, which has no norms.
+DECODED = {"decoder.conv_out.weight": 10.5, "decoder.layers.": 3.0}
+FIRST_LEVEL = re.compile(
+    r"(down_blocks\.0\.resnets\.\d+\.conv1|input_blocks\.[12]\.0\.in_layers\.2)\.weight"
+)
 OVERHEAD = 5e8  # bytes: libraries, the device's context, the bases of the targets
 
 
@@ -193,19 +201,24 @@ def measure(spec: BaseSpec) -> Size | None:
         components = read_checkpoint(spec.files).components
     except HdbError:
         return None
-    linear = others = autoencoder = width = 0
+    linear = others = autoencoder = width = depth = 0
+    decoded = Size.decoded
     for component, tensors in components.items():
         for name, info in tensors.items():
             numbers = math.prod(info.shape)
             if component == "vae":
                 autoencoder += numbers
+                for start, held in DECODED.items():
+                    if name.startswith(start) and len(info.shape) == 4 and info.shape[0] == 3:
+                        decoded = held * info.shape[1]  # the layer that makes the colours
             elif len(info.shape) == 2 and not re.search(r"(token|position\w*)_embedding", name):
                 linear += numbers
             else:
                 others += numbers
             if component == "unet" and name in ("conv_in.weight", "input_blocks.0.0.weight"):
                 width = info.shape[0]
-    return Size(linear, others, autoencoder, width) if width else None
+            depth += component == "unet" and bool(FIRST_LEVEL.fullmatch(name))
+    return Size(linear, others, autoencoder, width, depth, decoded) if width else None
 
 
 def estimate(size: Size, plan: MemoryPlan, work: Work) -> float:
@@ -215,8 +228,9 @@ def estimate(size: Size, plan: MemoryPlan, work: Work) -> float:
     weights += (size.others + size.autoencoder) * number
     samples = max(work.least, min(work.samples, plan.at_once or work.samples))
     positions = samples * (work.side / LATENT) ** 2
-    passing = DRAWN if not work.trains else RECOMPUTED if plan.recompute else KEPT
-    working = max(passing * positions * size.width, DECODED * work.side**2)
+    drawn = DRAWN * size.depth
+    passing = drawn if not work.trains else RECOMPUTED if plan.recompute else KEPT
+    working = max(passing * positions * size.width, size.decoded * work.side**2)
     need = OVERHEAD + weights + number * working
     return max(need, estimate(size, plan, work.then)) if work.then else need
 

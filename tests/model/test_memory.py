@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from hdbcli.model.memory import (
     measure,
     run_within,
 )
+from hdbcli.model.sample import work_of
 from registry import store
 from registry.errors import HdbError
 from registry.plugins import load_registry
@@ -77,13 +79,37 @@ def test_what_cannot_be_parted_and_what_follows_count() -> None:
 def test_size_is_read_from_headers(narrow: Narrow) -> None:
     size = measure(TINY)
     assert size is not None and size.width == 96 and size.autoencoder == 1_410_707
-    assert size.linear + size.others == 344_832 + 11_727_792
+    assert size.linear + size.others == 344_832 + 11_727_792 and size.depth == 1
+    assert size.decoded == 3 * 64  # AutoencoderTiny of 64 channels
     folder, single = (
         measure(replace(TINY, files=path)) for path in (narrow.folder("sd1"), narrow.single("sd1"))
     )
     assert folder is not None and single is not None and folder.width == single.width == 128
+    assert (folder.depth, folder.decoded) == (single.depth, single.decoded)
     assert single.linear == pytest.approx(folder.linear, rel=0.05)
     assert measure(replace(TINY, files=None)) is measure(replace(TINY, files=Path("x"))) is None
+
+
+@pytest.mark.parametrize("side", [128, 1024])
+def test_the_estimate_is_near_the_peak(side: int, alice: Path, tmp_path: Path) -> None:
+    """Of a process of its own, and its largest moment is that of decoding for large pictures."""
+    words = "gen", "alice", "a [V] face", "-n", "1", "--steps", "1", "--size", str(side)
+    code = (
+        "from hdbcli.__main__ import main\n"
+        "from hdbcli.model.device import peak_memory\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    print('PEAK', peak_memory('cpu'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "-o", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    size = measure(TINY)
+    assert size is not None
+    peak = int(done.stdout.rpartition("PEAK")[2])
+    assert peak / 1.5 < estimate(size, NORMAL, work_of(1, side)) < 1.5 * peak
 
 
 def test_choice_follows_the_free_memory() -> None:
