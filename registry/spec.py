@@ -30,8 +30,8 @@ Targets: TypeAlias = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How to sample, apart from what: the defaults here are those of `hdb gen`, but for guidance,
-    for which it asks the base's spec."""
+    """How to sample, apart from what: the defaults here are those of `hdb gen`, but for steps and
+    guidance, for which it asks the base's spec."""
 
     steps: int = 25
     guidance: float = 3.0
@@ -171,6 +171,7 @@ class BaseSpec:
     batch: int = 1  # samples a step of refinement: more where they are cheap
     likeness: float = 0.0  # of drawn portraits, its weight in refinement: where drawing is cheap
     guidance: float = SampleSettings.guidance  # by default
+    steps: int = SampleSettings.steps  # of drawing, by default
     # Targets to choose from by name, such as attention and all; `targets` are the default.
     target_sets: Mapping[str, Targets] = field(default_factory=dict)
     few_steps: FewSteps | None = None  # of a base that was distilled
@@ -188,7 +189,7 @@ class BaseSpec:
     @property
     def sampling(self) -> SampleSettings:
         """Return how `hdb gen` samples by default."""
-        settings = SampleSettings(guidance=self.guidance)
+        settings = SampleSettings(self.steps, self.guidance)
         return self.few_steps.of(settings) if self.few_steps else settings
 
     def __post_init__(self) -> None:
@@ -199,7 +200,7 @@ class BaseSpec:
             value = getattr(self, word)
             if not isinstance(value, str) or not value.strip():
                 raise HdbError(f"base model {self.name}: {word} is {value!r}; give a word")
-        for name in ("a", "b", "resolution", "basis_seed", "budget", "batch"):
+        for name in ("a", "b", "resolution", "basis_seed", "budget", "batch", "steps"):
             value, low = getattr(self, name), 0 if name == "basis_seed" else 1
             if not isinstance(value, int) or value < low:
                 raise HdbError(

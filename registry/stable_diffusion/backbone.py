@@ -163,7 +163,8 @@ class StableDiffusion:
         return self._predict(a * latents + s * noise, steps, self._read(prompts, latents))
 
     def draft(self, prompts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
-        """Take DDIM's deterministic steps (Song et al. 2021, eq. 12).
+        """Take DDIM's deterministic steps (Song et al. 2021, eq. 12), or if the base's scheduler
+        adds fresh noise in every step, as that of consistency models does, do that.
 
         Gradients pass through the last step alone: what lies before it changes the picture as much,
         but its gradient adds nothing but seconds (Clark et al. 2024, DRaFT-1).
@@ -186,8 +187,12 @@ class StableDiffusion:
             else:
                 clean, rest = (x - s * predicted) / a, predicted
             a, s = self._mix(later, noise)
-            x = a * clean + s * rest
+            x = a * clean + s * (noise.roll(number, 1) if self._renoises else rest)
         return clean
+
+    @property
+    def _renoises(self) -> bool:
+        return type(self.pipeline.scheduler).__name__ == "LCMScheduler"
 
     @property
     def _velocity(self) -> bool:

@@ -215,6 +215,7 @@ def test_a_good_spec_holds() -> None:
         {"a": 1.5},
         {"basis_seed": -1},
         {"resolution": 0},
+        {"steps": 0},
         {"likeness": -1},
         {"likeness": float("nan")},
         {"likeness": "much"},

@@ -14,6 +14,7 @@ import pytest
 import torch
 from chips import chip
 from commands import ok
+from diffusers import DDIMScheduler, LCMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -84,28 +85,37 @@ def test_a_draft_of_many_steps_is_what_ddim_draws(tiny: Base, predicted: Theta) 
     assert far[0] < 8 and far[0] < far[1] / 2 and far[0] < far[2] / 2, far
 
 
+@pytest.mark.parametrize("renews", [False, True], ids=["ddim", "lcm"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_a_perfect_network_drafts_the_picture_and_has_no_loss(
-    kind: str, tiny: Base, crops: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+    kind: str, renews: bool, tiny: Base, crops: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whether the first noise stays, or every step adds its own where the base draws so."""
     backbone = tiny.backbone
     assert isinstance(backbone, StableDiffusion)
     schedule = backbone.pipeline.scheduler
-    own = schedule.from_config(schedule.config, prediction_type=kind)
+    steps_like = LCMScheduler if renews else DDIMScheduler
+    own = steps_like.from_config(schedule.config, prediction_type=kind)
     monkeypatch.setattr(backbone.pipeline, "scheduler", own)
     clean, rest = backbone.encode_images(tiny.images(crops[:2])), noise(2)
+    noises = []
 
     def perfect(self: StableDiffusion, noisy: Tensor, steps: Tensor, _: object) -> Tensor:
         a, s = self._mix(steps, noisy)
-        many = len(noisy) // len(clean)
-        x, n = clean.repeat(many, 1, 1, 1), rest.repeat(many, 1, 1, 1)
+        x = clean.repeat(len(noisy) // len(clean), 1, 1, 1)
+        n = (noisy - a * x) / s
+        noises.append(n[:2])
         return n if kind == "epsilon" else a * n - s * x
 
     monkeypatch.setattr(StableDiffusion, "_predict", perfect)
     assert backbone.loss(clean, PROMPTS, rest, torch.tensor([0.2, 0.9])).max() < 1e-10
-    assert backbone.loss(clean, PROMPTS, -rest, torch.tensor([0.2, 0.9])).min() > 0.01
+    assert backbone.loss(clean.flip(0), PROMPTS, rest, torch.tensor([0.2, 0.9])).min() > 0.01
     a, s = backbone._mix(torch.tensor(len(own.alphas_cumprod) - 1), clean)
+    noises.clear()
     drawn = backbone.draft(PROMPTS, a * clean + s * rest, 3, 5.0)
+    far = [(each - noises[0]).abs().mean() for each in noises]
+    assert far[0] == 0 and all((each > 0.5) == renews for each in far[1:]), far
+    assert all(0.9 < each.std() < 1.1 for each in noises)  # noise it is, each time
     assert (drawn - clean).abs().max() < 1e-3 < (drawn.flip(0) - clean).abs().max()
 
 
