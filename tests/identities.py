@@ -7,6 +7,8 @@ from typing import Any
 
 from registry.identity_facts import Facts
 
+TINY = 71, 64, 32  # targets of tiny, a and b
+
 FACTS = Facts(
     base="tiny",
     family="sd1",

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from commands import QUICK, hdb, ok, refused, told
+from identities import TINY
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -35,8 +36,9 @@ def test_new_json(hdb_home: Path, astronaut: Path) -> None:
     # The diffusion loss need not fall where portraits have a say.
     words = "--json", "--steps", 5, "--likeness", 0
     values = json.loads(ok("new", astronaut, *words).stdout)
+    targets, a, b = TINY
     assert values["name"] == "astronaut" and values["base"] == "tiny" and values["rank"] == 4
-    assert values["numbers"] == 71 * (64 + 32) * 4
+    assert values["numbers"] == targets * (a + b) * 4
     path = Path(values["path"])
     assert path.stat().st_size == values["bytes"] <= 120_000
     assert values["loss"]["end"] < values["loss"]["start"]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from commands import hdb, ok
 from diffusers import StableDiffusionPipeline
+from identities import TINY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -80,8 +81,11 @@ def test_few_steps_and_what_is_recorded(people: None, tmp_path: Path) -> None:
     words = ("--scheduler", "lcm", "--guidance", 1, "--json", "-o", out)
     result = ok("gen", "bob", *PROMPT, *words, "--lora", f"{file}=0.8")
     (said,) = json.loads(result.stdout)["loras"]
-    assert said["strength"] == 0.8 and said["layers"] == 71 and said["unread"] == 1
-    assert "1 of 214 keys name no layer" in result.stderr and "bundle_emb" in result.stderr
+    assert said["strength"] == 0.8 and said["layers"] == TINY[0] and said["unread"] == 1
+    assert (
+        f"1 of {3 * TINY[0] + 1} keys name no layer" in result.stderr
+        and "bundle_emb" in result.stderr
+    )
     text = Image.open(out).text["parameters"]
     assert f'Lora hashes: "few: {said["hash"]}", Loras: few 0.8' in text
     assert "Sampler: lcm" in text and len(said["hash"]) == 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from identities import TINY
 from torch import nn
 
 from hdbcli.method.inject import digest_names, eject, find_targets, in_order, inject
@@ -30,7 +31,7 @@ def loss(base: Base, theta: Theta | None, batch: int) -> torch.Tensor:
 
 def test_targets_of_tiny(tiny: Base) -> None:
     names = list(tiny.injected.layers)
-    assert len(names) == 71 and sum(n.startswith("text_encoder.") for n in names) == 8
+    assert len(names) == TINY[0] and sum(n.startswith("text_encoder.") for n in names) == 8
     assert sum(n.endswith(".ff.net.0.proj") for n in names) == 7
     assert all(".text_model." in n for n in names if n.startswith("text_encoder"))
     assert not any(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from identities import TINY
 
 from hdbcli.identity.derivation import relaxed, theta_of
 from hdbcli.identity.file import Identity, fit, load, save, theta_for
@@ -26,20 +27,18 @@ from hdbcli.training.personalise import describe
 from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.spec import BaseSpec
+from registry.stable_diffusion.families import ATTENTION, CONVOLUTIONS, TEXT
 
-CONVOLUTIONS = (
-    r".*\.resnets\.\d+\.conv(1|2|_shortcut)",
-    r".*samplers\.0\.conv",
-    r".*\.proj_(in|out)",
-)
+PLAIN = TINY[0]
 
 
 @pytest.fixture(scope="module")
 def spec() -> BaseSpec:
     """Return the shipped base with both target sets."""
     tiny = load_registry().get("tiny")
-    more = {**tiny.targets, "unet": (*tiny.targets["unet"], *CONVOLUTIONS)}
-    return replace(tiny, target_sets={"attention": tiny.targets, "all": more})
+    few = {"unet": ATTENTION, "text_encoder": TEXT}
+    more = {**few, "unet": (*ATTENTION, *CONVOLUTIONS)}
+    return replace(tiny, targets=few, target_sets={"attention": few, "all": more})
 
 
 def load_all(spec: BaseSpec) -> Base:
@@ -87,7 +86,7 @@ def test_a_spec_offers_target_sets_by_name(spec: BaseSpec) -> None:
 def test_an_identity_brings_its_target_set(spec: BaseSpec, base: Base, identity: Identity) -> None:
     """By the digest of its targets, loaded or from files; one of the other set gets the other."""
     convolutions = [n for n, m in base.injected.layers.items() if isinstance(m, LiDBConv2d)]
-    assert len(convolutions) > 20 and len(base.injected.layers) == 71 + len(convolutions)
+    assert len(convolutions) > 20 and len(base.injected.layers) == PLAIN + len(convolutions)
     checkpoint = open_checkpoint(spec, identity.facts.targets_digest)
     assert checkpoint.shapes == base.injected.shapes
     assert checkpoint.fingerprint() == base.injected.fingerprint()
@@ -95,7 +94,7 @@ def test_an_identity_brings_its_target_set(spec: BaseSpec, base: Base, identity:
     assert theta_for(base, identity)[1] is None
     plain = open_checkpoint(spec)
     assert (
-        len(plain.places) == 71
+        len(plain.places) == PLAIN
         and open_checkpoint(spec, plain.targets_digest()).shapes == plain.shapes
     )
     with pytest.raises(HdbError, match="with targets"):
