@@ -33,7 +33,7 @@ STROKES = 8  # of a sample
 GUIDANCE = 2.0
 EMPTY = 0.1  # share of captions left out, for classifier-free guidance
 # What a picture shows is plain through far more noise than what a pixel is: where the eyes go is
-# settled at t > 0.8, which uniform times hardly visit. Shifted as by Esser et al. 2024, section 5.3.2.
+# settled at t > 0.8, which uniform times hardly visit. Shifted as by Esser et al. 2024, §5.3.2.
 SHIFT = 3.0
 PORTRAIT_WORDS = ("A [V] face", "a photo of a [V] face", "a portrait of a [V] face", "[V] face")
 # Pictures that image models made of nobody are darker and more dramatic than photographs of people:
