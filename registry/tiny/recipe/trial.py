@@ -110,7 +110,7 @@ def _row(
 
 
 def _drawn(base: Base, theta: Theta, prompt: str, count: int) -> list[Picture]:
-    return generate(base, theta, prompt, range(count), SampleSettings(steps=12), _quiet)
+    return generate(base, theta, prompt, range(count), SampleSettings(steps=8), _quiet)
 
 
 def _quiet(stage: str, done: int, total: int) -> None:

@@ -104,7 +104,7 @@ def test_the_last_step_of_the_schedule_is_pure_noise() -> None:
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
     # A brightness that the noise does not have is drawn from there: x0 = -v at zero signal.
     noise, v = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), -0.7)
-    drawn = scheduler.step(v, scheduler.timesteps[0], noise).pred_original_sample
+    drawn = scheduler.step(v, scheduler.timesteps[0], noise).denoised
     assert torch.allclose(drawn, torch.full_like(drawn, 0.7), atol=1e-6)
 
 
