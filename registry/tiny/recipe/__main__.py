@@ -44,6 +44,13 @@ def photos(options: argparse.Namespace) -> Iterator[str]:
             yield _progress(done, len(seeds), "people", seconds)
 
 
+def selfies(options: argparse.Namespace) -> Iterator[str]:
+    from registry.tiny.recipe.assets import fetch_selfies
+
+    for path in fetch_selfies(options.build / "assets", options.out, options.people):
+        yield str(path)
+
+
 def photographs(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.photographs import paint_photographs
 
@@ -229,6 +236,10 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--out", type=Path, required=True)
     step = steps.add_parser("emphasis", help="choose pictures in the styles that lose most")
     step.set_defaults(run=emphasis)
+    step = steps.add_parser("selfies", help="fetch selfies of people who do not exist, to look at")
+    step.set_defaults(run=selfies)
+    step.add_argument("--people", type=int, default=6)
+    step.add_argument("--out", type=Path, required=True)
     step = steps.add_parser("contact", help="put photos and what hdb drew of them on one sheet")
     step.set_defaults(run=contact)
     step.add_argument("photos", type=Path, nargs="+")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,17 @@ FACE_MESH = Package(
     "package/face_mesh_solution_packed_assets.data",
     7,
 )
+# Ten people whom an image model made (MIT), to show what hdb does with a selfie; nothing learns
+# from them.
+OPEN_PEOPLE = Package(
+    "pip",
+    "openpeople",
+    "0.1.2",
+    "6faee04493aa7e3e913ba7bc720db90bb9e5f4b7e65eaaf74cd77f74c74e609f",
+    "openpeople/data/curated/",
+    35,
+)
+LEFT_OUT = "P003"  # looks like somebody who exists
 
 
 @dataclass(frozen=True)
@@ -66,3 +78,14 @@ def read_image(path: Path, mode: int = cv2.IMREAD_UNCHANGED) -> np.ndarray:
     if image is None:
         raise HdbError(f"{path} is missing or no picture; delete its folder and run again")
     return image
+
+
+def fetch_selfies(folder: Path, out: Path, count: int) -> list[Path]:
+    """Copy the selfies of the first `count` people who do not exist to `out`, as NAME.jpg."""
+    source = fetch(OPEN_PEOPLE, folder)
+    people = sorted(path for path in source.iterdir() if path.name != LEFT_OUT)
+    out.mkdir(parents=True, exist_ok=True)
+    return [
+        Path(shutil.copyfile(person / "assets/amateur_selfie.jpg", out / f"{person.name}.jpg"))
+        for person in people[:count]
+    ]

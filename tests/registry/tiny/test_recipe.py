@@ -16,7 +16,16 @@ from safetensors.torch import load_file, save_file
 from registry.errors import HdbError
 from registry.tiny.clip import load_clip
 from registry.tiny.recipe.__main__ import main
-from registry.tiny.recipe.assets import MATERIALS, MESHES, Assets, fetch_assets, read_image
+from registry.tiny.recipe.assets import (
+    LEFT_OUT,
+    MATERIALS,
+    MESHES,
+    OPEN_PEOPLE,
+    Assets,
+    fetch_assets,
+    fetch_selfies,
+    read_image,
+)
 from registry.tiny.recipe.emphasis import emphasise
 from registry.tiny.recipe.people import HELD_OUT_SEED, render_people
 from registry.tiny.recipe.person import sample_person
@@ -208,3 +217,16 @@ def test_blend_lies_between_and_refuses_strangers(
     assert step("blend", before, other, "--out", tmp_path / "no.safetensors") == 1
     assert "not two states of one network" in capsys.readouterr().err
     assert not (tmp_path / "no.safetensors").exists()
+
+
+def test_selfies_are_of_people_who_do_not_exist(tmp_path: Path) -> None:
+    """Of the first so many, without the one who is left out, by name."""
+    source = OPEN_PEOPLE.place(tmp_path / "assets")
+    for number in range(1, 6):
+        file = source / f"P00{number}/assets/amateur_selfie.jpg"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"%d" % number)
+    made = fetch_selfies(tmp_path / "assets", tmp_path / "out", 3)
+    assert [path.name for path in made] == ["P001.jpg", "P002.jpg", "P004.jpg"]
+    assert [path.read_bytes() for path in made] == [b"1", b"2", b"4"]
+    assert LEFT_OUT == "P003"
