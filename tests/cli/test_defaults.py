@@ -23,6 +23,14 @@ def pixels(path: Path | str) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
+ROUNDING = 2  # levels: drawn alone or with others, some CPUs add up in another order
+
+
+def far(one: Path | str, other: Path | str) -> int:
+    """Return how many levels the pixel differs that differs most."""
+    return int(np.abs(pixels(one).astype(int) - pixels(other)).max())
+
+
 def config(text: str) -> None:
     defaults.path().parent.mkdir(parents=True, exist_ok=True)
     defaults.path().write_text(text, encoding="utf-8")
@@ -44,7 +52,7 @@ def test_a_picture_is_drawn_again_with_its_own_settings(
     made = told("gen", "alice", "a [V] face", "A [V] face with bark skin", *words)
     first, second = (Path(made["pictures"][i]["path"]) for i in (0, 3))
     ok("gen", "--from", second, "-o", "again.png")
-    assert (pixels("again.png") == pixels(second)).all()
+    assert far("again.png", second) <= ROUNDING < far(first, second)
     assert Image.open("again.png").text == Image.open(second).text
     ok("gen", "--from", second, "-o", "other.png", "--strength", 0.1)
     changed = json.loads(Image.open("other.png").text["hdb"])
@@ -56,7 +64,7 @@ def test_a_picture_is_drawn_again_with_its_own_settings(
     Path("prompts.txt").write_text("A [V] face with bark skin")
     more = "--prompts", "prompts.txt", "--seed", 6, "-o", "third.png"
     ok("gen", "--from", first, "bob", *more)
-    assert (pixels("third.png") == pixels(second)).all()  # bob is alice
+    assert far("third.png", second) <= ROUNDING  # bob is alice
     settings = api.read_settings(second)
     assert settings.people == ("alice",) and settings.size == 64 and settings.seed == 6
     (drawn,) = api.generate(**{**vars(settings), "base": tiny}).pictures

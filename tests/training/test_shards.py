@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hdbcli.model.base import Base
+from hdbcli.model.device import autocast
 from hdbcli.training import shards
 from hdbcli.training.people import ENOUGH, People, list_people, read_people, read_pictures
 from hdbcli.training.shards import INDEX, REPORT, Prepared, encoded, open_shards, prepare
@@ -76,9 +77,10 @@ def test_what_is_read_from_disk_is_what_was_in_memory(
         assert not np.array_equal(disk[0], disk[12])
     with pytest.raises(IndexError):
         stored.crops[13]
-    own = tiny.backbone.encode_images(tiny.images([held.crops[3]]).flip(-1))[0]
+    with autocast(tiny.device):  # as preparing encodes: in bfloat16 where a CPU does that fast
+        own = tiny.backbone.encode_images(tiny.images([held.crops[3]]).flip(-1))[0].float()
     mirrored, plain = (torch.from_numpy(stored.latents[3][side]).float() for side in (1, 0))
-    assert (mirrored - own).abs().max() < 0.01 < (plain - own).abs().max()
+    assert (mirrored - own).abs().max() < 0.05 < (plain - own).abs().max()
 
 
 @pytest.mark.usefixtures("small")
