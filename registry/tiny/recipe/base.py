@@ -137,7 +137,8 @@ def train_base(
         clean = clean_of[mirrored, pick.to(device)].float()
         noise = torch.randn(clean.shape, generator=randomness, device=device)
         share = torch.rand(batch, generator=randomness, device=device)
-        t = (SHIFT * share / (1 + (SHIFT - 1) * share) * len(signal)).long()
+        late = SHIFT * share / (1 + (SHIFT - 1) * share)  # float32 may round it up to 1
+        t = (late * len(signal)).long().clamp(max=len(signal) - 1)
         a, s = signal[t].sqrt().view(-1, 1, 1, 1), (1 - signal[t]).sqrt().view(-1, 1, 1, 1)
         with half(unet.device):
             states = text_encoder(ids).last_hidden_state
