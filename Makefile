@@ -41,10 +41,11 @@ sheet: $(STAMP)
 	$(BIN)/python -m registry.tiny.recipe contact $(HELD) $(PHOTO) --drawn build/sheet --titles \
 	  photo portrait selfie "Pixar character" "bark skin" "rock star" "professional" --out docs/sheet.png
 
-# Two processes of one thread each, on files of tests in turn: on two cores that takes half as long as one
-# process of two threads, since the nets are small.
 # Tests start a hundred processes, which would compile the package anew each time.
 unexport PYTHONDONTWRITEBYTECODE
+
+# Two processes of one thread each, on files of tests in turn: on two cores that takes half as long as one
+# process of two threads, since the nets are small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Lint, types, tests: what CI runs, in minutes. The tests come last, so their summary does too.

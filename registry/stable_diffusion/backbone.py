@@ -175,7 +175,7 @@ class StableDiffusion:
         last = len(self.pipeline.scheduler.alphas_cumprod) - 1
         times = torch.linspace(last, 0, steps + 1).long().to(noise.device)
         x = noise
-        learns = torch.is_grad_enabled()
+        learns, renews = torch.is_grad_enabled(), _renews(self.pipeline.scheduler)
         for number, (now, later) in enumerate(itertools.pairwise(times), 1):
             a, s = self._mix(now, noise)
             with torch.set_grad_enabled(learns and number == steps):
@@ -187,12 +187,8 @@ class StableDiffusion:
             else:
                 clean, rest = (x - s * predicted) / a, predicted
             a, s = self._mix(later, noise)
-            x = a * clean + s * (noise.roll(number, 1) if self._renoises else rest)
+            x = a * clean + s * (noise.roll(number, 1) if renews else rest)
         return clean
-
-    @property
-    def _renoises(self) -> bool:
-        return type(self.pipeline.scheduler).__name__ == "LCMScheduler"
 
     @property
     def _velocity(self) -> bool:
@@ -362,6 +358,11 @@ def _scheduler(settings: SampleSettings, config: Mapping[str, Any]) -> Any:
     return getattr(diffusers, SCHEDULERS[name]).from_config(config, **more)
 
 
+def _renews(scheduler: Any) -> bool:
+    """Say whether a scheduler adds fresh noise to what the network sees, whole, in every step."""
+    return type(scheduler).__name__ == SCHEDULERS["lcm"]
+
+
 def _spaced(scheduler: Any, steps: int, trailing: bool = False) -> Any:
     """Return a scheduler whose steps begin where the noise ends; HdbError for too many steps.
 
@@ -375,7 +376,7 @@ def _spaced(scheduler: Any, steps: int, trailing: bool = False) -> Any:
         raise HdbError(
             f"--steps {steps} is more than the {last + 1} that this model was trained on; use fewer"
         )
-    if type(scheduler).__name__ == "LCMScheduler":  # has a spacing of its own, from the last noise
+    if _renews(scheduler):  # has a spacing of its own, from the last noise
         return scheduler
     if trailing and "timestep_spacing" in config:
         return scheduler.from_config(config, timestep_spacing="trailing")
