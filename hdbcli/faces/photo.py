@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from hdbcli.faces.looks import SIDE, TEMPLATE, doubts_about
 from hdbcli.faces.reading import GREY, read_photo
 from registry.errors import HdbError
 
@@ -252,7 +253,8 @@ def crop_face(
         doubts.append(f"the face is only {chosen.side:.0f} px wide: expect less likeness")
     if _sharpness(rgb, chosen.box) < _BLURRED:
         doubts.append("the face is very blurred: expect less likeness, try a sharper photo")
-    if _nose_offset(chosen.landmarks) > _TURNED:
+    turned = _nose_offset(chosen.landmarks) > _TURNED
+    if turned:
         doubts.append(
             "the face is turned far to the side: expect less likeness, try a photo from the front"
         )
@@ -262,6 +264,8 @@ def crop_face(
             "the face is very dark: expect less likeness and dark portraits, try a photo in better "
             "light"
         )
+    elif not turned:  # what is looked at lies where it should
+        doubts += doubts_about(align(rgb, chosen.landmarks, TEMPLATE, SIDE))
     return Crop(image, chosen, index, count, tuple(doubts))
 
 
