@@ -275,8 +275,8 @@ def new(
         return personalise.create(crops, loaded, config, tell)
 
     work = personalise.work_of(_spec(home), refine, likeness)
-    there = _Place(home, device, memory, work, digest, note)
-    return _from_photos(photos, face, there, make, tell, crop, agree)
+    there = _Place(home, device, memory, work, digest, note, tell)
+    return _from_photos(photos, face, there, make, crop, agree)
 
 
 def refine(
@@ -311,8 +311,8 @@ def refine(
 
     home = base if isinstance(base, Base) else find_base(base or identity.facts.base)
     work = personalise.work_of(_spec(home), True, likeness)
-    there = _Place(home, device, memory, work, identity.facts.targets_digest, note)
-    return _from_photos(photos, face, there, make, tell)
+    there = _Place(home, device, memory, work, identity.facts.targets_digest, note, tell)
+    return _from_photos(photos, face, there, make)
 
 
 def save(
@@ -456,10 +456,8 @@ def generate(
         drawn = sample.generate(loaded, theta, texts, seeds, settings, tell, hand_on)
         return Drawn(described(drawn), made, tuple(stacked))
 
-    if not isinstance(home, Base):
-        tell("load", 0, 1)
     work = sample.work_of(len(seeds), size or spec.resolution, exact=bool(files))
-    return _on(_Place(home, device, memory, work, first, note), draw)
+    return _on(_Place(home, device, memory, work, first, note, tell), draw)
 
 
 def merge(
@@ -587,7 +585,7 @@ def walk(
 
     pictures = len(interpolation.ROWS) * len(interpolation.weights_of(len(read)))
     work = sample.work_of(pictures, spec.resolution)
-    return _on(_Place(home, device, memory, work, first, note), draw)
+    return _on(_Place(home, device, memory, work, first, note, tell), draw)
 
 
 def score(
@@ -623,7 +621,7 @@ def score(
         return measure.score(loaded, theta, crops, judges, tell)
 
     work = sample.work_of(len(measure.SEEDS), spec.resolution)
-    return _on(_Place(home, device, memory, work, first, note), measured)
+    return _on(_Place(home, device, memory, work, first, note, tell), measured)
 
 
 def compare(
@@ -702,6 +700,7 @@ class _Place:
     work: Work
     targets_digest: str | None
     note: Note
+    tell: Tell
 
 
 def _home(
@@ -723,6 +722,7 @@ def _on(place: _Place, attempt: Callable[[Base], T]) -> T:
     base, device = place.base, place.device
     if not isinstance(base, Base):
         work, digest = place.work, place.targets_digest
+        place.tell("load", 0, 1)
         return on_base(base, device, place.memory, work, attempt, place.note, digest)
     if device is not None and choose_device(device) != base.device:
         raise UsageError(f"the base is loaded on {base.device}; load it on {device} instead")
@@ -734,7 +734,6 @@ def _from_photos(
     face: int | None,
     place: _Place,
     make: Callable[[Base, Sequence[Crop]], Created],
-    tell: Tell,
     crop: str | os.PathLike[str] | None = None,
     agree: Callable[[], None] | None = None,
 ) -> Created:
@@ -743,15 +742,13 @@ def _from_photos(
     out = None if crop is None else Path(crop)
     if out is not None:
         store.check_picture(out, *_paths(photos))
-    crops = _cropped(photos, _spec(place.base), face, place.note, tell)
+    crops = _cropped(photos, _spec(place.base), face, place.note, place.tell)
     cropped = time.perf_counter() - start
     if agree is not None:
         agree()
     start = time.perf_counter() - cropped  # the time a user takes to answer does not count
     if out is not None:
         sample.save_crops([each.image for each in crops], out)
-    if not isinstance(place.base, Base):
-        tell("load", 0, 1)
     created = _on(place, lambda loaded: make(loaded, crops))
     total = time.perf_counter() - start
     return replace(created, seconds={"crop": cropped, **created.seconds, "total": total})

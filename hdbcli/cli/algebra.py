@@ -29,6 +29,7 @@ from hdbcli.cli.options import (
 from registry import store
 from registry.errors import HdbError, UsageError
 from registry.files import write_kept
+from registry.spec import SampleSettings
 
 
 def inspect(
@@ -150,17 +151,18 @@ def compose(
     that --show draws leads from each identity to the next, whatever the weights; an animation of it
     lies beside the sheet.
     """
-    from hdbcli import api
-    from hdbcli.identity.derivation import read_weights
-
     if not show:
         refuse_given(ctx, "nothing is drawn; add --show or drop", "device", "memory")
-    weights = read_weights(parts)
-    path = new_path(new_name, force)
-    sheet, drawn = _sheet_path(show, out, path.stem, len(weights)), None
-    made = api.compose(weights, rank=rank)
-    if sheet:
-        with render.progress() as tell:
+    steps = 2 * 6 * len(parts) * SampleSettings.steps if show else 0  # about
+    with render.progress(load=show, draw=steps) as tell:
+        from hdbcli import api
+        from hdbcli.identity.derivation import read_weights
+
+        weights = read_weights(parts)
+        path = new_path(new_name, force)
+        sheet, drawn = _sheet_path(show, out, path.stem, len(weights)), None
+        made = api.compose(weights, rank=rank)
+        if sheet:
             drawn = api.walk(
                 list(weights),
                 base=made.facts.base,
@@ -210,11 +212,13 @@ def export(
     With --check the file is kept only if every tool that its format is meant for, and that knows
     this kind of base, would apply all of it.
     """
-    from hdbcli import api
+    with render.progress(load=1) as tell:
+        from hdbcli import api
 
-    made = api.export(
-        identity, out, format=form, dtype=dtype, check=check, force=force, note=render.note
-    )
+        tell("load", 0, 1)
+        made = api.export(
+            identity, out, format=form, dtype=dtype, check=check, force=force, note=render.note
+        )
     if as_json:
         readers = [asdict(reading) | {"ok": reading.ok} for reading in made.readers]
         render.document({**asdict(made), "readers": readers})

@@ -61,7 +61,7 @@ def base_add(
     path, origin = locate(source, revision)
     from hdbcli.model.add import adopt
 
-    with render.progress() as tell:
+    with render.progress(load=1, hash=1) as tell:
         added = adopt(name, path, origin, prediction, tell)
     if as_json:
         render.document(render.base_facts(find_base(name), bases().source(name), added))

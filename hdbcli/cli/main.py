@@ -68,11 +68,14 @@ from hdbcli.config import PROMPTS, UNPREDICTED_STEPS, RefineConfig
 from registry import store
 from registry.errors import HdbError
 from registry.files import check_writable
+from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
     from hdbcli.api import Saved
     from hdbcli.training.personalise import Created
 
+
+PORTRAITS = 4 * SampleSettings.steps  # steps that drawing takes where likeness is measured
 
 MAKE, KEEP = "Make and draw", "Keep"
 TURN, LOOK = "Turn into something else", "Measure, add and train"
@@ -142,7 +145,10 @@ def new(
     if no_refine:
         trained = "steps", "rank", "likeness", "seed", "optimizer"
         refuse_given(ctx, "--no-refine keeps the prediction as it is; drop it or", *trained)
-    with render.progress() as tell:
+    iterations = 0 if no_refine else steps or RefineConfig.steps
+    with render.progress(
+        crop=len(photos), load=1, predict=1, refine=iterations, draw=PORTRAITS
+    ) as tell:
         from hdbcli import api
         from hdbcli.model.sample import save_crops
 
@@ -189,14 +195,15 @@ def refine(
     """Give an existing identity more iterations on a photo; its file is replaced at the end."""
     path = store.resolve(store.check_name(name))
     check_writable(path)
-    with render.progress() as tell:
+    photos = photos_of(photo, more)
+    with render.progress(crop=len(photos), load=1, refine=steps, draw=PORTRAITS) as tell:
         from hdbcli import api
         from hdbcli.identity.file import load
 
         stamp, identity = store.stamp(path), load(path)
         created = api.refine(
             identity,
-            photos_of(photo, more),
+            photos,
             base=base,
             steps=steps,
             rank=rank,
@@ -268,7 +275,7 @@ def gen(
         for i in range(count)
     ]
     kept = outputs.Album(outputs.plan_outputs(out, stems, grid, html))
-    with render.progress() as tell:
+    with render.progress(load=1, draw=len(stems) * (steps or SampleSettings.steps)) as tell:
         from hdbcli import api
 
         drawn = api.generate(

@@ -26,7 +26,9 @@ from hdbcli.cli.options import (
 from hdbcli.config import (
     MAIN_METHODS,
     METHOD_NAMES,
+    PROMPTS,
 )
+from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
     from hdbcli.bench.harness import Row
@@ -51,7 +53,7 @@ def score(
     """Measure likeness, style fidelity and drift; likeness needs --photo."""
     if not photo:
         refuse_given(ctx, "there is no face to choose; add --photo or drop", "face")
-    with render.progress() as tell:
+    with render.progress(crop=len(photo or []), load=1, draw=DRAWN) as tell:
         from hdbcli import api
         from hdbcli.measure.score import words
 
@@ -80,6 +82,7 @@ _METHODS = (
     "NAME, NAME@400 for a schedule of 400 steps, or NAME:12 for the first 12 people alone, of "
     f"{', '.join(METHOD_NAMES)}."
 )
+DRAWN = 2 * len((*PROMPTS, *PROMPTS[:2])) * 4 * SampleSettings.steps  # steps that score draws
 BENCHMARKS = ("basis", "people", "bank", "merge", "sd15", "train", "device", "derived")
 _Batch = Annotated[
     int | None, typer.Option(min=1, help="Samples a step of every method; default: the base's.")
@@ -160,14 +163,15 @@ def bench(
     """Measure what hdb promises, each beside the plain alternative; needs 9 GB of disk here."""
     from datetime import datetime, timezone
 
-    from hdbcli.bench import suite as benchmarks
-    from hdbcli.model.device import choose_device, machine
-
-    where = machine(choose_device(None))
     date = datetime.now(timezone.utc).date().isoformat()
     rows: list[Row] = []
+    where = ""
     try:
         with render.progress() as tell:
+            from hdbcli.bench import suite as benchmarks
+            from hdbcli.model.device import choose_device, machine
+
+            where = machine(choose_device(None))
             for row in benchmarks.run(names or [], people, tell):
                 rows.append(row)
     finally:  # what took minutes to measure is shown, even if what follows fails

@@ -43,7 +43,7 @@ def merge(
 
     A folder in the layout of diffusers, or one file as A1111, Forge and ComfyUI load it.
     """
-    with render.progress() as tell:
+    with render.progress(merge=1) as tell:
         from hdbcli import api
         from hdbcli.identity.derivation import read_weights
 

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,9 @@ from hdbcli.config import CAPTIONS, Tell
 from hdbcli.faces.source import STDIN
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from hdbcli.api import Saved
     from hdbcli.bench.suite import Row
+    from hdbcli.cli.progress import Bars
     from hdbcli.compare.comparison import Comparison
     from hdbcli.identity.inspection import Inspection
     from hdbcli.identity.verification import Verdict
@@ -38,21 +36,6 @@ if TYPE_CHECKING:
 UNSAID = ("json", "yes")  # options that change nothing of what is done
 COUNTS = {"bytes": True, "budget": True, "numbers": False}  # names of counts -> whether of bytes
 NAMED = 3  # pairs of names in a message; the report has all
-
-STAGES = {
-    "start": "starting",
-    "crop": "finding the face",
-    "load": "loading the base model",
-    "hash": "reading its files",
-    "predict": "predicting",
-    "refine": "refining",
-    "draw": "drawing",
-    "read": "reading photos",
-    "compare": "comparing people",
-    "train": "training",
-    "loss": "measuring the loss",
-    "merge": "merging",
-}
 
 
 def say(text: str) -> None:
@@ -111,65 +94,16 @@ def _long(option: Any) -> str:
     return next(words, option.name).removeprefix("--")
 
 
-class Bars:
-    """The bars of a command: called with (stage, done, total), and paused while it asks."""
+def progress(**planned: float) -> Bars:
+    """Show on one line how far the command is and the time left; silent where standard error is not
+    a terminal.
 
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        bar, tasks = self._bar, self._tasks
-        for other, task in tasks.items():  # what has begun to be followed by another is done
-            if other != stage and not bar.tasks[task].finished:
-                bar.update(task, completed=bar.tasks[task].total)
-        if stage not in tasks or bar.tasks[tasks[stage]].finished:
-            tasks[stage] = bar.add_task(STAGES.get(stage, stage), total=total)
-        bar.update(tasks[stage], completed=done, total=total)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Take the bars off the screen inside the block, where the user is to type."""
-        if self._bar.disable:
-            yield
-            return
-        self._bar.stop()
-        try:
-            yield
-        finally:
-            self._bar.start()
-
-
-@contextmanager
-def progress() -> Iterator[Bars]:
-    """Draw one bar a stage with the time left; silent where standard error is not a terminal.
-
-    The first is there at once: what a command needs, torch above all, is imported inside.
+    It is there at once: what a command needs, torch above all, is imported inside. `planned` names
+    the stages that are to come, in their order, and how much of each: the time left is that of all.
     """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from hdbcli.cli.progress import Bars  # rich, which `hdb list` has no time for
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True, highlight=False)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        bars = Bars(bar)
-        bars("start", 0, 1)
-        yield bars
+    return Bars({"start": 1, **planned} if planned else {})
 
 
 def follow(steps: Iterator[Step], tell: Tell) -> None:

@@ -75,23 +75,24 @@ def train_prepare(
 ) -> None:
     """Find, crop and encode the faces of a folder once, for any number of trainings; interrupted,
     the same command goes on."""
-    from hdbcli.model.base import on_base
-    from hdbcli.model.memory import Work
-    from hdbcli.training import shards
-    from registry.plugins import find_base
+    with render.progress() as tell:
+        from hdbcli.model.base import on_base
+        from hdbcli.model.memory import Work
+        from hdbcli.training import shards
+        from registry.plugins import find_base
 
-    store.check_folder(out)
-    spec = find_base(base)
+        store.check_folder(out)
+        spec = find_base(base)
 
-    def prepare(loaded: Base) -> shards.Prepared:
-        start = time.perf_counter()
-        with render.progress() as tell:
+        def prepare(loaded: Base) -> shards.Prepared:
+            start = time.perf_counter()
             done = shards.prepare(data, loaded, out, pattern, aligned, tell, processes)
-        render.show_prepared(done, out / shards.REPORT, time.perf_counter() - start)
-        return done
+            render.show_prepared(done, out / shards.REPORT, time.perf_counter() - start)
+            return done
 
-    one = Work(1, spec.resolution, trains=False, exact=True)  # encoding, one picture at a time
-    done = on_base(spec, device, memory, one, prepare, render.note)
+        one = Work(1, spec.resolution, trains=False, exact=True)  # encoding, one picture at a time
+        tell("load", 0, 1)
+        done = on_base(spec, device, memory, one, prepare, render.note)
     if as_json:
         render.document({"path": out, "report": out / shards.REPORT, **asdict(done)})
     else:
@@ -116,17 +117,17 @@ def train_bank(
     as_json: Json = False,
 ) -> None:
     """Optimise the LiDB of every person in a folder; interrupted, the same command goes on."""
-    from hdbcli.model.base import on_base
-    from hdbcli.training import bank
-    from hdbcli.training.shards import open_people
-    from registry.plugins import find_base
-
-    store.check_folder(out)
-    spec = find_base(base, targets)
     config = BankConfig(steps, lr=lr, at_once=at_once, seed=seed, optimizer=optimizer)
+    with render.progress() as tell:
+        from hdbcli.model.base import on_base
+        from hdbcli.training import bank
+        from hdbcli.training.shards import open_people
+        from registry.plugins import find_base
 
-    def build(loaded: Base) -> int:
-        with render.progress() as tell:
+        store.check_folder(out)
+        spec = find_base(base, targets)
+
+        def build(loaded: Base) -> int:
             people = open_people(data, loaded, pattern, aligned, out / "people", tell)
             render.show_skipped(people.skipped)
             start, made = time.perf_counter(), 0
@@ -138,11 +139,12 @@ def train_bank(
                     f"{shard.loss_end:.4f}, {rate:.2f} people a second, "
                     f"{(len(people.names) - shard.total) / rate / 60:.1f} min left"
                 )
-        return len(people.names)
+            return len(people.names)
 
-    fewer = f"take fewer people side by side than --at-once {at_once}"
-    work = bank.work_of(spec, at_once)
-    people = on_base(spec, device, memory, work, build, render.note, advice=fewer)
+        fewer = f"take fewer people side by side than --at-once {at_once}"
+        work = bank.work_of(spec, at_once)
+        tell("load", 0, 1)
+        people = on_base(spec, device, memory, work, build, render.note, advice=fewer)
     if as_json:
         render.document({"path": out, "people": people})
     else:
@@ -251,14 +253,6 @@ def train_hypernetwork(
     On several GPUs: accelerate launch --multi_gpu -m hdbcli train hypernetwork ..., on several
     processes of any kind: torchrun --nproc_per_node N -m hdbcli train hypernetwork ...
     """
-    from hdbcli.model.base import load_predictor, on_base
-    from hdbcli.model.device import join_workers
-    from hdbcli.model.hypernetwork_file import targets_of
-    from hdbcli.training.bank import read_bank
-    from hdbcli.training.hypernetwork import new_hypernetwork
-    from hdbcli.training.shards import open_people
-    from registry.plugins import find_base
-
     if not bank:
         refuse_given(ctx, "there is nothing to weigh; add --bank or drop", "beta")
     if start:
@@ -274,29 +268,38 @@ def train_hypernetwork(
     config = PretrainConfig(
         *goals, seed, optimizer, precision, save_seconds, look, held_out, checkpoint, accumulate
     )
-    spec = find_base(base, targets, start)
+    with render.progress() as tell:
+        from hdbcli.model.base import load_predictor, on_base
+        from hdbcli.model.device import join_workers
+        from hdbcli.model.hypernetwork_file import targets_of
+        from hdbcli.training.bank import read_bank
+        from hdbcli.training.hypernetwork import new_hypernetwork
+        from hdbcli.training.shards import open_people
+        from registry.plugins import find_base
 
-    def learn(loaded: Base) -> dict[str, Any] | None:
-        # Before the photos are read, which takes hours: these may be missing, or another base's.
-        known = read_bank(bank, loaded) if bank else None
-        model = (
-            load_predictor(loaded)[0]
-            if start
-            else new_hypernetwork(
-                loaded, seed, iterations=iterations, recogniser=recogniser is not False
+        spec = find_base(base, targets, start)
+
+        def learn(loaded: Base) -> dict[str, Any] | None:
+            # Before photos are read, for hours: these may be missing, or of another base.
+            known = read_bank(bank, loaded) if bank else None
+            model = (
+                load_predictor(loaded)[0]
+                if start
+                else new_hypernetwork(
+                    loaded, seed, iterations=iterations, recogniser=recogniser is not False
+                )
             )
-        )
-        workers = join_workers(loaded.device)
-        cache = out.with_name(f"{out.stem}-people")
-        with render.progress() as tell, workers.first():
-            people = open_people(data, loaded, pattern, aligned, cache, tell)
-        if not workers.rank:
-            render.show_skipped(people.skipped)
-        with render.progress() as tell:
+            workers = join_workers(loaded.device)
+            cache = out.with_name(f"{out.stem}-people")
+            with workers.first():
+                people = open_people(data, loaded, pattern, aligned, cache, tell)
+            if not workers.rank:
+                render.show_skipped(people.skipped)
             return _learn(loaded, model, people, config, known, out, tell, workers, track)
 
-    work = _work_of(spec, config)
-    made = on_base(spec, device, memory, work, learn, render.note, targets_of(start))
+        work = _work_of(spec, config)
+        tell("load", 0, 1)
+        made = on_base(spec, device, memory, work, learn, render.note, targets_of(start))
     if made is None:  # another process says it
         return
     if as_json:
@@ -388,24 +391,26 @@ def train_evaluate(
 ) -> None:
     """Measure a hypernetwork on people it never saw: loss with intervals, retrieval
     of portraits."""
-    from hdbcli.model.base import load_predictor, on_base
-    from hdbcli.model.hypernetwork_file import targets_of
-    from hdbcli.training import evaluate
-    from hdbcli.training.shards import open_people
-    from registry.plugins import find_base
+    with render.progress() as tell:
+        from hdbcli.model.base import load_predictor, on_base
+        from hdbcli.model.hypernetwork_file import targets_of
+        from hdbcli.training import evaluate
+        from hdbcli.training.shards import open_people
+        from registry.plugins import find_base
 
-    spec = find_base(base, None, hypernetwork)
+        spec = find_base(base, None, hypernetwork)
 
-    def measure(loaded: Base) -> evaluate.Evaluation:
-        model, _ = load_predictor(loaded)  # before the photos are read, which takes hours
-        with render.progress() as tell, TemporaryDirectory(prefix="hdb-people-") as cache:
-            people = open_people(data, loaded, pattern, aligned, Path(cache) / "people", tell)
-            render.show_skipped(people.skipped)
-            return evaluate.evaluate(loaded, model, people, refined, tell)
+        def measure(loaded: Base) -> evaluate.Evaluation:
+            model, _ = load_predictor(loaded)  # before the photos are read, which takes hours
+            with TemporaryDirectory(prefix="hdb-people-") as cache:
+                people = open_people(data, loaded, pattern, aligned, Path(cache) / "people", tell)
+                render.show_skipped(people.skipped)
+                return evaluate.evaluate(loaded, model, people, refined, tell)
 
-    work = evaluate.work_of(spec, refined)
-    digest = targets_of(spec.hypernetwork)
-    result = on_base(spec, device, memory, work, measure, render.note, digest)
+        work = evaluate.work_of(spec, refined)
+        digest = targets_of(spec.hypernetwork)
+        tell("load", 0, 1)
+        result = on_base(spec, device, memory, work, measure, render.note, digest)
     if as_json:
         render.document(asdict(result))
     else:

@@ -71,7 +71,7 @@ def score(base: Base, adapter: Adapter, crops: Sequence[Crop], judges: Judges, t
     Likeness is that of as many portraits as a step of the base has samples: `hdb new` tells the
     same number.
     """
-    tell = _as_one(tell, 2 * (len(PROMPTS) + len(DRIFTING)))
+    tell = sample.as_one(tell, 2 * (len(PROMPTS) + len(DRIFTING)))
     compared = base.spec.batch
     mine, plain = ([_draw(base, w, p, tell) for p in PROMPTS] for w in (adapter, None))
     styles = {}
@@ -132,18 +132,6 @@ def _way(like: Likeness) -> str:
         f"{100 * like.way:.0f} % of the way from a stranger ({like.floor:.2f}) to a photo "
         f"({like.ceiling:.2f})"
     )
-
-
-def _as_one(tell: Tell, parts: int) -> Tell:
-    """Tell the progress of so many drawings, one after the other, as that of one piece of work."""
-    done = 0
-
-    def told(stage: str, step: int, steps: int) -> None:
-        nonlocal done
-        tell(stage, done * steps + step, parts * steps)
-        done += step == steps
-
-    return told
 
 
 def _draw(base: Base, adapter: Adapter | None, prompt: str, tell: Tell) -> list[np.ndarray]:

@@ -59,6 +59,7 @@ def generate(
     half = base.plan.at_once and max(1, base.plan.at_once // 2)  # guidance runs everything twice
     at_once = half or _at_once(side)
     passes = -(-len(seeds) // at_once)
+    tell("draw", 0, passes * settings.steps)
     for done in range(passes):
         part = slice(done * at_once, (done + 1) * at_once)
         batch = seeds[part]
@@ -73,6 +74,18 @@ def generate(
         if keep is not None:
             keep(pictures)
     return pictures
+
+
+def as_one(tell: Tell, parts: int) -> Tell:
+    """Tell the progress of so many drawings, one after the other, as that of one piece of work."""
+    done = 0
+
+    def told(stage: str, step: int, steps: int) -> None:
+        nonlocal done
+        tell(stage, done * steps + step, parts * steps)
+        done += step == steps
+
+    return told
 
 
 def _warn_of_cut(base: Base, text: str) -> None:

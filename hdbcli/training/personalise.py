@@ -191,7 +191,7 @@ def likeness_of(
     reference = embed([crop.image for crop in crops])
     # A face that was found in the photo but not again in its crop: there it lies aligned.
     reference = reference.where(found(reference)[:, None], faces.traits.cpu())
-    scores, portraits = [], []
+    scores, portraits, tell = [], [], sample.as_one(tell, 2)
     for adapter in (theta, None):
         drawn = sample.generate(base, adapter, PORTRAIT, seeds, base.spec.sampling, tell)
         near = 1 - torch.cdist(embed([picture.image for picture in drawn]), reference)

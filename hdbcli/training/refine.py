@@ -77,6 +77,7 @@ def refine(
         trainable = with_losses(base, trainable, faces, config.likeness, config.predicted)
     _check(trainable, latents)
     optimizer, label = optimizer_of(trainable, config)
+    tell("refine", 0, config.steps)
     start = portrait_loss(base, theta, latents)
     for step in train(base, trainable, latents, config, optimizer):
         tell("refine", step.number, step.steps)

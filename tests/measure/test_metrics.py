@@ -16,9 +16,9 @@ from commands import hdb, ok, told
 from hdbcli.faces.photo import crop_face
 from hdbcli.measure import metrics
 from hdbcli.measure.metrics import load_judges
-from hdbcli.measure.score import Likeness, Score, Style, _as_one, words
+from hdbcli.measure.score import Likeness, Score, Style, words
 from hdbcli.model.base import Base
-from hdbcli.model.sample import generate
+from hdbcli.model.sample import as_one, generate
 from registry.errors import HdbError
 from registry.metric import MetricSpec
 from registry.plugins import Registry, load_metrics
@@ -173,7 +173,7 @@ class Brightness:
 
 def test_progress_of_all_drawings_is_one() -> None:
     told: list[tuple[str, int, int]] = []
-    tell = _as_one(lambda *step: told.append(step), 3)
+    tell = as_one(lambda *step: told.append(step), 3)
     for _ in range(3):
         for step in (1, 2):
             tell("draw", step, 2)
