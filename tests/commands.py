@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from documents import match_page
 from typer.testing import CliRunner, Result
 
 from hdbcli.cli.main import app
@@ -41,8 +42,10 @@ def ok(*words: object) -> Result:
 
 
 def told(*words: object) -> Any:
-    """Run a command that must succeed; return its JSON document."""
-    return json.loads(ok(*words, "--json").stdout)
+    """Run a command that must succeed; return its JSON document, which is as the page says."""
+    document = json.loads(ok(*words, "--json").stdout)
+    match_page(words, document)
+    return document
 
 
 def found(*words: object) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from commands import hdb
+from documents import match_page
 
 from hdbcli import doctor
 from hdbcli.doctor import BROKEN, OK, WARNING, Check
@@ -71,6 +72,7 @@ def test_a_sound_installation(added: Path, tmp_path: Path) -> None:
     result = hdb("doctor", "--json")
     assert result.exit_code == 0 and not result.stderr, result.stderr
     found = json.loads(result.stdout)
+    match_page(("doctor",), found)
     assert found.pop("ok") is True and found.pop("settings") == {} and found.pop("seconds")
     assert list(found) == [
         *("versions", "devices", "bases", "plug-ins", "store", "caches", "environment")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import hdb
+from commands import hdb, told
 
 from hdbcli.config import BankConfig
 from hdbcli.method.lidb import Theta, inner
@@ -104,8 +104,11 @@ def test_train_with_a_bank(folder: Path, tmp_path: Path) -> None:
         return result.exit_code, result.stderr
 
     bank, out = tmp_path / "bank", tmp_path / "h.safetensors"
-    made = run("train", "bank", folder, "--out", bank, "--steps", 2, "--at-once", 4)
+    words = "train", "bank", folder, "--out", bank, "--steps", 2, "--at-once", 4
+    made = run(*words)
     assert made[0] == 0 and "5/5 people" in made[1], made[1]
+    again = told(*words)  # nothing is left to do
+    assert again["people"] == 5 and again["path"] == str(bank)
     steps = ("--steps", 2, "--batch", 2)
     used = run("train", "hypernetwork", folder, "--out", out, "--bank", bank, *steps)
     assert used[0] == 0 and out.exists(), used[1]

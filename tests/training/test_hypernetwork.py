@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import hdb, refused
+from commands import hdb, refused, told
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -190,16 +189,15 @@ def test_train_resume_and_evaluate(
     assert all(torch.equal(first[k], kept[f"average.{k}"].half()) for k in first)
     assert any((kept[f"average.{k}"] != kept[f"parameter.{k}"]).any() for k in first)
     out.unlink()
-    assert hdb(*words).exit_code == 0  # from its checkpoint
+    made = told(*words)  # from its checkpoint
+    assert made["path"] == str(out) and made["people"] == 8 and made["settings"]["steps"] == 3
     again = load_file(out)
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
-    words = ["train", "evaluate", people, "--hypernetwork", out, "--refined", 2, "--json"]
-    result = hdb(*words)
-    assert result.exit_code == 0, result.stderr
-    values = json.loads(result.stdout)
+    words = ["train", "evaluate", people, "--hypernetwork", out, "--refined", 2]
+    values = told(*words)
     assert values["people"] == 8 and values["refined_people"] == 2
-    refused(*words[:-2], 1, says="no other to be told from")
+    refused(*words[:-1], 1, says="no other to be told from")
     interval = values["base_minus_own"]
     assert interval["low"] <= interval["mean"] <= interval["high"]
     assert values["base_minus_own"]["mean"] == pytest.approx(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import hdb, refused
+from commands import hdb, refused, told
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -277,6 +277,8 @@ def test_the_command_says_what_it_did(prepared: Path, data: Path, tmp_path: Path
     result = hdb("train", "prepare", data, "--out", out)
     assert result.exit_code == 0 and result.stdout.strip() == str(out), result.stderr
     assert f"{PEOPLE} people, 13 pictures in 1 files" in result.stderr
+    again = told("train", "prepare", data, "--out", out)
+    assert again["path"] == str(out) and again["people"] == PEOPLE and again["kept"] == 1
     words = "train", "hypernetwork", out, "-o", tmp_path / "h.safetensors"
     refused(*words, "--pattern", "photo-*", says="is prepared already")
     (out / INDEX).unlink()
