@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hdbcli.interop.safetensors_writer import Item, write_tensors
 from hdbcli.method.inject import find_targets
 from hdbcli.method.lidb import shape_of
-from registry.checkpoints.ldm import layout_of, rename
-from registry.checkpoints.tensors import canonical
+from registry.checkpoints.ldm import canonical, layout_of, rename
+from registry.checkpoints.safetensors import Item, write_tensors
 from registry.stable_diffusion.families import FAMILIES, Family
 
 SIZE = 0.02  # standard deviation of the weights

@@ -168,8 +168,7 @@ def base_set_hypernetwork(
 ) -> None:
     """Let a base model predict with another hypernetwork, after checking that it fits."""
     from registry.bases.settings import set_hypernetwork
-    from registry.checkpoints.contents import LARGEST
-    from registry.checkpoints.safetensors import read_header
+    from registry.checkpoints.safetensors import LARGEST, read_header
 
     if reset == (file is not None):
         raise UsageError("give either the file of a hypernetwork or --reset")

@@ -37,7 +37,7 @@ from hdbcli.config import (
     Tell,
 )
 from registry import store
-from registry.checkpoints.safetensors import read_header
+from registry.checkpoints.safetensors import LARGEST, read_header
 from registry.errors import HdbError, UsageError
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     from hdbcli.model.memory import Work
     from hdbcli.training.people import People
     from registry.spec import BaseSpec
-
-LARGEST = 2**40  # bytes of a hypernetwork, of which the header alone is read
 
 LearningRate = Annotated[
     float, typer.Option(min=0, callback=finite, help="Learning rate, at its highest.")

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hdbcli import __version__
@@ -32,7 +30,7 @@ from hdbcli.training import preservation
 from hdbcli.training.likeness_loss import CONTRAST
 from hdbcli.training.people import People
 from hdbcli.training.refine import train, weight_of
-from registry.checkpoints.tensors import save_tensors
+from registry.checkpoints.safetensors import read_tensors, save_tensors
 from registry.errors import HdbError
 from registry.files import write_beside
 from registry.metric import Recogniser
@@ -222,14 +220,14 @@ def _plain(base: Base, adapter: Adapter | None, persons: range, tell: Tell) -> n
 
 def _read(file: Path) -> Record:
     try:
-        tensors = load_file(file)
+        _, tensors = read_tensors(file)
         rest = {k: v for k, v in tensors.items() if "." not in k}
         measured: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
         for key in tensors.keys() - rest.keys():
             kind, _, name = key.partition(".")
             measured[kind][name] = tensors[key]
         return Record(**rest, **measured)  # type: ignore[arg-type]  # by names
-    except (OSError, SafetensorError, TypeError) as error:
+    except (HdbError, TypeError) as error:
         raise HdbError(f"{file} is not a record of hdb compare ({error}); delete it") from error
 
 

@@ -22,8 +22,14 @@ from torch import Tensor
 from hdbcli.method.basis import PROBE_TOLERANCE, Fingerprint
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
-from registry.checkpoints.safetensors import MAX_FILE, TensorInfo, header_bytes, read_header
-from registry.checkpoints.tensors import DTYPES, tensor_of
+from registry.checkpoints.safetensors import (
+    MAX_FILE,
+    NUMBERS,
+    header_bytes,
+    laid_out,
+    read_header,
+    tensor_of,
+)
 from registry.errors import HdbError, UsageError
 from registry.files import Taken, keep_elsewhere, write_kept
 from registry.identity_facts import (
@@ -38,7 +44,7 @@ from registry.identity_facts import (
 )
 from registry.spec import BaseSpec
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {f"torch.{kind}": name for name, kind in NUMBERS.items()}
 # The facts that say which base an identity is of.
 HOME = (
     *("base", "family", "base_digest", "targets_digest"),
@@ -95,17 +101,9 @@ def encode(identity: Identity, dtype: str = "fp16") -> bytes:
     """
     tensors = _pack(identity, dtype)
     # Widest first, as the format asks, so that every tensor is aligned; then by name.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    infos: dict[str, TensorInfo] = {}
-    parts: list[bytes] = []
-    end = 0
-    for name in order:
-        part = tensors[name].numpy().tobytes()
-        shape = tuple(tensors[name].shape)
-        infos[name] = TensorInfo(_NAMES[tensors[name].dtype], shape, (end, end + len(part)))
-        parts.append(part)
-        end += len(part)
-    content = b"".join(parts)
+    order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    infos = laid_out((name, _NAMES[str(t.dtype)], tuple(t.shape)) for name, t in order)
+    content = b"".join(tensor.numpy().tobytes() for _, tensor in order)
     count, rank, a = identity.down.shape
     layout = Layout(count, a, identity.up.shape[1], rank, dtype)
     metadata = metadata_of(identity.facts, layout)

@@ -9,12 +9,10 @@ from pathlib import Path
 from hdbcli.identity.file import Identity, Weights, check_fits, load, terms_of
 from registry import store
 from registry.checkpoints.lora_formats import lora_style
-from registry.checkpoints.safetensors import read_header
+from registry.checkpoints.safetensors import LARGEST, read_header
 from registry.errors import HdbError
 from registry.identity_facts import Facts
 from registry.spec import BaseSpec
-
-MAX_LORA = 2**40  # of a foreign file the header alone is read
 
 # (base model, digest of its targets) -> its spec and targets
 Open = Callable[[str, str], tuple[BaseSpec, Weights]]
@@ -34,7 +32,7 @@ class Verdict:
 
 def read_foreign(path: Path) -> Identity:
     """Load an identity file from elsewhere; HdbError for what it may be instead."""
-    header = read_header(path, MAX_LORA)
+    header = read_header(path, LARGEST)
     style = lora_style(header.tensors)
     if style:
         raise HdbError(

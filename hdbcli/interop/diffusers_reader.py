@@ -17,7 +17,7 @@ from hdbcli.interop.lora_readers import Reading
 from hdbcli.method.inject import eject
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
-from registry.checkpoints.tensors import canonical
+from registry.checkpoints.ldm import canonical
 from registry.errors import HdbError
 from registry.stable_diffusion.loading import quiet
 

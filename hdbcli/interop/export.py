@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from hdbcli.interop.diffusers_reader import load_for_real
@@ -22,7 +22,7 @@ from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from registry.bases.settings import predicts
 from registry.checkpoints.ldm import LAYOUTS, architecture_of, original_layer
-from registry.checkpoints.tensors import save_tensors
+from registry.checkpoints.safetensors import read_tensors, save_tensors
 from registry.errors import HdbError, UsageError
 from registry.files import write_beside
 
@@ -66,7 +66,7 @@ def export(
     with write_beside(path) as beside:
         save_tensors(tensors, beside, metadata)
         if check:
-            readings = read_by_all(base, theta, load_file(beside))
+            readings = read_by_all(base, theta, read_tensors(beside)[1])
             refuse_unread(readings, form)
     return path.stat().st_size, readings
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from hdbcli.method.lidb import LiDBLayer
 from hdbcli.model.base import Base
-from registry.checkpoints.ldm import original_layer, unet_name
-from registry.checkpoints.tensors import canonical
+from registry.checkpoints.ldm import canonical, original_layer, unet_name
 
 # Transformer blocks at each level of a UNet in Stable Diffusion's layout; two layers a level.
 DEPTHS = {"Stable Diffusion 1.x or 2.x": (1, 1, 1, 0), "Stable Diffusion XL": (0, 2, 10)}

@@ -22,7 +22,6 @@ from typing import Any, TypeAlias
 
 import regex
 import torch
-from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from hdbcli.interop import lora_deltas
@@ -30,10 +29,9 @@ from hdbcli.interop.lora_deltas import Parts
 from hdbcli.interop.lora_readers import WIDTHS
 from hdbcli.method.lidb import LiDBLayer
 from hdbcli.model.base import Base
-from registry.checkpoints.ldm import original_layer
+from registry.checkpoints.ldm import canonical, original_layer
 from registry.checkpoints.lora_formats import PEFT, architecture, lora_style, other_adapter, split
 from registry.checkpoints.safetensors import SHA256, Header, read_header
-from registry.checkpoints.tensors import canonical
 from registry.errors import HdbError, HdbWarning, UsageError
 from registry.spec import BaseSpec, FewSteps, SampleSettings
 from registry.stable_diffusion.few_steps import few_steps
@@ -113,7 +111,8 @@ def read(text: str) -> Lora:
             stacklevel=2,
         )
     few = _few_steps(path, header.metadata)
-    return Lora(path, strength, _digest(path, header), _load(path), adapter, few)
+    tensors = {name: header.tensor(name) for name in header.tensors}
+    return Lora(path, strength, _digest(path, header), tensors, adapter, few)
 
 
 def _few_steps(path: Path, metadata: Mapping[str, str]) -> FewSteps | None:
@@ -145,14 +144,6 @@ def sampling(spec: BaseSpec, loras: Sequence[Lora]) -> tuple[SampleSettings, str
         f"{whose} is {few.kind}: {settings.steps} steps, guidance {settings.guidance:g}, "
         f"{settings.scheduler}, trailing; --steps, --guidance and --scheduler override"
     )
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:  # safetensors opens no such path itself
-        return load(path.read_bytes())
-    return load_file(path)
 
 
 def parse(text: str) -> tuple[Path, float]:

@@ -14,14 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hdbcli.interop.safetensors_writer import Item, copy_bytes
 from hdbcli.method import basis
 from hdbcli.method.lidb import Theta
 from hdbcli.model.files import MERGED, Checkpoint, Place
-from registry.checkpoints.ldm import Renamed, layout_of, rename
+from registry.checkpoints.ldm import Renamed, canonical, layout_of, rename
 from registry.checkpoints.other_names import original_names
-from registry.checkpoints.safetensors import TensorInfo
-from registry.checkpoints.tensors import DTYPES, canonical, tensor_of
+from registry.checkpoints.safetensors import Item, TensorInfo, chunks_of, dtype_of
 from registry.errors import HdbError, UsageError
 
 ROWS = 1024  # of a weight, computed at a time
@@ -89,9 +87,9 @@ class Merge:
             shape = shape[::-1]
 
         def chunks() -> Iterator[bytes | bytearray]:
-            for (file, source, _), info in zip(parts, infos, strict=True):
+            for file, source, _ in parts:
                 if place.transposed:
-                    yield _bytes(self._tensor(file, source, info).T)
+                    yield _bytes(self._tensor(file, source).T)
                 else:
                     yield from self._chunks(file, source)
 
@@ -104,18 +102,18 @@ class Merge:
         header = self.checkpoint.headers[file]
         info = header.tensors[key]
         if (file, key) not in self.targets and self._dtype(info) == info.dtype:
-            start, end = info.offsets
-            return copy_bytes(file, header.start + start, header.start + end)
+            return chunks_of(header, key)
         if (file, key) in self.targets:
             return map(_bytes, self._sums(file, key, info))
-        return [_bytes(self._tensor(file, key, info))]
+        return [_bytes(self._tensor(file, key))]
 
-    def _tensor(self, file: Path, key: str, info: TensorInfo) -> Tensor:
-        return tensor_of(self.checkpoint.read(file, key), info).to(DTYPES[self._dtype(info)])
+    def _tensor(self, file: Path, key: str) -> Tensor:
+        header = self.checkpoint.headers[file]
+        return header.tensor(key).to(dtype_of(self._dtype(header.tensors[key])))
 
     def _sums(self, file: Path, key: str, info: TensorInfo) -> Iterator[Tensor]:
         """Yield W + dW, some rows at a time, wherever targets lie in a tensor."""
-        tensor = tensor_of(self.checkpoint.read(file, key), info)
+        tensor = self.checkpoint.headers[file].tensor(key)
         placed = self.targets[file, key]
         factors = {name: self._factors(name, place.shape) for name, place in placed.items()}
         for start in range(0, len(tensor), ROWS):
@@ -127,7 +125,7 @@ class Merge:
                     up, down = factors[name]
                     rows = up[low - place.first : high - place.first]
                     block[low - start : high - start] += (rows @ down).view(-1, *block.shape[1:])
-            block = block.to(DTYPES[self._dtype(info)])
+            block = block.to(dtype_of(self._dtype(info)))
             if not block.isfinite().all():
                 raise HdbError(f"{key!r} gets numbers that are not finite; is the base damaged?")
             yield block

@@ -15,12 +15,11 @@ from safetensors import SafetensorError
 
 from hdbcli.config import Tell
 from hdbcli.interop.merge import Merge
-from hdbcli.interop.safetensors_writer import Item, write_tensors
 from hdbcli.model.files import Checkpoint, open_checkpoint
 from registry.bases.settings import predicts
 from registry.checkpoints.contents import INDEX, PREDICTS_V, ZERO_SNR, read_config
 from registry.checkpoints.ldm import architecture_of
-from registry.checkpoints.tensors import DTYPES
+from registry.checkpoints.safetensors import NUMBERS, Item, write_tensors
 from registry.errors import HdbError, UsageError
 from registry.files import write_beside
 from registry.spec import BaseSpec
@@ -166,7 +165,7 @@ def with_files(spec: BaseSpec, form: str, out: Path) -> Iterator[BaseSpec]:
     if spec.files is not None:
         checkpoint = open_checkpoint(spec)
         place = next(iter(checkpoint.places.values()))
-        dtype = str(DTYPES[checkpoint.info(place).dtype]).removeprefix("torch.")
+        dtype = NUMBERS[checkpoint.info(place).dtype]
     parent = out.resolve().parent
     with tempfile.TemporaryDirectory(prefix=".hdb-", dir=parent) as folder:
         try:

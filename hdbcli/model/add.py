@@ -14,7 +14,7 @@ from hdbcli.method.inject import digest_weights, find_targets
 from registry.bases.added import load, mark, spec_of
 from registry.bases.settings import Added, Mark, Settings, write_settings
 from registry.checkpoints.contents import Checkpoint, read_checkpoint
-from registry.checkpoints.tensors import canonical
+from registry.checkpoints.ldm import canonical
 from registry.errors import HdbError
 from registry.stable_diffusion.recognise import prediction_of, recognise, resolution_of
 

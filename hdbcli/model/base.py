@@ -25,7 +25,7 @@ from hdbcli.model.hypernetwork_file import load_hypernetwork, targets_of
 from hdbcli.model.memory import NORMAL, MemoryPlan, Work, choose, run_within
 from hdbcli.model.quantise import quantise
 from hdbcli.model.tokens import Tokens
-from registry.checkpoints.tensors import canonical
+from registry.checkpoints.ldm import canonical
 from registry.errors import HdbError
 from registry.plugins import find_base
 from registry.spec import Backbone, BaseSpec, Frugal

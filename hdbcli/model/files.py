@@ -16,15 +16,13 @@ from torch import Tensor
 from hdbcli.method.basis import Fingerprint, fingerprint
 from hdbcli.method.inject import digest_names, digest_weights, in_order
 from registry.checkpoints.contents import WEIGHTS, weight_files
-from registry.checkpoints.ldm import layers_of, layout_of
+from registry.checkpoints.ldm import canonical, layers_of, layout_of
 from registry.checkpoints.other_names import original_names
-from registry.checkpoints.safetensors import Header, TensorInfo, read_header
-from registry.checkpoints.tensors import canonical, tensor_of
+from registry.checkpoints.safetensors import LARGEST, Header, TensorInfo, read_header
 from registry.errors import HdbError
 from registry.spec import BaseSpec
 
 MERGED = ("F32", "F16", "BF16")  # dtypes of weights that an identity can be added to
-LARGEST = 2**40  # bytes of a file
 MATRICES = (2, 4)  # dimensions of the weight of a linear layer, of a convolution
 STEMS = tuple(dict.fromkeys(WEIGHTS.values()))
 
@@ -69,23 +67,12 @@ class Checkpoint:
     def fingerprint(self) -> Fingerprint:
         return fingerprint(self.spec.basis_seed, self.shapes, self.spec.a, self.spec.b)
 
-    def read(self, file: Path, key: str) -> bytearray:
-        """Read the bytes of one tensor."""
-        header = self.headers[file]
-        start, end = header.tensors[key].offsets
-        with file.open("rb") as opened:
-            opened.seek(header.start + start)
-            data = bytearray(opened.read(end - start))
-        if len(data) != end - start:
-            raise HdbError(f"{file} became shorter while it was read; merge again")
-        return data
-
     def info(self, place: Place) -> TensorInfo:
         return self.headers[place.file].tensors[place.key]
 
     def _weights(self) -> Iterator[Tensor]:
         for place in self.places.values():
-            whole = tensor_of(self.read(place.file, place.key), self.info(place))
+            whole = self.headers[place.file].tensor(place.key)
             yield whole[place.first : place.first + place.shape[0]]
 
 

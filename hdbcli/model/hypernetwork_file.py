@@ -7,10 +7,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from hdbcli.method.hypernet import HyperConfig, HyperNetwork
-from registry.checkpoints.tensors import save_tensors
+from registry.checkpoints.safetensors import LARGEST, read_header, read_tensors, save_tensors
 from registry.errors import HdbError
 from registry.files import write_kept
 
@@ -26,22 +24,21 @@ def save_hypernetwork(model: HyperNetwork, path: Path) -> None:
 def targets_of(path: Path | None) -> str | None:
     """Return the digest of the targets that a hypernetwork was trained for; None where there is no
     file, or none that says so."""
+    if path is None:
+        return None
     try:
-        with safe_open(path, framework="pt") as file:
-            return str(json.loads((file.metadata() or {})["hdb.config"])["targets_digest"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return str(json.loads(read_header(path, LARGEST).metadata["hdb.config"])["targets_digest"])
+    except (HdbError, KeyError, TypeError, ValueError):
         return None
 
 
 def load_hypernetwork(path: Path) -> tuple[HyperNetwork, str]:
     """Read a hypernetwork in fp32 and the sha256 of its file; HdbError if the file is not one."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+        metadata, tensors = read_tensors(path)
         model = HyperNetwork(HyperConfig(**json.loads(metadata["hdb.config"])))
         model.load_state_dict(tensors)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (HdbError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise HdbError(
             f"{path} is not a hypernetwork this hdb can read ({error}); train or fetch it again"
         ) from error

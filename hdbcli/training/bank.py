@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from hdbcli.config import BankConfig, Tell
 from hdbcli.method.lidb import Theta
@@ -23,7 +21,7 @@ from hdbcli.model.base import Base
 from hdbcli.model.memory import Work
 from hdbcli.training.people import People
 from hdbcli.training.refine import refine
-from registry.checkpoints.tensors import save_tensors
+from registry.checkpoints.safetensors import read_tensors, save_tensors
 from registry.errors import HdbError
 from registry.files import write_beside
 from registry.spec import BaseSpec
@@ -92,9 +90,9 @@ def read_bank(folder: Path, base: Base) -> dict[str, Theta]:
     found: dict[str, Theta] = {}
     for shard in index["shards"]:
         try:
-            tensors = load_file(folder / shard["file"])
+            _, tensors = read_tensors(folder / shard["file"])
             down, up = tensors["down"], tensors["up"]
-        except (OSError, SafetensorError, KeyError) as error:
+        except (HdbError, KeyError) as error:
             raise HdbError(f"{folder / shard['file']} is missing or damaged ({error})") from error
         for i, name in enumerate(shard["names"]):
             found[name] = Theta(down[i : i + 1], up[i : i + 1])

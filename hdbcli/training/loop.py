@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from registry.checkpoints.tensors import save_tensors
+from registry.checkpoints.safetensors import read_tensors, save_tensors
 from registry.errors import HdbError
 from registry.files import write_kept
 from registry.seeds import generator_of
@@ -152,10 +151,9 @@ def _resume(
     averages: Mapping[str, Tensor],
 ) -> int:
     try:
-        with safe_open(path, framework="pt") as file:
-            step, of = int(file.metadata()["step"]), file.metadata().get("of", "")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        metadata, tensors = read_tensors(path)
+        step, of = int(metadata["step"]), metadata.get("of", "")
+    except (HdbError, KeyError, ValueError) as error:
         raise HdbError(f"cannot resume from {path} ({error}); delete it to start again") from error
     if of != plan.of:
         raise HdbError(

@@ -41,8 +41,7 @@ from hdbcli.training.people import (
     read_pictures,
     told,
 )
-from registry.checkpoints.safetensors import Header, read_header
-from registry.checkpoints.tensors import save_tensors
+from registry.checkpoints.safetensors import LARGEST, Header, read_header, save_tensors
 from registry.errors import HdbError
 from registry.files import write_beside
 from registry.orphans import WRITING, delete, temporaries
@@ -51,7 +50,6 @@ from registry.spec import BaseSpec
 FORMAT = 1
 KIND = "people"
 INDEX, REPORT = "index.json", "report.txt"
-LARGEST = 2**40  # bytes of a file, of which the header alone is read as a whole
 FILE_BYTES = 2**27  # about how large a file becomes: what is lost when a run is cut off
 OPEN = 64  # files held open
 PROBED = 32  # numbers of a latent that tell one autoencoder from another

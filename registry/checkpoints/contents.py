@@ -11,10 +11,9 @@ from typing import Any
 
 from registry.checkpoints.ldm import LAYOUTS, UNET, VAE
 from registry.checkpoints.other_names import original_names
-from registry.checkpoints.safetensors import TensorInfo, read_header
+from registry.checkpoints.safetensors import LARGEST, TensorInfo, read_header
 from registry.errors import HdbError
 
-LARGEST = 2**38  # bytes of one file; SDXL in fp32 has 14e9
 INDEX = "model_index.json"
 INDEXED = ".safetensors.index"
 VARIANT = "fp16"

@@ -63,6 +63,15 @@ LAYOUTS = {
 }
 
 
+def canonical(component: str, path: str) -> str:
+    """Name a module so that the name lasts: newer transformers dropped `text_model.` from
+    CLIP's paths."""
+    own = path.startswith(("text_model.", "text_projection"))
+    if component.startswith("text_encoder") and not own:
+        return f"text_model.{path}"
+    return path
+
+
 def architecture_of(family: str, prediction: str | None) -> str:
     """Name what a model is as ModelSpec does; by its family where ModelSpec has no name."""
     if family not in LAYOUTS:

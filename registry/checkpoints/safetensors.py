@@ -1,7 +1,8 @@
-"""Read, check and write a safetensors header, without torch.
+"""Safetensors files: check a header, read tensors one by one, write a file at once or bit by bit.
 
 A safetensors file is 8 bytes of header length, a JSON header, then the bytes of the tensors. What
-is checked here is checked before any tensor is made.
+a header says is checked before any tensor is made, and without torch. Tensors are read when they
+are asked for: a file that is opened as a whole would lie in memory beside the model.
 """
 
 from __future__ import annotations
@@ -10,21 +11,33 @@ import json
 import math
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry.errors import HdbError
+from registry.files import flush
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_FILE = 16 * 2**20  # an identity has 120 KB; the room is for higher ranks
 MAX_HEADER = 2**20  # of an identity
 FORMAT_HEADER = 100_000_000  # of any file: what safetensors itself takes; trainers write a lot
+LARGEST = 2**40  # bytes of any other file, of which the header alone is read as a whole
+CHUNK = 2**23  # bytes copied at a time
 SHA256 = re.compile("[0-9a-f]{64}")
+HASH = "modelspec.hash_sha256"
 
-# Bytes of one number, by safetensors name.
+# The numbers of a tensor, by safetensors name: their bytes, and what torch calls them.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
 DTYPE_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+NUMBERS = FLOATS | {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool"}
+NUMBERS |= {"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"}
+NUMBERS |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 @dataclass(frozen=True)
@@ -40,10 +53,161 @@ class TensorInfo:
 class Header:
     """A checked header: offsets are in order, without gap or overlap, and fill the file."""
 
+    path: Path
     metadata: dict[str, str]
     tensors: dict[str, TensorInfo]
     bytes: int  # of the whole file
     start: int  # where the tensor bytes begin
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor; HdbError if that does not work, as where the file became shorter."""
+        info = self.tensors[name]
+        start, end = info.offsets
+        content = bytearray(end - start)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start + start)
+                read = file.readinto(content)
+        except OSError as error:
+            raise HdbError(f"cannot read {self.path}: {error.strerror or error}") from error
+        if read != len(content):
+            raise HdbError(f"{self.path} became shorter while it was read; try again")
+        return tensor_of(content, info)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor to come: its entry in the header, and the chunks of its bytes when their
+    turn comes."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[bytes | bytearray]]
+
+    @property
+    def width(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        return self.width * math.prod(self.shape)
+
+
+def chunks_of(header: Header, name: str) -> Iterator[bytes]:
+    """Yield the bytes of one tensor, some megabytes at a time."""
+    start, end = header.tensors[name].offsets
+    with header.path.open("rb") as file:
+        file.seek(header.start + start)
+        while start < end:
+            chunk = file.read(min(CHUNK, end - start))
+            if not chunk:
+                raise OSError(5, f"{header.path} ended early")
+            start += len(chunk)
+            yield chunk
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return torch's dtype of a safetensors name."""
+    import torch
+
+    return getattr(torch, NUMBERS[name])
+
+
+def tensor_of(content: bytearray, info: TensorInfo) -> Tensor:
+    """View bytes as the tensor they are."""
+    import torch
+
+    dtype = dtype_of(info.dtype)
+    if not content:  # which torch takes no view of
+        return torch.empty(info.shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=torch.uint8).view(dtype).view(info.shape)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and all tensors of a file; raise HdbError for any flaw."""
+    header = read_header(path, LARGEST)
+    return header.metadata, {name: header.tensor(name) for name in header.tensors}
+
+
+def read_floats(
+    files: Sequence[Path],
+    prefix: str,
+    dtype: torch.dtype,
+    renamed: Callable[[Iterable[str]], Mapping[str, str]] | None = None,
+) -> dict[str, Tensor]:
+    """Return the tensors whose names start with `prefix`, as `dtype`; HdbError for what is
+    no float.
+
+    `renamed` gives each tensor of a file the name that counts; position ids, of which old files
+    hold a row and new ones make it, are left out.
+    """
+    found = {}
+    for path in files:
+        header = read_header(path, LARGEST)
+        names = renamed(header.tensors) if renamed else {}
+        for stored, info in header.tensors.items():
+            name = names.get(stored, stored)
+            if not name.startswith(prefix) or name.endswith(".position_ids"):
+                continue
+            if info.dtype not in FLOATS:
+                raise HdbError(
+                    f"{path}: {name} is {info.dtype}, no float; give the model in F16 or F32"
+                )
+            found[name] = header.tensor(stored).to(dtype)
+    return found
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write contiguous tensors by name; OSError where that does not work.
+
+    The library's own writer leaves a file that only its owner can read, and has an error of its own
+    for a full disk.
+    """
+    from safetensors.torch import save
+
+    path.write_bytes(save(dict(tensors), metadata))
+
+
+def write_tensors(
+    path: Path, items: Sequence[Item], metadata: Mapping[str, str], tell: Callable[[int], None]
+) -> str:
+    """Write a file tensor by tensor, so that memory holds one of them at a time; return the sha256
+    of its tensors, which also goes into the header.
+
+    The header comes first and the hash is known last: its place is kept, and filled in at the end.
+    `tell` hears how many bytes were written.
+    """
+    import hashlib  # loads OpenSSL, which a list never needs
+
+    infos = laid_out((item.key, item.dtype, tuple(item.shape)) for item in items)
+    header = header_bytes({**metadata, HASH: f"0x{'0' * 64}"}, infos)
+    digest = hashlib.sha256()
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.write(header)
+        for item in items:
+            written = 0
+            for chunk in item.chunks():
+                file.write(chunk)
+                digest.update(chunk)
+                written += len(chunk)
+                tell(len(chunk))
+            assert written == item.bytes, f"{item.key}: {written} bytes, {item.bytes} announced"
+        file.seek(header.index(b"0x" + b"0" * 64) + 2)
+        file.write(digest.hexdigest().encode())
+    flush(path)
+    return digest.hexdigest()
+
+
+def laid_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
+    """Lay tensors of these names, dtypes and shapes one behind the other."""
+    infos, end = {}, 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + DTYPE_BYTES[dtype] * math.prod(shape)
+        infos[name] = TensorInfo(dtype, shape, (start, end))
+    return infos
 
 
 def read_header(path: Path, max_bytes: int = MAX_FILE) -> Header:
@@ -69,7 +233,7 @@ def read_header(path: Path, max_bytes: int = MAX_FILE) -> Header:
         raise _damaged(path, "its header is nested too deeply") from error
     except ValueError as error:
         raise _damaged(path, str(error)) from error
-    return Header(metadata, tensors, state.st_size, 8 + length)
+    return Header(path, metadata, tensors, state.st_size, 8 + length)
 
 
 def _header_length(path: Path, first: bytes, size: int, most: int) -> int:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from registry.checkpoints.tensors import canonical, save_tensors
+from registry.checkpoints.ldm import canonical
+from registry.checkpoints.safetensors import read_tensors, save_tensors
 from registry.errors import HdbError, UsageError
 from registry.seeds import generator_of
 from registry.spec import SampleSettings
@@ -281,7 +281,7 @@ class StableDiffusion:
     def save(self, folder: Path) -> None:
         self.pipeline.save_pretrained(folder)
         for file in folder.glob("text_encoder*/model.safetensors"):
-            tensors = {canonical(file.parent.name, k): v for k, v in load_file(file).items()}
+            tensors = {canonical(file.parent.name, k): v for k, v in read_tensors(file)[1].items()}
             save_tensors(tensors, file, {"format": "pt"})  # by names that old readers know too
 
     def _noise(self, side: int, generators: Sequence[torch.Generator]) -> Tensor:

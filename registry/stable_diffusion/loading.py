@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 
 from registry.checkpoints.contents import (
     INDEX,
-    LARGEST,
     WEIGHTS,
     ZERO_SNR,
     read_config,
@@ -24,8 +23,7 @@ from registry.checkpoints.contents import (
 )
 from registry.checkpoints.ldm import LAYOUTS, UNET, VAE
 from registry.checkpoints.other_names import original_names
-from registry.checkpoints.safetensors import read_header
-from registry.checkpoints.tensors import read_floats
+from registry.checkpoints.safetensors import LARGEST, read_floats, read_header
 from registry.errors import HdbError
 from registry.stable_diffusion.backbone import StableDiffusion, last_states
 from registry.stable_diffusion.sdxl import two_encoders

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from registry.checkpoints.safetensors import read_tensors
 from registry.errors import HdbError
 
 WEIGHTS = Path(__file__).parent / "weights/clip.safetensors"
@@ -75,11 +75,9 @@ class InDomainClip(nn.Module):
 def load_clip(path: Path = WEIGHTS) -> InDomainClip:
     """Load the encoder that ships; HdbError if it is missing or damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            words = json.loads((file.metadata() or {})["words"])
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 not a dict
-        model = InDomainClip(words)
+        metadata, tensors = read_tensors(path)
+        model = InDomainClip(json.loads(metadata["words"]))
         model.load_state_dict(tensors)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (HdbError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise HdbError(f"{path} does not load ({error}); reinstall hyperdreambooth") from error
     return model.eval()

@@ -32,7 +32,7 @@ from hdbcli.method.lidb import Theta, first_theta
 from hdbcli.model.base import Base
 from hdbcli.training.personalise import describe
 from registry import store
-from registry.checkpoints.tensors import canonical
+from registry.checkpoints.ldm import canonical
 from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.stable_diffusion.backbone import StableDiffusion

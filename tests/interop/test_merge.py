@@ -24,9 +24,8 @@ from hdbcli.method.lidb import Theta, first_theta
 from hdbcli.model.files import Checkpoint, open_checkpoint
 from registry.bases import added
 from registry.bases.settings import Added
-from registry.checkpoints.ldm import layout_of, rename
+from registry.checkpoints.ldm import canonical, layout_of, rename
 from registry.checkpoints.safetensors import read_header
-from registry.checkpoints.tensors import canonical
 from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.spec import BaseSpec

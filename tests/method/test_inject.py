@@ -10,7 +10,7 @@ from torch import nn
 from hdbcli.method.inject import digest_names, eject, find_targets, in_order, inject
 from hdbcli.method.lidb import LiDBLayer, Theta, first_theta
 from hdbcli.model.base import Base
-from registry.checkpoints.tensors import canonical
+from registry.checkpoints.ldm import canonical
 from registry.errors import HdbError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from registry.checkpoints.tensors import save_tensors
+from registry.checkpoints.safetensors import save_tensors
 from registry.errors import HdbError
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdbcli.training.loop import Plan, Step, averages_of, fit
-from registry.checkpoints.tensors import save_tensors
+from registry.checkpoints.safetensors import save_tensors
 from registry.tiny.clip import SIZE, InDomainClip
 from registry.tiny.recipe.pictures import read_pictures, to_unit
 from registry.tiny.recipe.styles import CAPTIONS

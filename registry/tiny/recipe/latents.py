@@ -18,7 +18,7 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from torch import Tensor
 
-from registry.checkpoints.tensors import save_tensors
+from registry.checkpoints.safetensors import save_tensors
 from registry.errors import HdbError
 from registry.tiny.recipe.photographs import KINDS, read_photographs
 from registry.tiny.recipe.pictures import STYLES, half, to_unit

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hdbcli.faces.photo import align, find_faces, read_photo, similarity
-from registry.checkpoints.tensors import save_tensors
+from registry.checkpoints.safetensors import save_tensors
 from registry.errors import HdbError
 from registry.files import write_beside
 from registry.tiny import TEMPLATE

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from registry.checkpoints.tensors import canonical, save_tensors
+from registry.checkpoints.ldm import canonical
+from registry.checkpoints.safetensors import save_tensors
 from registry.errors import HdbError
 
 LIMIT = 60_000_000  # bytes of everything under weights/

@@ -7,8 +7,7 @@ import pytest
 from hdbcli.bench.random_model import empty_networks
 from hdbcli.method.inject import find_targets
 from hdbcli.method.lidb import shape_of
-from registry.checkpoints.ldm import Place, layers_of, layout_of, rename
-from registry.checkpoints.tensors import canonical
+from registry.checkpoints.ldm import Place, canonical, layers_of, layout_of, rename
 from registry.stable_diffusion.families import FAMILIES
 
 # Two to a residual block; a shortcut where its width changes; samplers; before and after attention.

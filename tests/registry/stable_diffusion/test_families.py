@@ -15,7 +15,8 @@ from torch import nn
 from hdbcli.method.inject import find_targets
 from hdbcli.method.lidb import shape_of
 from registry.checkpoints.contents import read_checkpoint, read_config
-from registry.checkpoints.tensors import canonical, read_floats
+from registry.checkpoints.ldm import canonical
+from registry.checkpoints.safetensors import read_floats
 from registry.errors import HdbError
 from registry.spec import SampleSettings
 from registry.stable_diffusion.backbone import StableDiffusion, _scheduler
