@@ -12,14 +12,12 @@ import typer
 
 from hdbcli import __version__, defaults
 from hdbcli.cli import render
-from hdbcli.cli.algebra import compose, export, inspect, relax, shrink
+from hdbcli.cli.algebra import compose, export, inspect, merge, relax, shrink
 from hdbcli.cli.bases import base_app
 from hdbcli.cli.boundary import Boundary, ask, new_app, only_asked
 from hdbcli.cli.complete import asked_for, identities
 from hdbcli.cli.defaults import default_map
-from hdbcli.cli.doctor import doctor
-from hdbcli.cli.measure import bench, compare, score
-from hdbcli.cli.merge import merge
+from hdbcli.cli.measure import bench, compare, doctor, score
 from hdbcli.cli.options import (
     AsPicture,
     BaseName,

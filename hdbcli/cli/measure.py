@@ -1,4 +1,4 @@
-"""Commands that measure: one identity, or every method on the same people."""
+"""Commands that measure: one identity, every method on the same people, or this installation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -180,3 +180,26 @@ def bench(
     if as_json:
         values = [asdict(row) | {"kept": row.kept} for row in rows]
         render.document({"date": date, "machine": where, "rows": values})
+
+
+def doctor(as_json: Json = False) -> None:
+    """Examine the installation: libraries, devices, base models, plug-ins, store and caches.
+
+    The exit code is 1 only if something is broken that hdb needs. Nothing is changed.
+    """
+    from hdbcli.doctor import BROKEN, examine
+
+    checks = list(examine())
+    broken = [check for check in checks if check.state == BROKEN]
+    if as_json:
+        sections: dict[str, Any] = {"ok": not broken}
+        for check in checks:
+            sections.setdefault(check.section, []).append(check.as_dict())
+        render.document(sections)
+    else:
+        rows = [(check.section, check.name, check.state, check.found) for check in checks]
+        render.table(("", "", "state", "found"), rows)
+    if broken:
+        names = ", ".join(check.name for check in broken)
+        render.note(f"error: hdb needs what is broken: {names}")
+        raise typer.Exit(1)

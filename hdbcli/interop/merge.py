@@ -17,8 +17,7 @@ from torch import Tensor
 from hdbcli.method import basis
 from hdbcli.method.lidb import Theta
 from hdbcli.model.files import MERGED, Checkpoint, Place
-from registry.checkpoints.ldm import Renamed, canonical, layout_of, rename
-from registry.checkpoints.other_names import original_names
+from registry.checkpoints.ldm import Renamed, canonical, layout_of, original_names, rename
 from registry.checkpoints.safetensors import Item, TensorInfo, chunks_of, dtype_of
 from registry.errors import HdbError, UsageError
 

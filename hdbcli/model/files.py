@@ -16,8 +16,7 @@ from torch import Tensor
 from hdbcli.method.basis import Fingerprint, fingerprint
 from hdbcli.method.inject import digest_names, digest_weights, in_order
 from registry.checkpoints.contents import WEIGHTS, weight_files
-from registry.checkpoints.ldm import canonical, layers_of, layout_of
-from registry.checkpoints.other_names import original_names
+from registry.checkpoints.ldm import canonical, layers_of, layout_of, original_names
 from registry.checkpoints.safetensors import LARGEST, Header, TensorInfo, read_header
 from registry.errors import HdbError
 from registry.spec import BaseSpec

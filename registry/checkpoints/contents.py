@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from registry.checkpoints.ldm import LAYOUTS, UNET, VAE
-from registry.checkpoints.other_names import original_names
+from registry.checkpoints.ldm import LAYOUTS, UNET, VAE, original_names
 from registry.checkpoints.safetensors import LARGEST, TensorInfo, read_header
 from registry.errors import HdbError
 

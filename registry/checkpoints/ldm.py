@@ -2,19 +2,22 @@
 
 A1111, Forge and ComfyUI load this layout; diffusers splits it into folders and renames every
 tensor. Both directions are here: where a single file keeps a layer of the diffusers layout, and how
-a diffusers folder is written as a single file. Names of text encoders carry `text_model.`.
+a diffusers folder is written as a single file; and at the end what other tools make of the names.
+Names of text encoders carry `text_model.`.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from registry.errors import HdbError
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
+SIDES = ("down", "up")
 _FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_weight")
 _OPEN_CLIP = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.weight")
 
@@ -107,42 +110,30 @@ def layers_of(key: str, layout: Layout) -> list[Place]:
     None for all others, three for a fused q, k, v.
     """
     if key.startswith(UNET) and key.endswith(".weight"):
-        path = _diffusers_path(key[len(UNET) : -len(".weight")])
-        return [Place("unet", path)] if path else []
+        own = key[len(UNET) : -len("weight")]
+        for name, path in _paths(layout.plain_up_levels).items():
+            if own.startswith(name):
+                return [Place("unet", f"{path}{own[len(name) :]}".removesuffix("."))]
+        return []
     for component, text in layout.text.items():
         if key.startswith(text.prefix):
             return _text_layers(component, text, key[len(text.prefix) :])
     return []
 
 
-def _diffusers_path(path: str) -> str | None:
-    """Turn the LDM path of a layer in one of the UNet's blocks into that of diffusers: the inverse
-    of `_unet`, without the numbers of levels, which follow from those of the blocks."""
-    middle = re.fullmatch(r"middle_block\.([012])\.(.+)", path)
-    if middle:
-        number, inner = int(middle[1]), middle[2]
-        return _in_block("mid_block", number != 1, number // 2, inner)
-    block = re.fullmatch(r"(input|output)_blocks\.(\d+)\.([012])\.(.+)", path)
-    if not block:
-        return None
-    side, number, part, inner = block[1], int(block[2]), int(block[3]), block[4]
-    if side == "input":  # 0 is conv_in, every third after it a downsampler
-        level, index = divmod(number - 1, 3)
-        if inner == "op":
-            return f"down_blocks.{level}.downsamplers.0.conv"
-        return _in_block(f"down_blocks.{level}", part == 0, index, inner) if number else None
-    level, index = divmod(number, 3)
-    if inner == "conv":
-        return f"up_blocks.{level}.upsamplers.0.conv"
-    return _in_block(f"up_blocks.{level}", part == 0, index, inner)
-
-
-def _in_block(block: str, residual: bool, index: int, inner: str) -> str | None:
-    """Name a layer of a residual block, or of the transformer after it."""
-    if not residual:
-        return f"{block}.attentions.{index}.{inner}"
-    own = next((new for new, old in _RESNET.items() if old == f"{inner}."), None)
-    return own and f"{block}.resnets.{index}.{own.removesuffix('.')}"
+@functools.cache
+def _paths(plain_up_levels: int) -> dict[str, str]:
+    """Turn `_unet` round: map the original names of layers in the UNet's blocks, and what those in
+    transformers begin with, to diffusers'."""
+    found = {}
+    for block in (*(f"{side}_blocks.{level}" for level in range(4) for side in SIDES), "mid_block"):
+        parts = {"resnets": (*_RESNET,), "attentions": ("",)}
+        if block != "mid_block":  # samplers first: they lie where attention could
+            parts = {f"{block.partition('_')[0]}samplers": ("conv.",), **parts}
+        for kind, inner in parts.items():
+            for path in (f"{block}.{kind}.{index}.{name}" for index in range(3) for name in inner):
+                found.setdefault(_unet(path, plain_up_levels), path)
+    return found
 
 
 def _text_layers(component: str, text: TextLayout, key: str) -> list[Place]:
@@ -178,7 +169,7 @@ def rename(component: str, key: str, layout: Layout) -> Renamed | None:
     HdbError for a name that no published model has.
     """
     if component == "unet":
-        return Renamed(UNET + _unet(key, layout))
+        return Renamed(UNET + _unet(key, layout.plain_up_levels))
     if component == "vae":
         return _vae(key)
     text = layout.text.get(component)
@@ -189,7 +180,7 @@ def rename(component: str, key: str, layout: Layout) -> Renamed | None:
 
 def unet_name(block: str) -> str:
     """Return the original path of a transformer block of the UNet, the same in all families."""
-    return _unet(f"{block}.", LAYOUTS["sd1"]).removesuffix(".")
+    return _unet(f"{block}.", LAYOUTS["sd1"].plain_up_levels).removesuffix(".")
 
 
 def original_layer(family: str, path: str) -> str | None:
@@ -198,17 +189,17 @@ def original_layer(family: str, path: str) -> str | None:
     if layout is None:
         return None
     try:
-        return _unet(f"{path}.weight", layout).removesuffix(".weight")
+        return _unet(f"{path}.weight", layout.plain_up_levels).removesuffix(".weight")
     except HdbError:
         return None
 
 
-def _unet(key: str, layout: Layout) -> str:
-    block = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", key)
+def _unet(key: str, plain_up_levels: int) -> str:
+    block = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", key)
     if block:
         side, level, kind, index, rest = block.groups()
-        return _unet_block(side, int(level), kind, int(index), rest, layout)
-    middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", key)
+        return _unet_block(side, int(level), kind, int(index), rest, plain_up_levels)
+    middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.*)", key)
     if middle:
         kind, index, rest = middle.groups()
         number, rest = (1, rest) if kind == "attentions" else (2 * int(index), _resnet(rest))
@@ -216,13 +207,13 @@ def _unet(key: str, layout: Layout) -> str:
     return _head(key, _UNET_NAMES)
 
 
-def _unet_block(side: str, level: int, kind: str, index: int, rest: str, layout: Layout) -> str:
+def _unet_block(side: str, level: int, kind: str, index: int, rest: str, plain: int) -> str:
     """Number a block as LDM does: all levels in one row, three entries each."""
     row = "input_blocks" if side == "down" else "output_blocks"
     if kind == "downsamplers":
         return f"{row}.{3 * (level + 1)}.0.{rest.replace('conv', 'op')}"
     if kind == "upsamplers":  # behind the residual block, and the attention where there is one
-        return f"{row}.{3 * level + 2}.{1 if level < layout.plain_up_levels else 2}.{rest}"
+        return f"{row}.{3 * level + 2}.{1 if level < plain else 2}.{rest}"
     number = 3 * level + index + (1 if side == "down" else 0)
     inner = f"1.{rest}" if kind == "attentions" else f"0.{_resnet(rest)}"
     return f"{row}.{number}.{inner}"
@@ -316,3 +307,56 @@ _OPEN_CLIP_NAMES = {
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
     "text_model.final_layer_norm.": "ln_final.",
 }
+
+EMA = "model_ema."
+_EMA_UNET = f"{EMA}diffusion_model"
+_WRAPPED = re.compile(rf"(?P<wrapper>\S*?)({re.escape(UNET)}|{re.escape(_EMA_UNET)})")
+
+# CLIP's text encoder, by prefix, and how its names go on where `text_model.` was left out.
+_CLIPS = tuple(
+    dict.fromkeys(
+        text.prefix
+        for layout in LAYOUTS.values()
+        for text in layout.text.values()
+        if not text.open_clip
+    )
+)
+_BARE = ("embeddings.", "encoder.", "final_layer_norm.")
+
+# The parts of a path in the UNet, longer ones before those that they begin with.
+_PARTS = re.compile(
+    r"(?:in|out)put_blocks\d+(?=\d)|middle_block|transformer_blocks|(?:in|out|emb)_layers|"
+    r"skip_connection|time_embed|label_emb0|cond_proj|proj_in|proj_out|attn[12]|to_out|to_[qkv]|"
+    r"norm[123]?|ff|net|proj|conv|op|out|weight|bias|\d+"
+)
+
+
+def original_names(names: Iterable[str]) -> dict[str, str]:
+    """Return, for each tensor of a single file, the name that the original code gives it: for
+    nearly all the very same.
+
+    Other tools wrap all names (`state_dict.`), leave `text_model.` out of CLIP's, or keep nothing
+    but the moving average of the UNet, whose names have lost their dots.
+    """
+    names = list(names)
+    wrapper = next((m["wrapper"] for m in map(_WRAPPED.match, names) if m), "")
+    bare = [name.removeprefix(wrapper) for name in names]
+    averaged = not any(name.startswith(UNET) for name in bare)
+    found = {}
+    for name, own in zip(names, bare, strict=True):
+        if averaged and own.startswith(_EMA_UNET):
+            own = UNET + _dotted(own.removeprefix(_EMA_UNET))
+        for clip in _CLIPS:
+            if own.startswith(clip) and own[len(clip) :].startswith(_BARE):
+                own = f"{clip}text_model.{own[len(clip) :]}"
+        found[name] = own
+    return found
+
+
+def _dotted(flat: str) -> str:
+    """Put the dots back into the path of a tensor of the UNet; what is not such a path stays."""
+    parts = _PARTS.findall(flat)
+    if "".join(parts) != flat:
+        return flat
+    # "input_blocks10" is one part: where its number ends shows only in what comes after it.
+    return re.sub(r"(blocks|label_emb)(\d)", r"\1.\2", ".".join(parts))

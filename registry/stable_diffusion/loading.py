@@ -21,12 +21,10 @@ from registry.checkpoints.contents import (
     variant_of,
     weight_files,
 )
-from registry.checkpoints.ldm import LAYOUTS, UNET, VAE
-from registry.checkpoints.other_names import original_names
+from registry.checkpoints.ldm import LAYOUTS, UNET, VAE, original_names
 from registry.checkpoints.safetensors import LARGEST, read_floats, read_header
 from registry.errors import HdbError
-from registry.stable_diffusion.backbone import StableDiffusion, last_states
-from registry.stable_diffusion.sdxl import two_encoders
+from registry.stable_diffusion.backbone import StableDiffusion, last_states, two_encoders
 from registry.stable_diffusion.uncompiled import without_compiler
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from hdbcli.model.files import open_checkpoint
 from registry.bases.added import spec_of
 from registry.bases.settings import Added
 from registry.checkpoints.contents import read_checkpoint
-from registry.checkpoints.other_names import original_names
+from registry.checkpoints.ldm import original_names
 from registry.checkpoints.safetensors import LARGEST, TensorInfo, read_header
 from registry.errors import HdbError, HdbWarning
 from registry.spec import BaseSpec, SampleSettings
