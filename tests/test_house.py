@@ -21,6 +21,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings the backport
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("hdbcli", "registry")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+HEAVY = sorted((ROOT / "benchmarks").rglob("*.py"))  # may import all of both, and does not ship
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 DISTRIBUTIONS = {
     "ai_edge_litert": "ai-edge-litert",
@@ -206,7 +207,8 @@ def test_imports_go_down() -> None:
 
 
 def test_import_edges() -> None:
-    used = {name_of(path): imports_of(path) for path in (*MODULES, *TESTS)}
+    used = {name_of(path): imports_of(path) for path in (*MODULES, *HEAVY, *TESTS)}
+    assert HEAVY and not [path for path in MODULES if "benchmarks" in tops(used[name_of(path)])]
     cli_users = {path for path, names in used.items() if "typer" in tops(names)}
     assert not [path for path in cli_users if not path.startswith(("tests/", EDGE))]
     assert not [path for path, names in used.items() if tops(names) & {"torchvision", "timm"}]
@@ -217,8 +219,8 @@ def test_what_is_imported_is_declared() -> None:
     declared = {Requirement(text).name for text in about["dependencies"]}
     recipe = {Requirement(text).name for text in about["optional-dependencies"]["recipe"]}
     undeclared = {}
-    for path in MODULES:
-        third_party = tops(imports_of(path)) - set(sys.stdlib_module_names) - set(PACKAGES)
+    for path in (*MODULES, *HEAVY):
+        third_party = tops(imports_of(path)) - {*sys.stdlib_module_names, *PACKAGES, "benchmarks"}
         allowed = declared | recipe if "registry/tiny/recipe" in name_of(path) else declared
         names = {DISTRIBUTIONS.get(name, name) for name in third_party}
         if names - allowed:
@@ -227,17 +229,18 @@ def test_what_is_imported_is_declared() -> None:
 
 
 def test_only_the_edge_prints_or_exits() -> None:
-    loud = {name_of(path): voices(tree_of(path)) for path in MODULES}
+    loud = {name_of(path): voices(tree_of(path)) for path in (*MODULES, *HEAVY)}
     edges = (EDGE, "hdbcli/__main__.py", "registry/tiny/recipe/")
     loud = {path: calls for path, calls in loud.items() if not path.startswith(edges)}
     assert not {path: calls for path, calls in loud.items() if calls}
 
 
 def test_every_module_says_what_it_is_for() -> None:
-    assert not [name_of(path) for path in MODULES if not ast.get_docstring(tree_of(path))]
+    all_modules = (*MODULES, *HEAVY)
+    assert not [name_of(path) for path in all_modules if not ast.get_docstring(tree_of(path))]
     lengths = {
         name_of(path): len((ast.get_docstring(tree_of(path)) or "").splitlines())
-        for path in MODULES
+        for path in all_modules
         if path.name == "__init__.py" and "recipe" not in path.parts and "tiny" not in path.parts
     }
     assert not {name: lines for name, lines in lengths.items() if not 3 <= lines <= 7}

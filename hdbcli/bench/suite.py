@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
-from hdbcli.bench import derived, device
-from hdbcli.bench import size as bench_size
-from hdbcli.bench import train as bench_train
 from hdbcli.bench.harness import ROUNDS, Row, hdb, measured, paired, random_identity, scratch, timed
 from hdbcli.bench.random_model import target_shapes, write_random
 from hdbcli.compare.timing import step_seconds
@@ -21,21 +21,24 @@ from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base, open_base
 from hdbcli.model.sample import generate
 from hdbcli.training.refine import train, trainable_lidb
-from registry.errors import UsageError
+from registry.errors import HdbError, UsageError
 from registry.stable_diffusion.families import FAMILIES
 
 BASE = "tiny"
+HEAVY = Path(__file__).parents[2] / "benchmarks"  # there where hdb runs from its repository
 
 
 def run(names: Sequence[str], people: Path | None, tell: Tell) -> Iterator[Row]:
-    """Run the benchmarks of these names, all if there are none; HdbError for unknown ones.
+    """Run the benchmarks of these names, all that are here if there are none; HdbError for
+    unknown ones.
 
     `people` is a folder of photos that none of them learned from, for those that draw people.
     """
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         raise UsageError(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
-    chosen = list(names or (name for name in BENCHMARKS if people or name != "derived"))
+    usual = [name for name in BENCHMARKS if people or name != "derived"]
+    chosen = names or [name for name in usual if HEAVY.is_dir() or name in LIGHT]
     for done, name in enumerate(chosen):
         tell(name, done, len(chosen))
         yield from BENCHMARKS[name](people, tell)
@@ -117,13 +120,18 @@ def _merge(*_: object) -> list[Row]:
     return rows
 
 
-BENCHMARKS: dict[str, Callable[[Path | None, Tell], Iterable[Row]]] = {
-    "basis": _basis,
-    "people": _people,
-    "bank": _bank,
-    "merge": _merge,
-    "sd15": bench_size.run,
-    "train": bench_train.run,
-    "derived": derived.run,
-    "device": device.run,
+def _heavy(name: str, people: Path | None, tell: Tell) -> Iterable[Row]:
+    """Run one that lies in the repository alone; HdbError where hdb is installed without it."""
+    if not HEAVY.is_dir():
+        raise HdbError(
+            f"benchmark {name} comes with the repository of hdb, not with the package; clone it, "
+            "and there: pip install -e ."
+        )
+    return import_module(f"benchmarks.{name}").run(people, tell)
+
+
+Run: TypeAlias = Callable[[Path | None, Tell], Iterable[Row]]
+LIGHT: dict[str, Run] = {"basis": _basis, "people": _people, "bank": _bank, "merge": _merge}
+BENCHMARKS: dict[str, Run] = LIGHT | {
+    name: partial(_heavy, name) for name in ("sd15", "train", "derived", "device")
 }

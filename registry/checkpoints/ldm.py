@@ -125,7 +125,7 @@ def layers_of(key: str, layout: Layout) -> list[Place]:
 def _paths(plain_up_levels: int) -> dict[str, str]:
     """Turn `_unet` round: map the original names of layers in the UNet's blocks, and what those in
     transformers begin with, to diffusers'."""
-    found = {}
+    found: dict[str, str] = {}
     for block in (*(f"{side}_blocks.{level}" for level in range(4) for side in SIDES), "mid_block"):
         parts = {"resnets": (*_RESNET,), "attentions": ("",)}
         if block != "mid_block":  # samplers first: they lie where attention could

@@ -13,9 +13,9 @@ import pytest
 import torch
 from commands import refused, told
 
-from hdbcli.bench import device
-from hdbcli.bench.derived import spearman
-from hdbcli.bench.device import agreement, speeds
+from benchmarks import device
+from benchmarks.derived import spearman
+from benchmarks.device import agreement, speeds
 from hdbcli.bench.harness import Row, measured, paired, scratch
 from hdbcli.bench.suite import BENCHMARKS
 from hdbcli.config import RefineConfig
@@ -76,7 +76,7 @@ def test_derived_identities_are_measured(
 ) -> None:
     monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=6))  # faces are to be found
     monkeypatch.setattr(RefineConfig, "steps", 2)
-    monkeypatch.setattr("hdbcli.bench.derived.SEEDS", 2)
+    monkeypatch.setattr("benchmarks.derived.SEEDS", 2)
     refused("bench", "derived", says="give --people")
     for folder in sorted((Path(__file__).parents[1] / "data/heldout").iterdir())[:2]:
         shutil.copytree(folder, tmp_path / "people" / folder.name)
