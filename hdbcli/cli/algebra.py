@@ -60,11 +60,10 @@ def inspect(
         with store.write_beside(out) as beside:
             inspection.draw(result, beside)
         render.note(str(out))
-    if as_json:
-        shares = {field: result.share(field) for field in ("component", "kind")}
-        render.document({**store.summary(path), **asdict(result), "shares": shares})
-    else:
-        render.show_inspection(store.summary(path), result)
+    said = store.summary(path)
+    shares = {field: result.share(field) for field in ("component", "kind")}
+    values = {**said, **asdict(result), "shares": shares}
+    render.result(values, lambda: render.show_inspection(said, result))
 
 
 def relax(
@@ -83,7 +82,7 @@ def relax(
     made = derivation.relaxed(load(source), rank)
     dtype = store.summary(source)["dtype"]  # in any other the old numbers would be rounded
     _check_unchanged(source, stamp)
-    _tell(path, rank, save(made, path, dtype, new), as_json)
+    _tell(path, rank, save(made, path, dtype, new))
 
 
 def shrink(
@@ -112,7 +111,7 @@ def shrink(
             raise HdbError(f"this overwrites {path.stem}; use --as NEW to keep it, or --yes")
         ask(f"Replace {path.stem}?")
     _check_unchanged(source, stamp)
-    _tell(path, rank, save(made, path, dtype, new), as_json, lost=lost)
+    _tell(path, rank, save(made, path, dtype, new), lost=lost)
 
 
 def compose(
@@ -179,7 +178,7 @@ def compose(
         moving = free_path(sheet.parent, sheet.stem, suffix=".webp")
         write_kept(moving, lambda file: file.write_bytes(drawn.animation))
         shown = {"sheet": sheet, "animation": moving}
-    _tell(path, made.rank, saved.bytes, as_json, **shown)
+    _tell(path, made.rank, saved.bytes, **shown)
 
 
 def export(
@@ -220,15 +219,8 @@ def export(
         made = api.export(
             identity, out, format=form, dtype=dtype, check=check, force=force, note=render.note
         )
-    if as_json:
-        readers = [asdict(reading) | {"ok": reading.ok} for reading in made.readers]
-        render.document({**asdict(made), "readers": readers})
-        return
-    render.say(
-        f"{made.path}  {made.bytes:,} bytes, rank {made.rank}, {form}; use {made.identifier!r} "
-        "where you wrote [V]"
-    )
-    render.show_readings(made.readers)
+    readers = [asdict(reading) | {"ok": reading.ok} for reading in made.readers]
+    render.result({**asdict(made), "readers": readers}, lambda: render.show_exported(made))
 
 
 def merge(
@@ -276,10 +268,8 @@ def merge(
             tell=tell,
             note=render.note,
         )
-    if as_json:
-        render.document(asdict(merged))
-    else:
-        render.say(f"{out}  {merged.bytes:,} bytes; use {merged.identifier!r} where you wrote [V]")
+    shown = f"{out}  {merged.bytes:,} bytes; use {merged.identifier!r} where you wrote [V]"
+    render.result(asdict(merged), shown)
 
 
 def _sheet_path(show: bool, out: Path | None, name: str, people: int) -> Path | None:
@@ -303,15 +293,12 @@ def _check_unchanged(source: Path, stamp: tuple[int, int, int] | None) -> None:
         raise HdbError(f"{source.stem} changed while it was read; nothing was written, try again")
 
 
-def _tell(path: Path, rank: int, size: int, as_json: bool, **more: object) -> None:
+def _tell(path: Path, rank: int, size: int, **more: object) -> None:
     """Say what was made, and of what size."""
-    if as_json:
-        values = {"name": path.stem, "path": path, "rank": rank, "bytes": size}
-        render.document({**values, **more})
-        return
-    render.say(f"{path}  rank {rank}, {size:,} bytes")
-    for shown in filter(None, (more.get("sheet"), more.get("animation"))):
-        render.say(str(shown))
+    values = {"name": path.stem, "path": path, "rank": rank, "bytes": size, **more}
+    drawn = filter(None, (more.get("sheet"), more.get("animation")))
+    shown = [f"{path}  rank {rank}, {size:,} bytes", *map(str, drawn)]
+    render.result(values, "\n".join(shown))
 
 
 def _source_and_target(identity: str, new_name: str | None, force: bool) -> tuple[Path, Path, bool]:

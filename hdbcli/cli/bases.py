@@ -63,14 +63,16 @@ def base_add(
 
     with render.progress(load=1, hash=1) as tell:
         added = adopt(name, path, origin, prediction, tell)
-    if as_json:
-        render.document(render.base_facts(find_base(name), bases().source(name), added))
-        return
-    render.say(f"{name}: {find_base(name).summary}, {added.resolution} px")
-    render.note(
-        f"hint: it has no hypernetwork yet, so hdb new --base {name} takes longer; "
-        f"train one and: hdb base set-hypernetwork {name} FILE"
-    )
+    spec = find_base(name)
+
+    def show() -> None:
+        render.say(f"{name}: {spec.summary}, {added.resolution} px")
+        render.note(
+            f"hint: it has no hypernetwork yet, so hdb new --base {name} takes longer; "
+            f"train one and: hdb base set-hypernetwork {name} FILE"
+        )
+
+    render.result(render.base_facts(spec, bases().source(name), added), show)
 
 
 @base_app.command("list")
@@ -97,7 +99,7 @@ def base_show(name: Name, as_json: Json = False) -> None:
     from registry.plugins import find_base
 
     values = render.base_facts(find_base(name), bases().source(name), added_of(name))
-    (render.document if as_json else render.facts)(values)
+    render.result(values, lambda: render.facts(values))
 
 
 @base_app.command("default")
@@ -117,10 +119,7 @@ def base_default(
     if name:
         set_default(bases().get(name).name)
     chosen = base_name(None)
-    if as_json:
-        render.document({"default": chosen})
-    else:
-        render.say(chosen)
+    render.result({"default": chosen}, chosen)
 
 
 @base_app.command("rm")
@@ -130,10 +129,8 @@ def base_rm(name: Name, as_json: Json = False) -> None:
 
     _check_known(name)
     added = forget(name)
-    if as_json:
-        render.document({"name": added.name, "path": added.path})
-    else:
-        render.say(f"forgot {added.name}; its files stay at {added.path}")
+    shown = f"forgot {added.name}; its files stay at {added.path}"
+    render.result({"name": added.name, "path": added.path}, shown)
     if needed := made_on(added.name):
         more = f" and {len(needed) - NAMED} more" if len(needed) > NAMED else ""
         render.note(
@@ -150,11 +147,9 @@ def base_verify(name: Name, as_json: Json = False) -> None:
     _check_known(name)
     added = verify(name)
     size = sum(mark.bytes for mark in added.files.values())
-    if as_json:
-        facts = {"name": added.name, "path": added.path, "digest": added.digest}
-        render.document({**facts, "files": len(added.files), "bytes": size})
-    else:
-        render.say(f"{added.name}: {len(added.files)} files, {size:,} bytes, as they were added")
+    facts = {"name": added.name, "path": added.path, "digest": added.digest}
+    shown = f"{added.name}: {len(added.files)} files, {size:,} bytes, as they were added"
+    render.result({**facts, "files": len(added.files), "bytes": size}, shown)
 
 
 @base_app.command("set-hypernetwork")
@@ -185,10 +180,8 @@ def base_set_hypernetwork(
         chosen = find_base(name, None, file)
         load_predictor(load_base(chosen, "cpu", targets_digest=targets_of(file)))
     set_hypernetwork(spec.name, file)
-    if as_json:
-        render.document({"name": spec.name, "hypernetwork": file})
-    else:
-        render.say(f"{spec.name} predicts with {file or 'its own hypernetwork'}")
+    shown = f"{spec.name} predicts with {file or 'its own hypernetwork'}"
+    render.result({"name": spec.name, "hypernetwork": file}, shown)
 
 
 def _check_known(name: str) -> None:

@@ -312,10 +312,8 @@ def styles(base: BaseName = None, as_json: Json = False) -> None:
     if not spec.captions and not as_json:
         render.note(f"note: {spec.name} draws what you describe; these are the paper's examples")
     captions = spec.captions or PROMPTS
-    if as_json:
-        render.document({"base": spec.name, "known": bool(spec.captions), "styles": captions})
-    else:
-        render.say("\n".join(captions))
+    values = {"base": spec.name, "known": bool(spec.captions), "styles": captions}
+    render.result(values, "\n".join(captions))
 
 
 @app.command("list", rich_help_panel=KEEP)
@@ -340,10 +338,7 @@ def list_identities(
 def show(identity: Identity, as_json: Json = False) -> None:
     """Show everything that an identity file says about itself."""
     summary = store.summary(store.resolve(identity))
-    if as_json:
-        render.document(summary)
-    else:
-        render.facts(summary)
+    render.result(summary, lambda: render.facts(summary))
 
 
 app.command("import", rich_help_panel=KEEP)(import_identity)  # a word that Python keeps for itself

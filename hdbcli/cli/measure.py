@@ -68,10 +68,7 @@ def score(
             tell=tell,
             note=render.note,
         )
-    if as_json:
-        render.document(asdict(result))
-    else:
-        render.say("\n".join(words(result)))
+    render.result(asdict(result), "\n".join(words(result)))
 
 
 _Photos = Annotated[
@@ -138,10 +135,8 @@ def compare(
             tell=tell,
             note=render.note,
         )
-    if as_json:
-        render.document({**made.document, "files": made.files})
-    else:
-        render.show_comparison(made.comparison)
+    values = {**made.document, "files": made.files}
+    render.result(values, lambda: render.show_comparison(made.comparison))
     for path in made.files:
         render.note(str(path))
 
@@ -191,14 +186,11 @@ def doctor(as_json: Json = False) -> None:
 
     checks = list(examine())
     broken = [check for check in checks if check.state == BROKEN]
-    if as_json:
-        sections: dict[str, Any] = {"ok": not broken}
-        for check in checks:
-            sections.setdefault(check.section, []).append(check.as_dict())
-        render.document(sections)
-    else:
-        rows = [(check.section, check.name, check.state, check.found) for check in checks]
-        render.table(("", "", "state", "found"), rows)
+    sections: dict[str, Any] = {"ok": not broken}
+    for check in checks:
+        sections.setdefault(check.section, []).append(check.as_dict())
+    rows = [(check.section, check.name, check.state, check.found) for check in checks]
+    render.result(sections, lambda: render.table(("", "", "state", "found"), rows))
     if broken:
         names = ", ".join(check.name for check in broken)
         render.note(f"error: hdb needs what is broken: {names}")

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,12 @@ from hdbcli.config import CAPTIONS, Tell
 from hdbcli.faces.source import STDIN
 
 if TYPE_CHECKING:
-    from hdbcli.api import Saved
+    from hdbcli.api import Exported, Saved
     from hdbcli.bench.suite import Row
     from hdbcli.cli.progress import Bars
     from hdbcli.compare.comparison import Comparison
     from hdbcli.identity.inspection import Inspection
     from hdbcli.identity.verification import Verdict
-    from hdbcli.interop.lora_readers import Reading
     from hdbcli.measure.statistics import Interval
     from hdbcli.training.evaluate import Evaluation
     from hdbcli.training.loop import Step
@@ -62,6 +61,17 @@ def document(values: Mapping[str, Any]) -> None:
     took = {"total": round(time.perf_counter() - ctx.find_root().obj, 3)}
     both = {"settings": settings | values.get("settings", {})}
     _print({**values, **both, "seconds": {**took, **values.get("seconds", {})}})
+
+
+def result(values: Mapping[str, Any], shown: str | Callable[[], object]) -> None:
+    """Print what a command has found: as one JSON document where that was asked for, else the
+    words, or what the function prints."""
+    if get_current_context().params["as_json"]:
+        document(values)
+    elif isinstance(shown, str):
+        say(shown)
+    else:
+        shown()
 
 
 def failure(code: int, message: str) -> None:
@@ -329,14 +339,19 @@ def show_inspection(summary: Mapping[str, Any], result: Inspection) -> None:
     table(("strongest targets", "energy", "singular values"), rows)
 
 
-def show_readings(readings: Sequence[Reading]) -> None:
-    """Print a line a reader: how many targets map, or why it was not asked."""
-    for reading in readings:
+def show_exported(made: Exported) -> None:
+    """Print where a LoRA file is, and a line a reader: how many targets map, or why it was not
+    asked."""
+    say(
+        f"{made.path}  {made.bytes:,} bytes, rank {made.rank}, {made.format}; use "
+        f"{made.identifier!r} where you wrote [V]"
+    )
+    for reading in made.readers:
         counts = f"{reading.mapped} of {reading.total} targets map"
         if reading.unread:
             counts += f", {len(reading.unread)} keys unread"
         said = reading.problem if not reading.asked else counts
-        say(f"{reading.reader.ljust(max(len(r.reader) for r in readings))}  {said}")
+        say(f"{reading.reader.ljust(max(len(r.reader) for r in made.readers))}  {said}")
 
 
 def show_verdicts(verdicts: Sequence[Verdict]) -> None:

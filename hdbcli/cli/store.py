@@ -36,14 +36,14 @@ def import_identity(
     if warning:
         render.note(f"warning: {path.stem}: {warning}")
     verification.take_in(file, identity, path, new=not force)
-    _tell(path, as_json, base=identity.facts.base, rank=identity.rank, verified=verified)
+    _tell(path, base=identity.facts.base, rank=identity.rank, verified=verified)
 
 
 def cp(name: Identity, new_name: NewName, force: Force = False, as_json: Json = False) -> None:
     """Copy an identity under another name."""
     source = store.resolve(name)
     store.check(source)  # what is damaged is not copied
-    _tell(store.copy(source, new_path(new_name, force), new=not force), as_json)
+    _tell(store.copy(source, new_path(new_name, force), new=not force))
 
 
 def mv(name: Identity, new_name: NewName, force: Force = False, as_json: Json = False) -> None:
@@ -54,7 +54,7 @@ def mv(name: Identity, new_name: NewName, force: Force = False, as_json: Json = 
     moved = store.rename(source, target, new=not (force or same))
     if not as_json:
         render.say(f"{source.stem} is now {moved.stem}")
-    _tell(moved, as_json, was=source.stem)
+    _tell(moved, was=source.stem)
 
 
 def rm(
@@ -89,11 +89,9 @@ def rm(
     for path in paths if purge else []:
         for other in store.composed_of(path.stem):
             render.note(f"note: {other} was composed of {path.stem} and still holds its share")
-    if as_json:
-        render.document({"deleted": files, "bytes": sum(each["bytes"] for each in files)})
-        return
-    for each in files:
-        render.say(f"deleted {each['name'] or each['path']}  {each['bytes']:,} bytes")
+    shown = [f"deleted {each['name'] or each['path']}  {each['bytes']:,} bytes" for each in files]
+    values = {"deleted": files, "bytes": sum(each["bytes"] for each in files)}
+    render.result(values, "\n".join(shown))
 
 
 def verify(
@@ -144,13 +142,10 @@ def gc(
     for orphan in [] if dry_run else found:
         orphans.delete(orphan)
     freed = sum(orphan.bytes for orphan in found)
-    if as_json:
-        files = [asdict(orphan) for orphan in found]
-        render.document({"dry_run": dry_run, "files": files, "bytes": freed})
-        return
-    for orphan in found:
-        render.say(f"{orphan.path}  {orphan.bytes:,} bytes, {orphan.reason}")
-    render.say(f"{freed:,} bytes {'would be' if dry_run else 'were'} freed")
+    shown = [f"{orphan.path}  {orphan.bytes:,} bytes, {orphan.reason}" for orphan in found]
+    shown.append(f"{freed:,} bytes {'would be' if dry_run else 'were'} freed")
+    files = [asdict(orphan) for orphan in found]
+    render.result({"dry_run": dry_run, "files": files, "bytes": freed}, "\n".join(shown))
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -158,10 +153,7 @@ def _file(path: Path) -> dict[str, Any]:
     return {"name": path.stem, "path": path, "bytes": path.lstat().st_size}
 
 
-def _tell(path: Path, as_json: bool, **more: object) -> None:
+def _tell(path: Path, **more: object) -> None:
     """Say where an identity is now."""
     values = _file(path)
-    if as_json:
-        render.document({**values, **more})
-    else:
-        render.say(f"{path}  {values['bytes']:,} bytes")
+    render.result({**values, **more}, f"{path}  {values['bytes']:,} bytes")
