@@ -254,8 +254,8 @@ def new(
     The identity is not saved: see `save`. Options left None are the base's own, as `hdb new --help`
     says. HdbError for a photo without a face, and for options out of range.
     """
-    _check_counts(steps=steps, rank=rank)
-    _check_weights(likeness=likeness)
+    _check(1, steps=steps, rank=rank)
+    _check(0, likeness=likeness)
     _check_seed(seed)
     if targets is not None and isinstance(base, Base):
         raise UsageError(f"the base is loaded already; load it with targets={targets!r} instead")
@@ -299,8 +299,8 @@ def refine(
 
     The identity that was given stays as it is: the one that is returned can be saved.
     """
-    _check_counts(steps=steps, rank=rank)
-    _check_weights(likeness=likeness)
+    _check(1, steps=steps, rank=rank)
+    _check(0, likeness=likeness)
     _check_seed(seed)
     _, identity = _read(person)
 
@@ -377,9 +377,9 @@ def generate(
     """
     from hdbcli.interop import lora_stack
 
-    _check_counts(count=count, steps=steps, size=size)
-    _check_numbers(strength=strength)
-    _check_weights(guidance=guidance)
+    _check(1, count=count, steps=steps, size=size)
+    _check(-math.inf, strength=strength)
+    _check(0, guidance=guidance)
     _check_seed(0 if seed is None else seed)
     several = [people] if isinstance(people, Identity | str | os.PathLike) else list(people)
     if not several:
@@ -552,7 +552,7 @@ def compose(
     negative. With `rank` the closest of that rank."""
     from hdbcli.identity import derivation
 
-    _check_counts(rank=rank)
+    _check(1, rank=rank)
     return derivation.composed(_weighted(parts), rank)
 
 
@@ -766,26 +766,13 @@ def _cropped(
     return crops
 
 
-def _check_counts(**values: int | None) -> None:
-    """Refuse what is to be counted and is below one."""
+def _check(least: float, **values: float | None) -> None:
+    """Refuse NaN, infinity and what is below `least`."""
     for name, value in values.items():
-        if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}; give 1 or more")
-
-
-def _check_numbers(**values: float | None) -> None:
-    """Refuse NaN and infinity."""
-    for name, value in values.items():
-        if value is not None and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{name} is {value}; give a finite number")
-
-
-def _check_weights(**values: float | None) -> None:
-    """Refuse NaN, infinity and what is below zero."""
-    _check_numbers(**values)
-    for name, value in values.items():
-        if value is not None and value < 0:
-            raise UsageError(f"{name} is {value}; give 0 or more")
+        if value is not None and value < least:
+            raise UsageError(f"{name} is {value}; give {least:g} or more")
 
 
 def _check_seed(seed: int) -> None:
@@ -823,7 +810,7 @@ def _weighted(
         name = f"person {number}" if isinstance(person, Identity) else str(person)
         if name in found:
             raise UsageError(f"{name} comes twice; give its weights as one")
-        _check_numbers(weight=weight)
+        _check(-math.inf, weight=weight)
         found[name] = _read(person)[1], weight
     if not found:
         raise UsageError("no identity was given; name at least one")
