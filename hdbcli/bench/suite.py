@@ -25,7 +25,7 @@ from registry.errors import HdbError, UsageError
 from registry.stable_diffusion.families import FAMILIES
 
 BASE = "tiny"
-HEAVY = Path(__file__).parents[2] / "benchmarks"  # there where hdb runs from its repository
+IN_CLONE = (Path(__file__).parents[2] / "benchmarks/sd15.py").is_file()  # of the repository
 
 
 def run(names: Sequence[str], people: Path | None, tell: Tell) -> Iterator[Row]:
@@ -38,7 +38,7 @@ def run(names: Sequence[str], people: Path | None, tell: Tell) -> Iterator[Row]:
     if unknown:
         raise UsageError(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
     usual = [name for name in BENCHMARKS if people or name != "derived"]
-    chosen = names or [name for name in usual if HEAVY.is_dir() or name in LIGHT]
+    chosen = names or [name for name in usual if IN_CLONE or name in LIGHT]
     for done, name in enumerate(chosen):
         tell(name, done, len(chosen))
         yield from BENCHMARKS[name](people, tell)
@@ -122,7 +122,7 @@ def _merge(*_: object) -> list[Row]:
 
 def _heavy(name: str, people: Path | None, tell: Tell) -> Iterable[Row]:
     """Run one that lies in the repository alone; HdbError where hdb is installed without it."""
-    if not HEAVY.is_dir():
+    if not IN_CLONE:
         raise HdbError(
             f"benchmark {name} comes with the repository of hdb, not with the package; clone it, "
             "and there: pip install -e ."
