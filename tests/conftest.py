@@ -123,6 +123,14 @@ def few_pairs_of_losses() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def what_takes_long_is_done_once() -> Iterator[None]:
+    from once import done_once
+
+    with done_once():
+        yield
+
+
 @pytest.fixture
 def usual_sampling_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw by default as users do."""
