@@ -52,10 +52,18 @@ def added(hdb_home: Path, tmp_path: Path) -> Path:
     return folder
 
 
+TORCH = """
+from types import SimpleNamespace as Made
+get_num_threads = lambda: 1
+cuda = Made(device_count=lambda: 0)
+backends = Made(mps=Made(is_available=lambda: False))
+"""
+
+
 def quick(fake: Fake) -> None:
     """Leave out what takes seconds to import, where a test is about something else."""
-    for name in ("diffusers", "transformers"):
-        fake(name, "")
+    for name, code in {"torch": TORCH, "diffusers": "", "transformers": ""}.items():
+        fake(name, code)
 
 
 def break_plugin(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,10 @@ class Header:
             raise HdbError(f"cannot read {self.path}: {error.strerror or error}") from error
         if read != len(content):
             raise HdbError(f"{self.path} became shorter while it was read; try again")
-        return tensor_of(content, info)
+        try:
+            return tensor_of(content, info)
+        except (RuntimeError, TypeError) as error:  # no numbers, and more rows than can be counted
+            raise _damaged(self.path, f"tensor {name!r} of {info.shape}") from error
 
 
 @dataclass(frozen=True)
