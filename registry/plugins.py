@@ -126,7 +126,8 @@ def _discover(registry: Registry[Spec]) -> Registry[Spec]:
     for entry in found:
         if _built_in(entry) or wanted is None or entry.name in wanted:
             _load(registry, entry)
-    for name in sorted((wanted or set()) - {entry.name for entry in found} - _elsewhere(registry)):
+    absent = (wanted or set()) - {entry.name for entry in found}
+    for name in sorted(absent - _elsewhere(registry)) if absent else ():
         groups = " or ".join(group for group, _ in GROUPS.values())
         registry.problems.append(f"HDB_PLUGINS asks for {name!r}: no such entry point of {groups}")
     return registry

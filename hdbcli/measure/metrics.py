@@ -26,7 +26,7 @@ FACE = "face"  # the measure that is called likeness everywhere
 def register(add: Callable[[MetricSpec], None]) -> None:
     """Offer the measures to the registry."""
     add(MetricSpec(FACE, "dlib's face embedding, 1 - distance", "person", (), FaceMetric))
-    add(MetricSpec("faceres", "FaceRes' cosine", "person", (), _faceres, _fetch_faceres))
+    add(MetricSpec("faceres", "FaceRes' cosine", "person", (), FaceResMetric, FaceResMetric.fetch))
     add(MetricSpec("clip-i", f"cosine of {CLIP}", "person", (), lambda: ClipMetric("person")))
     add(MetricSpec("clip-t", f"cosine of {CLIP}", "text", (), lambda: ClipMetric("text")))
     add(MetricSpec("dino", f"cosine of {DINO}", "person", (), DinoMetric))
@@ -91,6 +91,12 @@ class FaceResMetric(FaceMetric):
 
         load_faceres()
 
+    @staticmethod
+    def fetch() -> None:
+        from hdbcli.measure.faceres import fetch_faceres
+
+        fetch_faceres()
+
     def embed(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         from hdbcli.measure.faceres import embed
 
@@ -101,16 +107,6 @@ class FaceResMetric(FaceMetric):
         import numpy as np
 
         return np.nan_to_num((mine * theirs).sum(-1))
-
-
-def _faceres() -> Metric:
-    return FaceResMetric()
-
-
-def _fetch_faceres() -> None:
-    from hdbcli.measure.faceres import fetch_faceres
-
-    fetch_faceres()
 
 
 class ClipMetric:

@@ -71,7 +71,8 @@ def evaluate(
     first, second = people.crops[given], people.crops[kept_back]
     latents = torch.from_numpy(people.latents[kept_back][:, 0]).float().to(base.device)
     faces = base.faces(list(first))
-    theta = _predict(model, faces)
+    with torch.no_grad():
+        theta = model(faces)
     others = Theta(theta.down.roll(1, 0), theta.up.roll(1, 0))
     own, another, none = (
         person_losses(base, adapter, latents, tell) for adapter in (theta, others, None)
@@ -112,11 +113,6 @@ def _parts(base: Base, people: int) -> Iterator[slice]:
     """Divide people into groups that go side by side."""
     size = 1 if base.plan.at_once else AT_ONCE
     return (slice(first, first + size) for first in range(0, people, size))
-
-
-@torch.no_grad()
-def _predict(model: HyperNetwork, faces: Faces) -> Theta:
-    return model(faces)
 
 
 def refine_all(base: Base, theta: Theta, faces: Faces, tell: Tell) -> Theta:
