@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hdbcli.interop import lora_stack
 from hdbcli.model.base import Base, open_base
-from registry.checkpoints.tensors import canonical
+from registry.checkpoints.ldm import canonical
 
 if TYPE_CHECKING:
     from cutdown import Narrow
