@@ -140,9 +140,20 @@ class Limited(Protocol):
 class Drafting(Protocol):
     """What a backbone may offer as well, so that training can learn from the pictures it draws."""
 
-    def draft(self, prompts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
-        """Draw latents (B, c, h, w) in a few steps from noise of that shape, with gradients to
-        the adapter."""
+    @property
+    def renews(self) -> bool:
+        """Whether every step starts from fresh noise, so that early ones decide what is drawn."""
+
+    def draft(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        steps: int,
+        guidance: float,
+        taken: int | None = None,
+    ) -> Tensor:
+        """Draw latents (B, c, h, w) in a few steps from noise of that shape, or see what they would
+        become after those `taken`, with gradients of the last to the adapter."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images (B, 3, H, W), about -1..1, of latents, with gradients."""

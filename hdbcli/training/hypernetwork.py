@@ -296,6 +296,7 @@ def _part_losses(
             noise[:some].transpose(0, 1).flatten(0, 1).to(device),
             seen(rows, mirrored[:some].repeat(DRAWS)),
             material.traits(rows).to(device),
+            int(batch.seed[0, 0]),
         )
         weight = share * config.likeness
         yield from objective.likeness(base, leaf[:some], portraits, weight, precision)

@@ -5,6 +5,10 @@ The recogniser hardly sees colours: alone it gave all people one complexion and 
 middle of the picture, coarse as a mosaic, is compared too. And faces in a haze please it: with half
 the contrast of true ones, eyes and glasses gone. So contrast is compared in the same cells.
 
+Where every step of drawing starts from fresh noise, the first ones decide who is drawn, and the
+last only sharpen: asked of those, faces came out carved from wood. So there the loss looks at what
+the network makes of the picture early on, which is blurred, and leaves contrast alone.
+
 Not in HyperDreamBooth. The diffusion loss never sees a picture drawn from noise, where small errors
 of every step add up to another person; this one goes through the drawing itself, as PuLID does with
 a distilled model (Guo et al. 2024, §3.3).
@@ -27,7 +31,8 @@ from registry.errors import HdbError
 from registry.spec import Drafting
 
 STEPS = 4
-SHARE = 4  # one sample in SHARE of a step is drawn from noise too: that costs eight passes
+RENEWED, EARLY = 8, (2, 3)  # steps where noise is renewed, and after which, in turn, it looks
+SHARE = 4  # one sample in SHARE of a step is drawn from noise too, which costs several passes
 KEPT = 2  # of these keep what the gradient needs: the last step's, twice for guidance
 CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
 
@@ -39,21 +44,26 @@ def likeness_loss(
     true: Tensor,
     traits: Tensor,
     precision: str = "auto",
+    turn: int = 0,
 ) -> Tensor:
     """Return the squared distances (B,) of drawn faces from the true ones, of embeddings, colours
     and contrast.
 
     `noise` (B, c, h, w) is what they are drawn from, `true` (B, 3, S, S) the aligned pictures in
     -1..1 and `traits` (B, 128) the embeddings of their faces; B is a multiple of the people whom
-    the base is adapted to, who lie fastest.
+    the base is adapted to, who lie fastest. `turn` counts the calls.
     """
     backbone = check_drafts(base)
     with autocast(base.device, precision, noise):
-        drawn = backbone.draft(prompts, noise, STEPS, base.spec.guidance)  # as `hdb gen` will
+        early = EARLY[turn % len(EARLY)] if backbone.renews else None
+        steps = RENEWED if early else STEPS
+        drawn = backbone.draft(prompts, noise, steps, base.spec.guidance, early)
     with autocast(base.device, precision):
         images = backbone.decode(drawn)
         far = (base.embed(images) - traits).square().sum(1)
         far = far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
+        if early:
+            return far
         return far + CONTRAST * (contrast(images) - contrast(true)).square().mean((1, 2, 3))
 
 
@@ -82,6 +92,7 @@ def portrait_likeness(
                 noise.to(base.device),
                 torch.stack([each.crops[k] for each, k in own]),
                 torch.stack([each.traits[k] for each, k in own]),
+                turn=turn,
             )
             yield weight * far.sum() / count
 

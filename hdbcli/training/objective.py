@@ -51,6 +51,7 @@ class Portraits(NamedTuple):
     noise: Tensor  # (P DRAWS, c, h, w)
     true: Tensor  # (P DRAWS, 3, S, S)
     traits: Tensor  # (P DRAWS, 128) embeddings of those pictures, mirrored or not
+    turn: int = 0  # of likeness_loss
 
 
 def diffusion(
@@ -91,11 +92,13 @@ def likeness(
     base: Base, theta: Theta, portraits: Portraits, weight: float, precision: str
 ) -> Iterator[Tensor]:
     """Yield, likewise, the weighted mean likeness loss."""
-    prompts, noise, true, traits = portraits
+    prompts, noise, true, traits, turn = portraits
     for some, rows in _parts(base, theta):
         theirs = [prompts[row] for row in rows.tolist()]
         with base.injected.adapted(theta[some]):
-            far = likeness_loss(base, theirs, noise[rows], true[rows], traits[rows], precision)
+            far = likeness_loss(
+                base, theirs, noise[rows], true[rows], traits[rows], precision, turn
+            )
             yield weight * far.sum() / len(noise)
 
 

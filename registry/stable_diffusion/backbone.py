@@ -177,25 +177,39 @@ class StableDiffusion:
         a, s = self._mix(steps, latents)
         return self._predict(a * latents + s * noise, steps, self._read(prompts, latents))
 
-    def draft(self, prompts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
+    @property
+    def renews(self) -> bool:
+        return _renews(self.pipeline.scheduler)
+
+    def draft(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        steps: int,
+        guidance: float,
+        taken: int | None = None,
+    ) -> Tensor:
         """Take DDIM's deterministic steps (Song et al. 2021, eq. 12), or if the base's scheduler
         adds fresh noise in every step, as that of consistency models does, do that.
 
+        After the steps `taken`, the latents are what the network then holds for the picture.
         Gradients pass through the last step alone: what lies before it changes the picture as much,
         but its gradient adds nothing but seconds (Clark et al. 2024, DRaFT-1).
         """
-        read = self._read([*[""] * len(prompts), *prompts], noise)
-        if self.pipeline.config.get("force_zeros_for_empty_prompt"):
+        passes = 1 if guidance == 1 else 2  # without guidance what "" says counts nothing
+        read = self._read([*[""] * len(prompts) * (passes - 1), *prompts], noise)
+        if passes == 2 and self.pipeline.config.get("force_zeros_for_empty_prompt"):
             read = _without_first(read, len(prompts))
         last = len(self.pipeline.scheduler.alphas_cumprod) - 1
         times = torch.linspace(last, 0, steps + 1).long().to(noise.device)
+        end = taken or steps
         x = noise
-        learns, renews = torch.is_grad_enabled(), _renews(self.pipeline.scheduler)
-        for number, (now, later) in enumerate(itertools.pairwise(times), 1):
+        learns, renews = torch.is_grad_enabled(), self.renews
+        for number, (now, later) in enumerate(itertools.pairwise(times[: end + 1]), 1):
             a, s = self._mix(now, noise)
-            with torch.set_grad_enabled(learns and number == steps):
-                both = self._predict(torch.cat([x, x]), now.expand(2 * len(x)), read)
-            away, towards = both.chunk(2)
+            with torch.set_grad_enabled(learns and number == end):
+                told = self._predict(x.repeat(passes, 1, 1, 1), now.expand(passes * len(x)), read)
+            away, towards = told[: len(x)], told[-len(x) :]  # the same where one pass is enough
             predicted = away + guidance * (towards - away)
             if self._velocity:
                 clean, rest = a * x - s * predicted, s * x + a * predicted
