@@ -120,7 +120,7 @@ def verify(
         render.note("no identities yet; make one with: hdb new PHOTO")
     bad = sum(not verdict.ok for verdict in verdicts)
     if bad:
-        render.note(f"error: {bad} of {len(verdicts)} are bad; restore them from a copy, or delete")
+        render.note(f"error: {bad} of {len(verdicts)} are bad; restore, make again or delete them")
         raise typer.Exit(1)
 
 

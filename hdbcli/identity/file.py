@@ -208,10 +208,11 @@ def check_fits(
     if facts.family != home.family:
         raise HdbError(f"{made}, {base} is of family {home.family}; pass --base {facts.base}")
     if facts.targets_digest != home.targets_digest:
-        raise HdbError(
-            f"{made} with targets {facts.targets_digest[:12]}, {base} has "
-            f"{home.targets_digest[:12]}; pass --base {facts.base} or make it again with hdb new"
-        )
+        targets = f"with targets {facts.targets_digest[:12]}, {base} has {home.targets_digest[:12]}"
+        if facts.base == base:  # a release of hdb, or `hdb base`, put another model under its name
+            targets += " by now: it is another model of that name; make it again with hdb new PHOTO"
+            raise HdbError(f"{made} {targets}")
+        raise HdbError(f"{made} {targets}; pass --base {facts.base} or make it again with hdb new")
     mine, theirs = ((each.scheme, each.seed, each.basis_digest) for each in (facts, home))
     if mine != theirs:
         raise HdbError(

@@ -334,7 +334,8 @@ def test_an_identity_fits_its_base_and_warns_on_a_fine_tune() -> None:
     ("changes", "says"),
     [
         ({"base": "xl", "family": "sdxl"}, r"tiny \(family sd1\).*xl is of family sdxl"),
-        ({"targets_digest": "0" * 64}, "cccccccccccc.*000000000000"),
+        ({"targets_digest": "0" * 64}, "cccccccccccc.*000000000000 by now.*make it again"),
+        ({"base": "tuned", "targets_digest": "0" * 64}, "000000000000; pass --base tiny"),
         ({"scheme": "other"}, "other/7"),
         ({"seed": 8}, "basis .*/7/.*/8/"),
         ({"basis_digest": "0" * 64}, "in basis"),
