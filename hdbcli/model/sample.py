@@ -106,7 +106,12 @@ def doubts(spec: BaseSpec, settings: SampleSettings, strength: float) -> list[st
     ratio = (settings.size or spec.resolution) / spec.resolution
     if not 1 / SCALED <= ratio <= SCALED:
         said.append(f"--size {settings.size} is far from the {spec.resolution} px that it draws")
-    return [f"hint: {each}; expect a poor picture" for each in said]
+    hints = [f"hint: {each}; expect a poor picture" for each in said]
+    if settings.negative and settings.guidance <= 1:
+        hints.append(
+            f"hint: --negative counts nothing at --guidance {settings.guidance:g}; give more than 1"
+        )
+    return hints
 
 
 def strange_words(base: Base, prompts: Iterable[str]) -> str:

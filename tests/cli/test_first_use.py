@@ -98,6 +98,9 @@ def test_settings_far_from_sense_get_a_line() -> None:
     odd = doubts(spec, SampleSettings(25, 100.0, size=1024), 1e9)
     assert [line.split()[1] for line in odd] == ["--strength", "--guidance", "--size"]
     assert "128 px" in odd[2] and "1e+09" in odd[0]
+    unwanted = SampleSettings(8, 1.0, negative="hat")
+    assert "counts nothing at --guidance 1" in doubts(spec, unwanted, 1.0)[0]
+    assert doubts(spec, replace(unwanted, guidance=2.0), 1.0) == []
 
 
 def test_words_that_a_base_was_never_taught_get_a_line(tiny: Base) -> None:
