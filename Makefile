@@ -24,21 +24,21 @@ run: $(STAMP)
 	$(BIN)/hdb gen astronaut "$(PROMPT)" --seed 0 --grid -o $(PICTURE)
 	@test -s $(PICTURE) && echo $(PICTURE)
 
-# README's sheet: the first six held-out people and the astronaut, seed 0, the portrait that is measured and
-# every caption of the project page; nothing is picked. Rows are photos, columns captions.
-HELD   := $(wildcard tests/data/heldout/90000[0-5]/photo-0.jpg)
-PEOPLE := 900000,900001,900002,900003,900004,900005,astronaut
-sheet: export HDB_HOME := $(CURDIR)/build/sheet/home
+# README's sheet: the astronaut and the selfies of six people who do not exist, as hdb crops them, seed 0, the
+# portrait that is measured and every caption of the project page; nothing is picked. Rows are photos, columns
+# captions.
+SHEET := build/sheet
+sheet: export HDB_HOME := $(CURDIR)/$(SHEET)/home
 sheet: $(STAMP)
-	@mkdir -p docs && rm -rf build/sheet
-	@set -e; for photo in $(HELD); do \
-	  $(BIN)/hdb new $$photo $$(basename $$(dirname $$photo)) --yes --no-preview; done
-	$(BIN)/hdb new $(PHOTO) --yes --no-preview
-	@set -e; k=0; for prompt in "a [V] face" "An Instagram selfie of a [V] face" \
+	@rm -rf $(SHEET) && mkdir -p $(SHEET)/crops && $(BIN)/python -m registry.tiny.recipe selfies --out $(SHEET)/photos
+	@set -e; for photo in $(PHOTO) $(SHEET)/photos/*; do name=$$(basename $${photo%.*}); \
+	  $(BIN)/hdb new $$photo $$name --yes --no-preview --crop $(SHEET)/crops/$$name.png; done
+	@set -e; k=0; people=$$($(BIN)/hdb list --quiet | paste -sd,); \
+	for prompt in "a [V] face" "An Instagram selfie of a [V] face" \
 	  "A Pixar character of a [V] face" "A [V] face with bark skin" \
 	  "A [V] face as a rock star" "A professional shot of a [V] face"; do \
-	  $(BIN)/hdb gen $(PEOPLE) "$$prompt" -n 1 --seed 0 -o build/sheet/$$k; k=$$((k + 1)); done
-	$(BIN)/python -m registry.tiny.recipe contact $(HELD) $(PHOTO) --drawn build/sheet --titles \
+	  $(BIN)/hdb gen $$people "$$prompt" -n 1 --seed 0 -o $(SHEET)/drawn/$$k; k=$$((k + 1)); done
+	$(BIN)/python -m registry.tiny.recipe contact $(SHEET)/crops/* --drawn $(SHEET)/drawn --titles \
 	  photo portrait selfie "Pixar character" "bark skin" "rock star" "professional" --out docs/sheet.png
 
 # Tests start a hundred processes, which would compile the package anew each time.

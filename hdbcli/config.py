@@ -63,7 +63,7 @@ class RefineConfig:
 
     steps: int = 40
     rank: int = 4
-    lr: float = 3e-3
+    lr: float = 2e-2
     batch: int | None = None
     seed: int = 0
     optimizer: str = "adamw8bit"

@@ -8,7 +8,7 @@ from identities import TINY
 from torch import nn
 
 from hdbcli.method.inject import digest_names, eject, find_targets, in_order, inject
-from hdbcli.method.lidb import LiDBLayer, Theta, first_theta
+from hdbcli.method.lidb import LiDBConv2d, LiDBLayer, Theta, first_theta
 from hdbcli.model.base import Base
 from registry.checkpoints.ldm import canonical
 from registry.errors import HdbError
@@ -32,7 +32,7 @@ def loss(base: Base, theta: Theta | None, batch: int) -> torch.Tensor:
 def test_targets_of_tiny(tiny: Base) -> None:
     names = list(tiny.injected.layers)
     assert len(names) == TINY[0] and sum(n.startswith("text_encoder.") for n in names) == 8
-    assert sum(n.endswith(".ff.net.0.proj") for n in names) == 7
+    assert sum(isinstance(m, LiDBConv2d) for m in tiny.injected.layers.values()) == 50
     assert all(".text_model." in n for n in names if n.startswith("text_encoder"))
     assert not any(
         p.requires_grad for m in tiny.backbone.components.values() for p in m.parameters()

@@ -78,9 +78,9 @@ def test_what_cannot_be_parted_and_what_follows_count() -> None:
 
 def test_size_is_read_from_headers(narrow: Narrow) -> None:
     size = measure(TINY)
-    assert size is not None and size.width == 96 and size.autoencoder == 1_410_707
-    assert size.linear + size.others == 344_832 + 11_727_792 and size.depth == 1
-    assert size.decoded == 3 * 64  # AutoencoderTiny of 64 channels
+    assert size is not None and size.width == 96 and size.autoencoder == 1_021_947
+    assert size.linear + size.others == 6_709_248 + 9_770_976 and size.depth == 1
+    assert size.decoded == 3 * 40  # AutoencoderTiny of 40 channels
     folder, single = (
         measure(replace(TINY, files=path)) for path in (narrow.folder("sd1"), narrow.single("sd1"))
     )

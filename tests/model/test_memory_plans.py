@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from identities import LATENT
 from torch import Tensor
 
 from hdbcli.config import RefineConfig
@@ -157,7 +158,7 @@ def test_likeness_has_its_weight_whole_or_in_parts(tiny: Base) -> None:
     generator = torch.Generator().manual_seed(0)
     count = 2 * objective.DRAWS
     prompts = [tiny.prompt("a [V] face")] * count
-    noise = torch.randn((count, 16, 16, 16), generator=generator)
+    noise = torch.randn((count, *LATENT), generator=generator)
     true = torch.rand((count, 3, 128, 128), generator=generator)
     traits = torch.randn((count, 128), generator=generator)
     first = tiny.first_theta(people=2)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from commands import hdb, refused, told
+from identities import LATENT
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -130,7 +131,7 @@ def test_pictures_in_styles_are_drawn_with_their_captions_and_never_read(
 def test_prompts_without_the_person_are_taught_to_stay_as_they_are(tiny: Base) -> None:
     """Its loss is 0 for theta_0 and large for a person; its gradient leads to less."""
     generator = torch.Generator().manual_seed(1)
-    clean, noise = torch.randn((2, 2 * DRAWS, 16, 16, 16), generator=generator)
+    clean, noise = torch.randn((2, 2 * DRAWS, *LATENT), generator=generator)
     prompts = ["a face", "", "a bronze statue of a face", "a face"]
     samples = Samples(clean, prompts, noise, torch.tensor([0.6, 0.7, 0.8, 0.9]))
     first = tiny.first_theta(people=2)

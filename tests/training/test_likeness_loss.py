@@ -15,6 +15,7 @@ import torch
 from chips import chip
 from commands import ok
 from diffusers import DDIMScheduler, LCMScheduler
+from identities import LATENT
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def predicted(tiny: Base, crops: list[np.ndarray]) -> Theta:
 
 
 def noise(count: int) -> Tensor:
-    return torch.randn((count, 16, 16, 16), generator=torch.Generator().manual_seed(0))
+    return torch.randn((count, *LATENT), generator=torch.Generator().manual_seed(0))
 
 
 def test_chips_are_those_that_opencv_cuts(tiny: Base, crops: list[np.ndarray]) -> None:
@@ -71,10 +72,15 @@ def test_chips_of_large_crops_lose_nothing_between_samples(tiny: Base) -> None:
     assert (chips - 127.5).abs().max() < 20
 
 
-def test_a_draft_of_many_steps_is_what_ddim_draws(tiny: Base, predicted: Theta) -> None:
+def test_a_draft_of_many_steps_is_what_ddim_draws(
+    tiny: Base, predicted: Theta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = tiny.backbone.pipeline
+    plain = DDIMScheduler.from_config(pipeline.scheduler.config)
+    monkeypatch.setattr(pipeline, "scheduler", plain)
     settings = SampleSettings(steps=20, scheduler="ddim", guidance=2.0)
     drawn = generate(tiny, predicted[:1], PORTRAIT, [3], settings, lambda *_: None)[0].image
-    start = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(3))
+    start = torch.randn((1, *LATENT), generator=torch.Generator().manual_seed(3))
     backbone, prompts = tiny.backbone, [tiny.prompt(PORTRAIT)]
     with torch.no_grad(), tiny.adapted(predicted[:1]):
         many, few, other = (
@@ -98,13 +104,14 @@ def test_a_perfect_network_drafts_the_picture_and_has_no_loss(
     own = steps_like.from_config(schedule.config, prediction_type=kind)
     monkeypatch.setattr(backbone.pipeline, "scheduler", own)
     clean, rest = backbone.encode_images(tiny.images(crops[:2])), noise(2)
-    noises = []
+    noises, samples = [], []
 
     def perfect(self: StableDiffusion, noisy: Tensor, steps: Tensor, _: object) -> Tensor:
         a, s = self._mix(steps, noisy)
         x = clean.repeat(len(noisy) // len(clean), 1, 1, 1)
         n = (noisy - a * x) / s
         noises.append(n[:2])
+        samples.append(len(noisy))
         return n if kind == "epsilon" else a * n - s * x
 
     monkeypatch.setattr(StableDiffusion, "_predict", perfect)
@@ -117,6 +124,10 @@ def test_a_perfect_network_drafts_the_picture_and_has_no_loss(
     assert far[0] == 0 and all((each > 0.5) == renews for each in far[1:]), far
     assert all(0.9 < each.std() < 1.1 for each in noises)  # noise it is, each time
     assert (drawn - clean).abs().max() < 1e-3 < (drawn.flip(0) - clean).abs().max()
+    noises.clear(), samples.clear()
+    early = backbone.draft(PROMPTS, a * clean + s * rest, 8, 1.0, taken=2)
+    assert samples == [2, 2], "two steps of eight, and without guidance one pass each"
+    assert (early - clean).abs().max() < 1e-3
 
 
 def _pixels(images: Tensor) -> np.ndarray:

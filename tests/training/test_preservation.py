@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from identities import LATENT
 from torch import Tensor
 
 from hdbcli.config import CAPTIONS, RefineConfig
@@ -23,7 +24,6 @@ from hdbcli.training.preservation import preservation
 from hdbcli.training.refine import refine
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
-SHAPE = torch.Size((16, 16, 16))  # of tiny's latents
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_it_is_the_squared_distance_of_answers(
         prompt, held = turns[turn]
         found = far(losses(tiny.injected.factors(predicted.scaled(0.5)), seeded(), turn))
         generator = seeded()
-        noise = torch.randn((1, *SHAPE), generator=generator)
+        noise = torch.randn((1, *LATENT), generator=generator)
         t = prior.EARLIEST + (1 - prior.EARLIEST) * torch.rand(1, generator=generator)
         by_hand = 0.0
         for person in range(2):  # each alone

@@ -100,13 +100,6 @@ def clip(options: argparse.Namespace) -> Iterator[str]:
     return _report(train_clip(options.build, plan, options.batch, options.device))
 
 
-def emphasis(options: argparse.Namespace) -> Iterator[str]:
-    from registry.tiny.recipe.emphasis import emphasise
-
-    out = options.build / "emphasis"
-    yield f"{out}: {emphasise(options.build / 'people', out):,} people"
-
-
 def contact(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.pictures import photo_rows, sheet
 
@@ -234,9 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("after", type=Path)
     step.add_argument("--share", type=float, default=0.7, help="of the second")
     step.add_argument("--out", type=Path, required=True)
-    step = steps.add_parser("emphasis", help="choose pictures in the styles that lose most")
-    step.set_defaults(run=emphasis)
-    step = steps.add_parser("selfies", help="fetch selfies of people who do not exist, to look at")
+    step = steps.add_parser("selfies", help="fetch selfies of people who do not exist, to show")
     step.set_defaults(run=selfies)
     step.add_argument("--people", type=int, default=6)
     step.add_argument("--out", type=Path, required=True)

@@ -70,12 +70,11 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def photo_rows(photos: list[Path], drawn: Path, size: int) -> list[Tensor]:
-    """Read a row for each photo: the photo itself, then its `NAME-*.png` in each folder of
+    """Read a row for each photo NAME.*: the photo itself, then `NAME-*.png` of each folder in
     `drawn`."""
     rows = []
     for photo in photos:
-        name = photo.stem if photo.parent.name == "data" else photo.parent.name
-        files = [photo, *sorted(drawn.glob(f"*/{name}-*.png"))]
+        files = [photo, *sorted(drawn.glob(f"*/{photo.stem}-*.png"))]
         images = [read_image(f, cv2.IMREAD_COLOR)[:, :, ::-1] for f in files]
         images = [cv2.resize(i, (size, size), interpolation=cv2.INTER_AREA) for i in images]
         rows.append(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))

@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from registry.errors import HdbError
 from registry.tiny.clip import load_clip
 from registry.tiny.recipe.__main__ import main
 from registry.tiny.recipe.assets import (
@@ -26,7 +25,6 @@ from registry.tiny.recipe.assets import (
     fetch_selfies,
     read_image,
 )
-from registry.tiny.recipe.emphasis import emphasise
 from registry.tiny.recipe.people import HELD_OUT_SEED, render_people
 from registry.tiny.recipe.person import sample_person
 from registry.tiny.recipe.photographs import KINDS
@@ -178,29 +176,6 @@ def test_every_step_from_renders_to_weights(
     head = titled[: len(titled) - 128]
     assert (titled[-128:] == plain).all() and len(head) and (head[:, 256:] == 255).all()
     assert (head[:, :128] < 128).any() and (head[:, 128:256] < 128).any()
-
-
-def test_emphasis_fills_its_groups_in_turn(tmp_path: Path) -> None:
-    shown = {"0": "marble", "1": "pixar bark", "2": "bark pixar", "3": "professional marble"}
-    for name, styles in shown.items():
-        (tmp_path / "people" / name).mkdir(parents=True)
-        for style in ("portrait", *styles.split()):
-            picture = tmp_path / f"people/{name}/{style}-0.png"
-            picture.write_bytes(style.encode())
-            if style != "portrait":
-                picture.with_suffix(".txt").write_text(f"{style} of a [V] face")
-    out, groups = tmp_path / "out", ((("professional",), 9), (("pixar",), 1), (("bark",), 9))
-    assert emphasise(tmp_path / "people", out, groups) == 3  # all but the one of marble alone
-    found = {person.name: {f.stem for f in person.glob("*.png")} for person in out.iterdir()}
-    both = {"1": "pixar", "2": "bark", "3": "professional"}  # room for one in Pixar's style
-    assert found == {name: {"portrait-0", f"{style}-0"} for name, style in both.items()}
-    assert (out / "1/pixar-0.png").read_bytes() == b"pixar"
-    assert (out / "1/pixar-0.txt").read_text() == "pixar of a [V] face"
-    with pytest.raises(HdbError, match="there already"):
-        emphasise(tmp_path / "people", out)
-    with pytest.raises(HdbError, match="no pictures in these styles"):
-        emphasise(tmp_path / "people", tmp_path / "none", ((("popart",), 1),))
-    assert not (tmp_path / "none").exists()
 
 
 def test_blend_lies_between_and_refuses_strangers(

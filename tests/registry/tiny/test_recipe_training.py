@@ -16,13 +16,11 @@ from transformers import CLIPTextModel
 from hdbcli.faces.photo import read_photo
 from registry.errors import HdbError
 from registry.tiny import WEIGHTS
-from registry.tiny.recipe import base
 from registry.tiny.recipe.autoencoder import feature_distance, new_autoencoder
 from registry.tiny.recipe.base import go_on_from, new_scheduler, new_unet
 from registry.tiny.recipe.latents import GROUPS, Latents
 from registry.tiny.recipe.photographs import KINDS
 from registry.tiny.recipe.pictures import STYLES
-from registry.tiny.recipe.publish import check_finite
 from registry.tiny.recipe.teacher import CHANNELS, load_teacher
 
 
@@ -80,14 +78,12 @@ def test_a_run_goes_on_from_the_pipeline_of_another(tmp_path: Path) -> None:
         assert same(mine, theirs)
 
 
-def test_what_was_learned_so_far_fits_the_networks_of_the_recipe() -> None:
-    kept = Path(base.__file__).parent / "second"
-    check_finite(kept)
-    words = CLIPTextModel.from_pretrained(kept / "text_encoder")
+def test_the_weights_that_ship_fit_the_networks_of_the_recipe() -> None:
+    words = CLIPTextModel.from_pretrained(WEIGHTS / "text_encoder")
     unet = new_unet()
-    go_on_from(kept, unet, CLIPTextModel(words.config))
-    assert same(unet, UNet2DConditionModel.from_pretrained(kept / "unet"))
-    vae, fresh = AutoencoderTiny.from_pretrained(kept / "vae"), new_autoencoder()
+    go_on_from(WEIGHTS, unet, CLIPTextModel(words.config))
+    assert same(unet, UNet2DConditionModel.from_pretrained(WEIGHTS / "unet"))
+    vae, fresh = AutoencoderTiny.from_pretrained(WEIGHTS / "vae"), new_autoencoder()
     fresh.load_state_dict(vae.state_dict())
 
 

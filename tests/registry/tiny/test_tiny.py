@@ -50,7 +50,7 @@ def test_weights_are_small_and_half_precision() -> None:
     assert len(files) == 5
     assets = Path(__file__).parents[3] / "hdbcli/faces/assets"
     everything = [f for folder in (WEIGHTS, assets) for f in folder.rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in everything) <= 41_000_000
+    assert sum(f.stat().st_size for f in everything) <= 60_000_000
     for file in files:
         assert {t.dtype for t in load_file(file).values()} == {torch.float16}
     names = load_file(WEIGHTS / "text_encoder/model.safetensors")
