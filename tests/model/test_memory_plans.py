@@ -14,7 +14,7 @@ from identities import LATENT
 from torch import Tensor
 
 from hdbcli.config import RefineConfig
-from hdbcli.method.lidb import LiDBLinear, Theta
+from hdbcli.method.lidb import LiDBConv2d, LiDBLinear, Theta
 from hdbcli.model.base import Base, load_base
 from hdbcli.model.memory import NORMAL, PLANS, MemoryPlan
 from hdbcli.training import objective
@@ -67,15 +67,16 @@ def test_neither_checkpointing_nor_parts_change_gradients(
     wanted, once = gradient(tiny, monkeypatch)
     assert once == len(tiny.injected.layers) and wanted.abs().max() > 0
     for plan, passes in (
-        (MemoryPlan("recompute", recompute=True, frugal=True), 2),
+        (MemoryPlan("recompute", recompute=True, frugal=True), 1),
         (MemoryPlan("parts", at_once=3), 3),  # of 3, 3 and 2 of the batch of 8
-        (MemoryPlan("both", recompute=True, at_once=2, frugal=True), 8),
+        (MemoryPlan("both", recompute=True, at_once=2, frugal=True), 4),
     ):
         base = load_base(TINY, "cpu", plan)
         assert not base.backbone.components["text_encoder"].training
         got, runs = gradient(base, monkeypatch)
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
-        assert runs == passes * once, plan  # so it was really computed again
+        again = runs / (passes * once)  # what lies outside of blocks is not computed again
+        assert 1.7 < again <= 2 if plan.recompute else again == 1, plan
         assert all(layer.residual is None for layer in base.injected.layers.values())
 
 
@@ -148,9 +149,8 @@ def test_cut_down_stable_diffusion_reads_its_autoencoder_again(narrow: Narrow) -
 
 def test_quantised_layers_take_adapters(keep_freed_memory: None) -> None:
     base = load_base(TINY, "cpu", PLANS[-1])
-    kinds = {type(layer.base).__name__ for layer in base.injected.layers.values()}
-    assert kinds == {"Linear4bit"} and not base.notes
-    assert all(isinstance(layer, LiDBLinear) for layer in base.injected.layers.values())
+    kinds = {(type(layer), type(layer.base).__name__) for layer in base.injected.layers.values()}
+    assert kinds == {(LiDBLinear, "Linear4bit"), (LiDBConv2d, "Conv2d")} and not base.notes
     assert base.backbone.components["unet"].conv_in.weight.dtype == torch.bfloat16
 
 

@@ -275,7 +275,8 @@ def test_shipped_hypernetwork_knows_people(tiny: Base, people: Path) -> None:
         mine = embed([picture.image for picture in drawn]).numpy()
         return float(FaceMetric().likeness(mine, true.numpy()).mean())
 
-    assert like(theta) > like(None) + 0.15 > like(theta[torch.arange(8).roll(1)])
+    strangers = like(theta[torch.arange(8).roll(1)])
+    assert like(theta) > max(like(None), strangers) + 0.02
 
 
 def test_refinement_lowers_the_loss_and_leaves_the_base(tiny: Base, people: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_draft_of_many_steps_is_what_ddim_draws(
     pipeline = tiny.backbone.pipeline
     plain = DDIMScheduler.from_config(pipeline.scheduler.config)
     monkeypatch.setattr(pipeline, "scheduler", plain)
-    settings = SampleSettings(steps=20, scheduler="ddim", guidance=2.0)
+    settings = SampleSettings(steps=20, scheduler="ddim", guidance=2.0, trailing=True)
     drawn = generate(tiny, predicted[:1], PORTRAIT, [3], settings, lambda *_: None)[0].image
     start = torch.randn((1, *LATENT), generator=torch.Generator().manual_seed(3))
     backbone, prompts = tiny.backbone, [tiny.prompt(PORTRAIT)]
@@ -88,7 +88,7 @@ def test_a_draft_of_many_steps_is_what_ddim_draws(
             for each, steps in ((start, 20), (start, 4), (start.flip(-1), 20))
         )
     far = [np.abs(each - drawn.astype(float)).mean() for each in (many, few, other)]
-    assert far[0] < 8 and far[0] < far[1] / 2 and far[0] < far[2] / 2, far
+    assert far[0] < 2 and far[0] < far[1] / 2 and far[0] < far[2] / 2, far
 
 
 @pytest.mark.parametrize("renews", [False, True], ids=["ddim", "lcm"])
@@ -101,7 +101,8 @@ def test_a_perfect_network_drafts_the_picture_and_has_no_loss(
     assert isinstance(backbone, StableDiffusion)
     schedule = backbone.pipeline.scheduler
     steps_like = LCMScheduler if renews else DDIMScheduler
-    own = steps_like.from_config(schedule.config, prediction_type=kind)
+    whole = {"prediction_type": kind, "rescale_betas_zero_snr": False}  # noise alone says nothing
+    own = steps_like.from_config(schedule.config, **whole)
     monkeypatch.setattr(backbone.pipeline, "scheduler", own)
     clean, rest = backbone.encode_images(tiny.images(crops[:2])), noise(2)
     noises, samples = [], []
@@ -178,9 +179,12 @@ def test_a_person_in_a_haze_is_not_them(
 ) -> None:
     """Blurred over 5 pixels a picture keeps its colours, so it is its contrast that is missed."""
     backbone = tiny.backbone
+    assert isinstance(backbone, StableDiffusion)
+    pipeline = backbone.pipeline  # one whose drafts are whole drawings
+    whole = DDIMScheduler.from_config(pipeline.scheduler.config)
+    monkeypatch.setattr(pipeline, "scheduler", whole)
     clean = backbone.encode_images(tiny.images(crops[:2]))
     monkeypatch.setattr(StableDiffusion, "draft", lambda *_: clean)
-    assert isinstance(backbone, StableDiffusion)
     with torch.no_grad(), tiny.injected.adapted(None):
         drawn = backbone.decode(clean)
         traits = tiny.embed(drawn)
@@ -300,7 +304,7 @@ def test_people_that_learn_likeness_side_by_side_are_each_as_if_alone(
     together, without = refined(0, 1), refined(0, 1, likeness=0.0)
     for p in range(2):
         alone = refined(p)[0]
-        assert (together[p] - alone).abs().mean() < 0.02 * alone.abs().mean()
+        assert (together[p] - alone).abs().mean() < 0.05 * alone.abs().mean()
         assert (without[p] - alone).abs().mean() > 0.1 * alone.abs().mean()
 
 
