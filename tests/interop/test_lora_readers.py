@@ -65,7 +65,7 @@ def text_encoder_of(layers: int) -> CLIPTextModel:
 
 def injected_into(backbone: object, more: dict[str, tuple[str, ...]] | None = None) -> Base:
     spec = replace(load_registry().get("tiny"), name="small", a=16, b=8)
-    spec = replace(spec, targets={**spec.targets, **(more or {})})
+    spec = replace(spec, targets={**FAMILIES["sd1"].targets, **(more or {})})
     place = spec.targets, spec.a, spec.b, spec.basis_seed, canonical
     injected = inject(backbone.components, *place)
     return Base(spec, backbone, injected, "cpu")

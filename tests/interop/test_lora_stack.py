@@ -112,9 +112,9 @@ def test_a_few_step_file_chooses_how_to_sample(
         ),
         tmp_path / "renamed.safetensors": (
             {"modelspec.title": "Hyper-SD15 8-steps CFG"},
-            SampleSettings(8, 3.0, scheduler="ddim", trailing=True),
+            SampleSettings(8, 1.0, scheduler="ddim", trailing=True),
         ),
-        tmp_path / "lightning" / "style.safetensors": ({}, SampleSettings(25, 3.0)),
+        tmp_path / "lightning" / "style.safetensors": ({}, SampleSettings(8, 1.0)),
     }
     spec = load_registry().get("tiny")
     for path, (metadata, wanted) in files.items():

@@ -251,7 +251,7 @@ def test_an_autoencoder_is_judged_by_whom_its_pictures_find(
     words = ["judge-autoencoder", str(VAE), str(HELD_OUT), "--people", "6", "--noise", "0", "3"]
     assert main(words) == 0
     cost, photo, clean, noisy = capsys.readouterr().out.splitlines()
-    assert cost == "decode: 11.44 GFLOP a picture"
+    assert cost == "decode: 1.72 GFLOP a picture"
     assert "found first among 6 100.0%" in photo and "found first among 6 100.0%" in clean
     assert "100.0% (" not in noisy.split("likeness")[0]
     decibels = [float(line.split()[-2]) for line in (clean, noisy)]

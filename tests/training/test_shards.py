@@ -4,6 +4,7 @@ wrong with a file."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from commands import hdb, refused, told
+from identities import LATENT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -55,7 +57,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make files of about four pictures, so that a few photos fill several."""
-    monkeypatch.setattr(shards, "FILE_BYTES", 4 * (3 * 128**2 + 4 * 16**3))
+    monkeypatch.setattr(shards, "FILE_BYTES", 4 * (3 * 128**2 + 4 * math.prod(LATENT)))
 
 
 @pytest.mark.usefixtures("small")
