@@ -236,8 +236,10 @@ def test_inspect_names_the_targets_of_a_real_identity(tiny: Base, hdb_home: Path
     shares = values["shares"]
     assert set(shares["component"]) == {"unet", "text_encoder"}
     assert set(shares["kind"]) == {
-        *("self-attention", "cross-attention"),
-        *("convolution", "projection"),
+        "self-attention",
+        "cross-attention",
+        "convolution",
+        "projection",
     }
     assert all(sum(part.values()) == pytest.approx(1) for part in shares.values())
 
