@@ -152,13 +152,6 @@ def _report(steps: Iterator[Step]) -> Iterator[str]:
             yield f"step {step.number}/{step.steps}, loss {mean:.4f}, {left}"
 
 
-def blend(options: argparse.Namespace) -> Iterator[str]:
-    from registry.tiny.recipe.blend import blend as mix
-
-    mix(options.before, options.after, options.share, options.out)
-    yield str(options.out)
-
-
 def _progress(done: int, total: int, unit: str, seconds: float) -> str:
     left = seconds / done * (total - done)
     return f"{done}/{total} {unit}, {seconds:.0f} s, {left / 60:.1f} min left"
@@ -221,12 +214,6 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--steady", action="store_true", help="keep the rate to the end")
     step = steps.add_parser("clip", help="train the in-domain CLIP that measures style")
     _trains(step, clip, count=800, lr=2e-3, batch=128)
-    step = steps.add_parser("blend", help="mix a network with what further training made of it")
-    step.set_defaults(run=blend)
-    step.add_argument("before", type=Path)
-    step.add_argument("after", type=Path)
-    step.add_argument("--share", type=float, default=0.7, help="of the second")
-    step.add_argument("--out", type=Path, required=True)
     step = steps.add_parser("selfies", help="fetch selfies of people who do not exist, to show")
     step.set_defaults(run=selfies)
     step.add_argument("--people", type=int, default=6)

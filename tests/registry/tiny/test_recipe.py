@@ -10,7 +10,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from registry.tiny.clip import load_clip
@@ -176,22 +175,6 @@ def test_every_step_from_renders_to_weights(
     head = titled[: len(titled) - 128]
     assert (titled[-128:] == plain).all() and len(head) and (head[:, 256:] == 255).all()
     assert (head[:, :128] < 128).any() and (head[:, 128:256] < 128).any()
-
-
-def test_blend_lies_between_and_refuses_strangers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before, after, other = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "c"))
-    save_file({"w": torch.zeros(4).half()}, before, metadata={"which": "first"})
-    save_file({"w": torch.ones(4).half()}, after, metadata={"which": "second"})
-    save_file({"w": torch.ones(5).half()}, other, metadata={"which": "third"})
-    assert step("blend", before, after, "--share", 0.25, "--out", tmp_path / "out.safetensors") == 0
-    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
-        assert file.metadata() == {"which": "second"}
-        assert torch.equal(file.get_tensor("w"), torch.full((4,), 0.25).half())
-    assert step("blend", before, other, "--out", tmp_path / "no.safetensors") == 1
-    assert "not two states of one network" in capsys.readouterr().err
-    assert not (tmp_path / "no.safetensors").exists()
 
 
 def test_selfies_are_of_people_who_do_not_exist(tmp_path: Path) -> None:
