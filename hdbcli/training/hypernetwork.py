@@ -224,11 +224,12 @@ def _losses(
     batch = whole.part(slice(workers.rank, None, workers.count))
     served, weight = share_out(config.batch, workers, config.share)
     size = -(-config.batch // config.accumulate)
+    turn = int(whole.seed[0, 0])  # one for all processes and parts: together they are one batch
     for first in range(0, config.batch, size):
         part = batch.part(slice(first, first + size))
         some = min(max(served - first, 0), len(part.person))  # the first of all are served
         share = some / served * weight if served else 0.0
-        yield from _part_losses(base, model, material, config, part, some, share)
+        yield from _part_losses(base, model, material, config, part, some, share, turn)
 
 
 def _part_losses(
@@ -239,6 +240,7 @@ def _part_losses(
     batch: Batch,
     some: int,
     share: float,
+    turn: int,
 ) -> Iterator[Tensor]:
     """Yield what some people of a batch add to its loss.
 
@@ -296,7 +298,7 @@ def _part_losses(
             noise[:some].transpose(0, 1).flatten(0, 1).to(device),
             seen(rows, mirrored[:some].repeat(DRAWS)),
             material.traits(rows).to(device),
-            int(batch.seed[0, 0]),
+            turn,
         )
         weight = share * config.likeness
         yield from objective.likeness(base, leaf[:some], portraits, weight, precision)

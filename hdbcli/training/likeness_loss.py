@@ -51,7 +51,7 @@ def likeness_loss(
 
     `noise` (B, c, h, w) is what they are drawn from, `true` (B, 3, S, S) the aligned pictures in
     -1..1 and `traits` (B, 128) the embeddings of their faces; B is a multiple of the people whom
-    the base is adapted to, who lie fastest. `turn` counts the calls.
+    the base is adapted to, who lie fastest. `turn` tells steps apart, which look at two times.
     """
     backbone = check_drafts(base)
     with autocast(base.device, precision, noise):
