@@ -21,10 +21,9 @@ from hdbcli.model.base import Base, load_base
 from hdbcli.model.sample import Picture, generate
 from hdbcli.training.refine import portrait_loss, refine
 from registry.plugins import load_registry
-from registry.spec import SampleSettings, Targets
+from registry.spec import Targets
 from registry.stable_diffusion.families import ATTENTION, CONVOLUTIONS, TEXT
 from registry.stable_diffusion.loading import load_folder
-from registry.tiny.recipe.base import STROKES
 from registry.tiny.recipe.judge import read_pairs, recognisers
 
 TARGETS: dict[str, Targets] = {
@@ -111,7 +110,7 @@ def _row(
 
 
 def _drawn(base: Base, theta: Theta, prompt: str, count: int) -> list[Picture]:
-    return generate(base, theta, prompt, range(count), SampleSettings(STROKES), _quiet)
+    return generate(base, theta, prompt, range(count), base.spec.sampling, _quiet)
 
 
 def _quiet(stage: str, done: int, total: int) -> None:
