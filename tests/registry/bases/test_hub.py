@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from commands import hdb
+from typer.testing import Result
 
 if TYPE_CHECKING:
     from cutdown import Narrow
 
-ROOT = Path(__file__).resolve().parents[3]
 COMMIT = "c" * 40
 UNUSED = [
     "feature_extractor/preprocessor_config.json",
@@ -127,24 +125,30 @@ def serving(folder: Path) -> Iterator[Hub]:
     server.server_close()
 
 
-def hdb(home: Path, endpoint: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run hdb in a process of its own, as the client reads its surroundings once."""
-    around = {**os.environ, "HDB_HOME": str(home), "HF_HOME": str(home / "hf")}
-    around |= {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "" if endpoint else "1"}
-    command = [sys.executable, "-m", "hdbcli", "base", "add", *words]
-    return subprocess.run(
-        command, cwd=ROOT, env=around, capture_output=True, text=True, timeout=600, check=False
-    )
+def add(home: Path, endpoint: str, *words: str) -> Result:
+    """Run `hdb base add` where the hub is at this address, or out of reach without one: with what
+    its client reads of its surroundings when it is imported."""
+    around = {
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_HUB_OFFLINE": not endpoint,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HDB_HOME", str(home))
+        for name, value in around.items():
+            patch.setattr(f"huggingface_hub.constants.{name}", value)
+        return hdb("base", "add", *words)
 
 
 def test_a_model_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     (twice := hub.folder / UNET.replace("model.", "model.fp16.")).write_bytes(b"the same again")
     endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
     try:
-        done = hdb(tmp_path, endpoint, "one", "some/model", "--json")
+        done = add(tmp_path, endpoint, "one", "some/model", "--json")
     finally:
         twice.unlink()
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)  # bars go to standard error
     assert found["origin"] == f"some/model@{COMMIT[:12]}" and found["family"] == "sd1"
     half = (hub.folder / UNET).stat().st_size // 2
@@ -152,15 +156,15 @@ def test_a_model_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert not first and 0 < int(second.removeprefix("bytes=").removesuffix("-")) <= half
     assert not [name for name, _ in hub.asked if "fp16" in name or name in UNUSED]
     count = len(hub.asked)
-    offline = hdb(tmp_path, "", "two", "some/model", "--json")
-    assert offline.returncode == 0, offline.stderr
+    offline = add(tmp_path, "", "two", "some/model", "--json")
+    assert offline.exit_code == 0, offline.stderr
     assert json.loads(offline.stdout)["digest"] == found["digest"] and len(hub.asked) == count
     for words, says in (
         (("x", "some/other"), "check its name"),
         (("x", "some/model", "--revision", "v9"), "some/model@v9"),
     ):
-        refused = hdb(tmp_path, endpoint, *words)
-        assert refused.returncode == 1 and says in refused.stderr, refused.stderr
+        refused = add(tmp_path, endpoint, *words)
+        assert refused.exit_code == 1 and says in refused.stderr, refused.stderr
         assert refused.stderr.count("\n") == 1
 
 
@@ -170,8 +174,8 @@ def test_a_model_of_the_hub_in_half_precision_alone(narrow: Narrow, tmp_path: Pa
         file.rename(file.with_suffix(".fp16.safetensors"))
     with serving(folder) as server:
         endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        done = hdb(tmp_path / "home", endpoint, "half", "some/model", "--json")
-    assert done.returncode == 0, done.stderr
+        done = add(tmp_path / "home", endpoint, "half", "some/model", "--json")
+    assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["family"] == "sd1"
     weights = [name for name, _ in server.asked if name.endswith(".safetensors")]
     assert len(weights) == 3 and all(".fp16." in name for name in weights)
