@@ -1,6 +1,6 @@
 """Work that takes long and always comes out the same, done once in a process of tests: the faces
-of a picture, the basis of a target, and the files of `tiny`, of which each who loads them gets a
-copy of their own.
+of a picture, the basis of a target, the command line read from its functions, and the files of
+`tiny`, of which each who loads them gets a copy of their own.
 
 Tests of these things themselves, by their folders, do them each time.
 """
@@ -35,6 +35,8 @@ def _each_time() -> bool:
 @contextmanager
 def done_once() -> Iterator[None]:
     """Remember inside the block what was found, computed and loaded."""
+    from typer import testing
+
     from hdbcli.faces import photo
     from hdbcli.method import basis
     from registry.stable_diffusion import loading
@@ -65,4 +67,5 @@ def done_once() -> Iterator[None]:
         patch.setattr(photo, "find_faces", find_faces)
         patch.setattr(basis, "_side", lambda *of: (side if _each_time() else side_once)(*of))
         patch.setattr(loading, "load_folder", load_folder)
+        patch.setattr(testing, "_get_command", functools.cache(testing._get_command))
         yield
