@@ -30,6 +30,7 @@ from hdbcli.method.algebra import compose
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from hdbcli.training import personalise
+from hdbcli.training.refine import Refined
 from registry import store
 from registry.errors import HdbError
 from registry.stable_diffusion import backbone
@@ -218,6 +219,10 @@ def test_refining_neither_revives_nor_replaces_what_changed_meanwhile(
 
         monkeypatch.setattr(personalise, "continue_refining", refining)
 
+    def little(_: Base, theta: Theta, __: Any, config: RefineConfig, *___: Any) -> Refined:
+        return Refined(theta, torch.zeros(1), torch.zeros(1), config.optimizer)
+
+    monkeypatch.setattr(personalise, "refine", little)
     words = "refine", "alice", astronaut, "--steps", 1, "--likeness", 0
     other = load(alice)
     meanwhile(lambda: save(other.saying(steps=99), alice))
@@ -316,19 +321,21 @@ def test_weights_too_large_to_hold_are_refused_and_large_ones_kept() -> None:
 
 
 def test_the_rate_follows_what_is_learned_from(
-    astronaut: Path, hdb_home: Path, monkeypatch: pytest.MonkeyPatch
+    astronaut: Path, alice: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
-    original = personalise.refine
 
     def refine(*args: Any) -> Any:
         rates.append(args[3].lr)
-        return original(*args)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(personalise, "refine", refine)
-    ok("new", astronaut, "alice", *QUICK)
-    ok("new", astronaut, "bob", "--likeness", 0, *QUICK)
-    ok("refine", "bob", astronaut, "--likeness", 0, *QUICK)
+    for words in (
+        ("new", astronaut, "bob"),
+        ("new", astronaut, "bob", "--likeness", 0),
+        ("refine", "alice", astronaut, "--likeness", 0),
+    ):
+        assert hdb(*words, *QUICK).exit_code == 130
     assert rates == [RefineConfig.lr, DIFFUSION_LR, DIFFUSION_LR]
 
 

@@ -14,10 +14,10 @@ from commands import ok, refused
 from PIL import Image
 from safetensors.torch import load_file
 
+from hdbcli.bench.harness import random_identity
+
 if TYPE_CHECKING:
     from cutdown import Narrow
-
-ASTRONAUT = Path(__file__).parents[1] / "data" / "astronaut.png"
 
 
 def test_merge_gives_the_same_picture_with_stock_diffusers(alice: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_merged_folder_never_takes_the_place_of_its_base(
     (own / "model_index.json").write_text("{}")
     file = Path(shutil.copy(narrow.single("sd1"), own / "v1-5.safetensors"))
     ok("base", "add", "plain", file)
-    ok("new", ASTRONAUT, "alice", "--base", "plain", "--steps", 1, "--yes")
+    random_identity("plain", "alice")
     refused("merge", "alice", "--out", own, "--force", says="overlap")
     ok("merge", "alice", "--out", tmp_path / "folder")
     names = load_file(tmp_path / "folder/text_encoder/model.safetensors")
