@@ -32,6 +32,7 @@ from hdbcli.model.device import autocast
 from hdbcli.model.memory import PLANS, MemoryPlan
 from hdbcli.model.sample import generate
 from hdbcli.training.hypernetwork import new_hypernetwork
+from hdbcli.training.questions import diffusion_loss
 from hdbcli.training.refine import train, trainable_lidb
 from registry import store
 from registry.plugins import load_registry
@@ -160,7 +161,7 @@ def _bare(base: Base, latents: Tensor) -> None:
     try:
         with autocast(base.device):
             leaf = latents.clone().requires_grad_(True)
-            base.backbone.loss(leaf, [base.prompt(PORTRAIT)], noise, t).mean().backward()
+            diffusion_loss(base.backbone, leaf, [base.prompt(PORTRAIT)], noise, t).mean().backward()
     finally:
         handle.remove()
 
@@ -178,7 +179,7 @@ def _apart(base: Base) -> float:
 
     def losses(part: slice) -> Tensor:
         with base.adapted(both[part]):
-            return base.backbone.loss(latents[part], prompts[part], noise[part], t[part])
+            return diffusion_loss(base.backbone, latents[part], prompts[part], noise[part], t[part])
 
     alone = torch.cat([losses(slice(0, 1)), losses(slice(1, 2))])
     assert (alone[0] - alone[1]).abs() > 0  # two people differ

@@ -79,15 +79,15 @@ class Backbone(Protocol):
     def decode_latents(self, latents: Tensor) -> np.ndarray:
         """Turn latents (B, c, h, w) back into pictures (B, H, W, 3)."""
 
-    def loss(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
-        """Return the diffusion loss of each sample (B,); the caller reduces.
+    def predict(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
+        """Return what the network answers (B, c, h, w) when it sees the latents under noise.
 
         `noise` has the shape of `latents`. `t` (B,) in [0, 1) is the fraction of the noise
-        schedule. The prompts already carry the identifier.
+        schedule. The prompts already carry the identifier; "" is what guidance leads away from.
         """
 
-    def predict(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
-        """Return what the network answers (B, c, h, w): the loss is its distance from the truth."""
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the true answer (B, c, h, w): the diffusion loss is the distance from it."""
 
     def sample(
         self,
@@ -137,23 +137,17 @@ class Limited(Protocol):
 
 
 @runtime_checkable
-class Drafting(Protocol):
-    """What a backbone may offer as well, so that training can learn from the pictures it draws."""
+class Drafting(Backbone, Protocol):
+    """What a backbone may be as well, so that training can learn from the pictures it draws."""
 
     @property
     def renews(self) -> bool:
         """Whether every step starts from fresh noise, so that early ones decide what is drawn."""
 
-    def draft(
-        self,
-        prompts: Sequence[str],
-        noise: Tensor,
-        steps: int,
-        guidance: float,
-        taken: int | None = None,
-    ) -> Tensor:
-        """Draw latents (B, c, h, w) in a few steps from noise of that shape, or see what they would
-        become after those `taken`, with gradients of the last to the adapter."""
+    def split(
+        self, latents: Tensor, noise: Tensor, t: Tensor, answer: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what an answer says of the latents under noise: the picture, and the noise."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images (B, 3, H, W), about -1..1, of latents, with gradients."""

@@ -309,10 +309,10 @@ def train_hypernetwork(
 def _work_of(spec: BaseSpec, config: PretrainConfig) -> Work:
     """Say what a training asks of a base."""
     from hdbcli.model.memory import Work
-    from hdbcli.training.likeness_loss import KEPT
+    from hdbcli.training.likeness_loss import asked_of
     from hdbcli.training.objective import DRAWS
 
-    drafts = DRAWS * KEPT * bool(config.likeness)  # of a person, all in one graph
+    drafts = asked_of(spec, DRAWS) * bool(config.likeness)  # of a person
     samples = max(config.batch * DRAWS, -(-config.batch // config.share) * drafts)
     least = max(DRAWS, drafts)
     return Work(samples, spec.resolution, trains=True, exact=True, least=least)

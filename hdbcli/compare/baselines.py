@@ -18,7 +18,7 @@ from hdbcli.method.lidb import Factors, Theta
 from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
 from hdbcli.model.tokens import Tokens, own_tokens
-from hdbcli.training.objective import Samples
+from hdbcli.training.questions import Samples
 from hdbcli.training.refine import Trainable
 from registry.spec import SampleSettings
 

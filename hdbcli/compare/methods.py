@@ -26,8 +26,8 @@ from hdbcli.method.hypernet import Faces, HyperNetwork
 from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import relax, stack
 from hdbcli.model.base import Base
-from hdbcli.training.objective import Samples
 from hdbcli.training.personalise import settle
+from hdbcli.training.questions import Samples
 from hdbcli.training.refine import Trainable, trainable_lidb, with_losses
 from registry.errors import UsageError
 

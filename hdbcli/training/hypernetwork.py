@@ -30,8 +30,9 @@ from hdbcli.training import objective
 from hdbcli.training.batch import Batch, draw_batch
 from hdbcli.training.likeness_loss import check_drafts
 from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
-from hdbcli.training.objective import DRAWS, Portraits, Samples, weight_loss
+from hdbcli.training.objective import DRAWS, Portraits, weight_loss
 from hdbcli.training.people import People, Rows
+from hdbcli.training.questions import Samples
 from registry.errors import HdbError
 
 AVERAGE = 0.998

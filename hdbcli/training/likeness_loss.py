@@ -16,7 +16,7 @@ a distilled model (Guo et al. 2024, §3.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,50 @@ from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Factors, Theta
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
+from hdbcli.training.drafting import before_last, picture
+from hdbcli.training.questions import Question
 from registry.errors import HdbError
-from registry.spec import Drafting
+from registry.spec import BaseSpec, Drafting
 
 STEPS = 4
 RENEWED, EARLY = 8, (2, 3)  # steps where noise is renewed, and after which, in turn, it looks
 SHARE = 4  # one sample in SHARE of a step is drawn from noise too, which costs several passes
-KEPT = 2  # of these keep what the gradient needs: the last step's, twice for guidance
 CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
+
+
+def likeness(
+    base: Base,
+    prompts: Sequence[str],
+    noise: Tensor,
+    true: Tensor,
+    traits: Tensor,
+    precision: str = "auto",
+    turn: int = 0,
+) -> Question:
+    """Draw faces up to the last step, and ask for the squared distances (B,) from the true ones, of
+    embeddings, colours and contrast.
+
+    `noise` (B, c, h, w) is what they are drawn from, `true` (B, 3, S, S) the aligned pictures in
+    -1..1 and `traits` (B, 128) the embeddings of their faces; B is a multiple of the people whom
+    the base is adapted to, who lie fastest. `turn` tells steps apart, which look at two times.
+    """
+    backbone, guidance = check_drafts(base), base.spec.guidance
+    early = EARLY[turn % len(EARLY)] if backbone.renews else None
+    steps = RENEWED if early else STEPS
+    with autocast(base.device, precision, noise):
+        last = before_last(backbone, prompts, noise, steps, guidance, early)
+
+    def far(answer: Tensor) -> Tensor:
+        drawn = picture(backbone, last, answer, guidance)
+        with autocast(base.device, precision):
+            images = backbone.decode(drawn)
+            far = (base.embed(images) - traits).square().sum(1)
+            far = far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
+            if early:
+                return far
+            return far + CONTRAST * (contrast(images) - contrast(true)).square().mean((1, 2, 3))
+
+    return Question(last, far)
 
 
 def likeness_loss(
@@ -46,31 +82,17 @@ def likeness_loss(
     precision: str = "auto",
     turn: int = 0,
 ) -> Tensor:
-    """Return the squared distances (B,) of drawn faces from the true ones, of embeddings, colours
-    and contrast.
-
-    `noise` (B, c, h, w) is what they are drawn from, `true` (B, 3, S, S) the aligned pictures in
-    -1..1 and `traits` (B, 128) the embeddings of their faces; B is a multiple of the people whom
-    the base is adapted to, who lie fastest. `turn` tells steps apart, which look at two times.
-    """
-    backbone = check_drafts(base)
+    """Return those distances (B,) as the base is adapted now."""
+    question = likeness(base, prompts, noise, true, traits, precision, turn)
     with autocast(base.device, precision, noise):
-        early = EARLY[turn % len(EARLY)] if backbone.renews else None
-        steps = RENEWED if early else STEPS
-        drawn = backbone.draft(prompts, noise, steps, base.spec.guidance, early)
-    with autocast(base.device, precision):
-        images = backbone.decode(drawn)
-        far = (base.embed(images) - traits).square().sum(1)
-        far = far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
-        if early:
-            return far
-        return far + CONTRAST * (contrast(images) - contrast(true)).square().mean((1, 2, 3))
+        answer = base.backbone.predict(*question.samples)
+    return question.loss(answer)
 
 
 def portrait_likeness(
     base: Base, faces: Sequence[Faces], weight: float
-) -> Callable[[Theta | Factors | None, torch.Generator, int, int], Iterator[Tensor]]:
-    """Return what yields the loss of a step for P people, person p by row p of the adapter: the
+) -> Callable[[Theta | Factors | None, torch.Generator, int, int], Question]:
+    """Return what asks for the loss of a step for P people, person p by row p of the adapter: the
     weighted distance of their portraits from the faces on their photos, in turn.
 
     It takes their adapter, and the step's generator, batch and number; all people's portraits
@@ -79,14 +101,14 @@ def portrait_likeness(
     check_drafts(base)
     shape = faces[0].latents.shape[1:]
 
-    def losses(
+    def question(
         adapter: Theta | Factors | None, generator: torch.Generator, batch: int, turn: int
-    ) -> Iterator[Tensor]:
-        count = max(1, batch // SHARE)
+    ) -> Question:
+        count = portraits_of(batch)
         own = [(each, (turn + k) % len(each.crops)) for k in range(count) for each in faces]
         noise = torch.randn((count, *shape), generator=generator).repeat_interleave(len(faces), 0)
-        with base.adapted(adapter), base.short_attention(noise):
-            far = likeness_loss(
+        with base.adapted(adapter):
+            far = likeness(
                 base,
                 [base.prompt(PORTRAIT)] * len(own),
                 noise.to(base.device),
@@ -94,14 +116,20 @@ def portrait_likeness(
                 torch.stack([each.traits[k] for each, k in own]),
                 turn=turn,
             )
-            yield weight * far.sum() / count
+        return far.weighed(weight / count)
 
-    return losses
+    return question
 
 
-def drafts(batch: int) -> int:
-    """Return how many passes of one sample such a step keeps for its gradient."""
-    return max(1, batch // SHARE) * KEPT
+def portraits_of(batch: int) -> int:
+    """Return how many portraits of a person are drawn in a step of so many samples."""
+    return max(1, batch // SHARE)
+
+
+def asked_of(spec: BaseSpec, portraits: int) -> int:
+    """Return of how many samples a question for so many portraits is: twice as many for guidance,
+    all of one graph."""
+    return portraits * (1 if spec.guidance == 1 else 2)
 
 
 def check_drafts(base: Base) -> Drafting:

@@ -12,36 +12,15 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hdbcli.method.lidb import Theta, inner
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
-from hdbcli.training.likeness_loss import likeness_loss
+from hdbcli.training import likeness_loss, questions
+from hdbcli.training.questions import Question, Samples
 
 DRAWS = 2  # pictures of a person a step, each with its noise: a prediction costs more than two
-
-
-class Samples(NamedTuple):
-    """What the base is asked to denoise: K pictures for each of P people, people fastest."""
-
-    clean: Tensor  # (K P, c, h, w)
-    prompts: Sequence[str]
-    noise: Tensor
-    t: Tensor  # (K P,)
-
-    def part(self, rows: slice) -> Samples:
-        return Samples(self.clean[rows], self.prompts[rows], self.noise[rows], self.t[rows])
-
-    def joined(self, more: Samples) -> Samples:
-        """Put more samples behind these, for one pass."""
-        return Samples(
-            torch.cat([self.clean, more.clean]),
-            [*self.prompts, *more.prompts],
-            torch.cat([self.noise, more.noise]),
-            torch.cat([self.t, more.t]),
-        )
 
 
 class Portraits(NamedTuple):
@@ -59,13 +38,9 @@ def diffusion(
 ) -> Iterator[Tensor]:
     """Yield the weighted mean diffusion loss, of as many people at a time as the memory
     plan allows."""
-    clean, prompts, noise, t = samples
     for some, rows in _parts(base, theta):
-        with base.injected.adapted(theta[some]):
-            with autocast(base.device, precision):
-                theirs = [prompts[row] for row in rows.tolist()]
-                losses = base.backbone.loss(clean[rows], theirs, noise[rows], t[rows])
-            yield weight * losses.sum() / len(clean)
+        question = questions.diffusion(base.backbone, samples.part(rows))
+        yield from _asked(base, theta[some], question, weight / len(samples.clean), precision)
 
 
 def prior(
@@ -77,15 +52,12 @@ def prior(
     DreamBooth compares with pictures that the base drew. Its answers themselves say the same
     without their noise.
     """
-    clean, prompts, noise, t = samples
     for some, rows in _parts(base, theta):
-        asked = clean[rows], [prompts[row] for row in rows.tolist()], noise[rows], t[rows]
+        part = samples.part(rows)
         with base.injected.adapted(None), torch.no_grad(), autocast(base.device, precision):
-            own = base.backbone.predict(*asked)
-        with base.injected.adapted(theta[some]):
-            with autocast(base.device, precision):
-                far = F.mse_loss(base.backbone.predict(*asked), own)
-            yield weight * far * (len(rows) / len(clean))
+            own = base.backbone.predict(*part)
+        question = questions.distance(part, own)
+        yield from _asked(base, theta[some], question, weight / len(samples.clean), precision)
 
 
 def likeness(
@@ -94,21 +66,27 @@ def likeness(
     """Yield, likewise, the weighted mean likeness loss."""
     prompts, noise, true, traits, turn = portraits
     for some, rows in _parts(base, theta):
-        theirs = [prompts[row] for row in rows.tolist()]
+        theirs = [prompts[row] for row in rows]
         with base.injected.adapted(theta[some]):
-            far = likeness_loss(
+            question = likeness_loss.likeness(
                 base, theirs, noise[rows], true[rows], traits[rows], precision, turn
             )
-            yield weight * far.sum() / len(noise)
+        yield from _asked(base, theta[some], question, weight / len(noise), precision)
 
 
-def _parts(base: Base, theta: Theta) -> Iterator[tuple[Tensor, Tensor]]:
+def _asked(
+    base: Base, theta: Theta, question: Question, weight: float, precision: str
+) -> Iterator[Tensor]:
+    yield from questions.ask(base, lambda: theta, [question.weighed(weight)], precision)
+
+
+def _parts(base: Base, theta: Theta) -> Iterator[tuple[Tensor, list[int]]]:
     """Yield some people after the other, as many as the memory plan allows, and their samples, all
     of which lie people fastest."""
     people = len(theta)
     size = max(1, (base.plan.at_once or people * DRAWS) // DRAWS)
     for some in torch.arange(people).split(size):
-        yield some, (people * torch.arange(DRAWS)[:, None] + some).flatten()
+        yield some, (people * torch.arange(DRAWS)[:, None] + some).flatten().tolist()
 
 
 def weight_loss(predicted: Theta, bank: Theta) -> Tensor:

@@ -33,7 +33,7 @@ from hdbcli.model.base import Base, load_predictor
 from hdbcli.model.contact_sheet import contact_sheet
 from hdbcli.model.device import wait_for
 from hdbcli.model.memory import Work
-from hdbcli.training.likeness_loss import drafts
+from hdbcli.training.likeness_loss import asked_of, portraits_of
 from hdbcli.training.refine import portrait_loss, refine, weight_of
 from registry.errors import HdbError
 from registry.spec import BaseSpec
@@ -74,12 +74,13 @@ def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: 
 
 
 def work_of(spec: BaseSpec, refines: bool, likeness: float | None) -> Work:
-    """Say what making an identity asks of a base: the losses of a step are taken one after the
-    other, and no plan can part what is drawn for likeness."""
+    """Say what making an identity asks of a base: all losses of a step are asked in one pass, where
+    no plan can part what is drawn for likeness."""
     portraits = sample.work_of(min(len(LIKENESS_SEEDS), spec.batch), spec.resolution)
-    drawn = drafts(spec.batch) if refines and weight_of(spec, likeness) else 1
-    samples = max(spec.batch, drawn)
-    return Work(samples, spec.resolution, trains=refines, least=drawn, then=portraits)
+    alike = refines and weight_of(spec, likeness)
+    drawn = asked_of(spec, portraits_of(spec.batch)) if alike else 0
+    samples = spec.batch + drawn + 1  # the last is of prior preservation
+    return Work(samples, spec.resolution, trains=refines, least=max(1, drawn), then=portraits)
 
 
 def settle(

@@ -15,7 +15,7 @@ diffusion loss. Not in HyperDreamBooth.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,16 @@ from hdbcli.config import CAPTIONS, PORTRAIT, unnamed
 from hdbcli.method.lidb import Factors
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
+from hdbcli.training.drafting import draft
 from hdbcli.training.likeness_loss import STEPS
+from hdbcli.training.questions import (
+    Question,
+    Samples,
+    answers,
+    distance,
+    joined,
+    pairs_at_once,
+)
 from registry.spec import Drafting
 
 WEIGHT = 2.0
@@ -33,39 +42,48 @@ EARLIEST = 0.2  # at less noise there is no style left to decide
 
 def preservation(
     base: Base, start: Factors, photos: Tensor, predicted: bool
-) -> Callable[[Factors, torch.Generator, int], Iterator[Tensor]]:
-    """Return what yields the loss of a step for P people, summed over them, one prompt a step.
+) -> Callable[[int], Question]:
+    """Return what asks for the loss of a step for P people, summed over them, one prompt a step.
 
     `start` is what they start from. If it is `predicted`, captions with [V] are held to it: those
     of the base alone would keep the person out of them. `photos` (P, c, h, w) are latents of
     theirs, which are noised where the base cannot draw with gradients. The function is handed the
-    factors by then, and the step's generator and number.
+    step's number.
     """
     sides = (tuple(each.detach().clone() for each in side) for side in (start.down, start.up))
     before = Factors(*sides)  # which training changes in place
     people = len(photos)
     turns = _turns(predicted)
 
-    @functools.cache  # drawn when first asked for: a method that only predicts asks for none
-    def drawn(turn: int) -> Tensor:
-        prompt, adapted = turns[turn]
-        return _drawn(base, before if adapted else None, prompt, photos, seed=turn)
+    # What answers are held to is known before training starts. So prompts that are held to the same
+    # are drawn, and answered for a round of turns, in one go, when first asked for.
+    @functools.cache
+    def drawn(adapted: bool) -> dict[int, Tensor]:
+        mine = [turn for turn, (_, held) in enumerate(turns) if held == adapted]
+        prompts = [turns[turn][0] for turn in mine]
+        pictures = _drawn(base, before if adapted else None, prompts, photos, mine)
+        return dict(zip(mine, pictures, strict=True))
 
-    def losses(now: Factors, generator: torch.Generator, turn: int) -> Iterator[Tensor]:
-        prompt, adapted = turns[turn % len(turns)]
-        clean = drawn(turn % len(turns))
-        noise = torch.randn((1, *clean.shape[1:]), generator=generator).expand_as(clean).to(clean)
-        t = EARLIEST + (1 - EARLIEST) * torch.rand(1, generator=generator)
-        asked = clean, [base.prompt(prompt)] * people, noise, t.expand(people).to(clean)
-        precision = autocast(base.device, latents=clean)
-        with base.adapted(before if adapted else None), torch.no_grad(), precision:
-            wanted = base.backbone.predict(*asked)
-        with base.adapted(now), base.short_attention(clean):
-            with autocast(base.device, latents=clean):
-                far = (base.backbone.predict(*asked) - wanted).square().mean((1, 2, 3))
-            yield WEIGHT * far.sum()
+    @functools.lru_cache(maxsize=2)  # this round's
+    def held(adapted: bool, first: int) -> dict[int, tuple[Samples, Tensor]]:
+        asked = {}
+        for turn, clean in drawn(adapted).items():
+            generator = torch.Generator().manual_seed(first + turn)
+            noise = torch.randn((1, *clean.shape[1:]), generator=generator)
+            t = EARLIEST + (1 - EARLIEST) * torch.rand(1, generator=generator)
+            prompts = [base.prompt(turns[turn][0])] * people
+            noise = noise.expand_as(clean).to(clean)
+            asked[turn] = Samples(clean, prompts, noise, t.expand(people).to(clean))
+        adapter = before if adapted else None
+        wanted = answers(base, adapter, joined(list(asked.values())), people).split(people)
+        return {turn: (asked[turn], own) for turn, own in zip(asked, wanted, strict=True)}
 
-    return losses
+    def question(number: int) -> Question:
+        turn = number % len(turns)
+        samples, wanted = held(turns[turn][1], number - turn)[turn]
+        return distance(samples, wanted).weighed(WEIGHT)
+
+    return question
 
 
 def _turns(predicted: bool) -> list[tuple[str, bool]]:
@@ -79,14 +97,32 @@ def _turns(predicted: bool) -> list[tuple[str, bool]]:
 
 
 @torch.no_grad()
-def _drawn(base: Base, adapter: Factors | None, prompt: str, photos: Tensor, seed: int) -> Tensor:
-    """Draw latents (P, c, h, w) in a few steps, all from the same noise."""
+def _drawn(
+    base: Base,
+    adapter: Factors | None,
+    prompts: Sequence[str],
+    photos: Tensor,
+    seeds: Sequence[int],
+) -> list[Tensor]:
+    """Draw latents (P, c, h, w) of each prompt in a few steps, all people's from the same noise."""
     if not isinstance(base.backbone, Drafting):
-        return photos
-    count = 1 if adapter is None else len(photos)
-    noise = torch.randn((1, *photos.shape[1:]), generator=torch.Generator().manual_seed(seed))
-    noise = noise.expand(count, -1, -1, -1).to(base.device)
-    prompts = [base.prompt(prompt)] * count
-    with base.adapted(adapter), autocast(base.device, latents=noise):
-        clean = base.backbone.draft(prompts, noise, STEPS, base.spec.guidance)
-    return clean.float().expand_as(photos)
+        return [photos] * len(prompts)
+    people = 1 if adapter is None else len(photos)
+    shape = (1, *photos.shape[1:])
+    pictures: list[Tensor] = []
+    size = pairs_at_once(base, people, photos)
+    with base.adapted(adapter):
+        for first in range(0, len(prompts), size):
+            some = slice(first, first + size)
+            noise = torch.cat(
+                [
+                    torch.randn(shape, generator=torch.Generator().manual_seed(s))
+                    for s in seeds[some]
+                ]
+            )
+            noise = noise.repeat_interleave(people, 0).to(base.device)
+            asked = [base.prompt(prompt) for prompt in prompts[some] for _ in range(people)]
+            with autocast(base.device, latents=noise):
+                clean = draft(base.backbone, asked, noise, STEPS, base.spec.guidance)
+            pictures += clean.float().split(people)
+    return [each.expand_as(photos) for each in pictures]

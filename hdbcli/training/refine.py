@@ -19,22 +19,21 @@ from hdbcli.config import PORTRAIT, RefineConfig, Tell
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Factors, Theta, pack, unpack
 from hdbcli.model.base import Adapter, Base
-from hdbcli.model.device import autocast, make_optimizer
+from hdbcli.model.device import make_optimizer
 from hdbcli.model.tokens import Tokens
+from hdbcli.training.drafting import NOISIEST
 from hdbcli.training.likeness_loss import portrait_likeness
 from hdbcli.training.loop import Plan, Step, fit
-from hdbcli.training.objective import Samples
 from hdbcli.training.preservation import preservation
+from hdbcli.training.questions import Question, Samples, answers, ask, diffusion, joined
 from registry.errors import HdbError
 from registry.spec import BaseSpec
 
-# (generator, batch, step) -> the losses of a step of P people besides the diffusion loss
-ExtraLosses: TypeAlias = Callable[[torch.Generator, int, int], Iterator[Tensor]]
+# (generator, batch, step) -> what a step of P people asks besides the diffusion loss
+MoreQuestions: TypeAlias = Callable[[torch.Generator, int, int], Iterator[Question]]
 
 PAIRS = 8  # times a step's batch: (timestep, noise) pairs that the loss is reported on
 PAIRS_SEED = 0
-BEFORE_ONE = 1 - 2**-20  # float32 rounds what lies closer up to 1, where no timestep is
-POSITIONS = 16_384  # of latents, measured at once: 256 samples of 8 x 8, 4 of 64 x 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Trainable:
     parameters: Mapping[str, Tensor]
     adapter: Callable[[], Adapter | None]
     numbers: int
-    extra_losses: ExtraLosses | None = None
+    more_questions: MoreQuestions | None = None
     prior: Callable[[torch.Generator, int], Samples] | None = None  # as many more, one person's
 
 
@@ -138,13 +137,15 @@ def with_losses(
     if alike is None and kept is None:
         return trainable
 
-    def extra_losses(generator: torch.Generator, batch: int, turn: int) -> Iterator[Tensor]:
+    def more_questions(generator: torch.Generator, batch: int, turn: int) -> Iterator[Question]:
         if alike is not None:
-            yield from alike(factors(), generator, batch, turn)
-        if kept is not None and (now := factors()) is not None:
-            yield from kept(now, generator, turn)
+            with torch.no_grad():
+                now = factors()
+            yield alike(now, generator, batch, turn)
+        if kept is not None:
+            yield kept(turn)
 
-    return replace(trainable, extra_losses=extra_losses)
+    return replace(trainable, more_questions=more_questions)
 
 
 def train(
@@ -159,24 +160,23 @@ def train(
     optimizer = optimizer or optimizer_of(trainable, config)[0]
     batch = config.batch or base.spec.batch
     turns = itertools.count()
-    size = _at_once(base, trainable.people + (trainable.prior is not None), batch)
+    people = trainable.people + (trainable.prior is not None)
+    size = max(1, (base.plan.at_once or batch * people) // people)
 
     def losses(generator: torch.Generator) -> Iterator[Tensor]:
         noise = torch.randn((batch, *latents[0].shape[1:]), generator=generator)
         t = draw_times(batch, generator)
         turn = next(turns)
-        if trainable.extra_losses is not None:
-            yield from trainable.extra_losses(generator, batch, turn)
+        more = trainable.more_questions
+        asked = [] if more is None else [*more(generator, batch, turn)]
         prior = None if trainable.prior is None else trainable.prior(generator, batch)
         for first in range(0, batch, size):
             part = slice(first, first + size)
             samples = _samples(base, latents, noise[part], t[part], turn + first)
             if prior is not None:
-                samples = samples.joined(prior.part(part))
-            with base.adapted(trainable.adapter()), base.short_attention(noise):
-                with autocast(base.device, latents=samples.clean):
-                    value = base.backbone.loss(*samples).sum() / batch
-                yield value
+                samples = joined([samples, prior.part(part)])
+            asked.append(diffusion(base.backbone, samples).weighed(1 / batch))
+        yield from ask(base, trainable.adapter, asked)
 
     plan = Plan(config.steps, config.lr, warmup=3, decay=0.5, clip=None, seed=config.seed)
     yield from fit(trainable.parameters, losses, optimizer, plan)
@@ -190,7 +190,7 @@ def draw_times(count: int, generator: torch.Generator) -> Tensor:
     less noisy.
     """
     part = torch.arange(count) + torch.rand(count, generator=generator)
-    return ((part / count) ** (1 / 3)).clamp(max=BEFORE_ONE)
+    return ((part / count) ** (1 / 3)).clamp(max=NOISIEST)
 
 
 @torch.no_grad()
@@ -202,24 +202,15 @@ def portrait_loss(
     generator = torch.Generator().manual_seed(PAIRS_SEED)
     noise = torch.randn((pairs, *latents[0].shape[1:]), generator=generator)
     t = ((torch.arange(pairs) + 0.5) / pairs)[torch.randperm(pairs, generator=generator)]
-    size = max(1, POSITIONS // (len(latents) * noise[0, 0].numel()))
-    size = _at_once(base, len(latents), size)
-    with base.adapted(adapter), autocast(base.device):
-        parts = [
-            base.backbone.loss(*_samples(base, latents, noise[i : i + size], t[i : i + size], i))
-            for i in range(0, pairs, size)
-        ]
-    return torch.cat(parts).view(pairs, len(latents)).mean(0).cpu()
+    people = len(latents)
+    question = diffusion(base.backbone, _samples(base, latents, noise, t, 0))
+    told = question.loss(answers(base, adapter, question.samples, people))
+    return told.view(pairs, people).mean(0).cpu()
 
 
 def _check(trainable: Trainable, latents: Sequence[Tensor]) -> None:
     if len(latents) != trainable.people:
         raise HdbError(f"{trainable.people} people are trained, on photos of {len(latents)}")
-
-
-def _at_once(base: Base, people: int, pairs: int) -> int:
-    """Return how many pairs go in one pass, of all people: all of them, or what the plan allows."""
-    return min(pairs, max(1, (base.plan.at_once or pairs * people) // people))
 
 
 def _samples(

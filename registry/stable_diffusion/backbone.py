@@ -5,7 +5,6 @@ Families differ in how prompts become what the UNet reads, `condition`, and in n
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from registry.checkpoints.ldm import canonical
@@ -166,58 +164,27 @@ class StableDiffusion:
         kinds = self.pipeline.unet.config.down_block_types
         return next((i for i, kind in enumerate(kinds) if "Attn" in kind), 0)
 
-    def loss(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
-        a, s = self._mix(self._steps(t), latents)
-        target = a * noise - s * latents if self._velocity else noise
-        predicted = self.predict(latents, prompts, noise, t)
-        return F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))
-
     def predict(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
         steps = self._steps(t)
         a, s = self._mix(steps, latents)
         return self._predict(a * latents + s * noise, steps, self._read(prompts, latents))
 
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        a, s = self._mix(self._steps(t), latents)
+        return a * noise - s * latents if self._velocity else noise
+
     @property
     def renews(self) -> bool:
         return _renews(self.pipeline.scheduler)
 
-    def draft(
-        self,
-        prompts: Sequence[str],
-        noise: Tensor,
-        steps: int,
-        guidance: float,
-        taken: int | None = None,
-    ) -> Tensor:
-        """Take DDIM's deterministic steps (Song et al. 2021, eq. 12), or if the base's scheduler
-        adds fresh noise in every step, as that of consistency models does, do that.
-
-        After the steps `taken`, the latents are what the network then holds for the picture.
-        Gradients pass through the last step alone: what lies before it changes the picture as much,
-        but its gradient adds nothing but seconds (Clark et al. 2024, DRaFT-1).
-        """
-        passes = 1 if guidance == 1 else 2  # without guidance what "" says counts nothing
-        read = self._read([*[""] * len(prompts) * (passes - 1), *prompts], noise)
-        if passes == 2 and self.pipeline.config.get("force_zeros_for_empty_prompt"):
-            read = _without_first(read, len(prompts))
-        last = len(self.pipeline.scheduler.alphas_cumprod) - 1
-        times = torch.linspace(last, 0, steps + 1).long().to(noise.device)
-        end = taken or steps
-        x = noise
-        learns, renews = torch.is_grad_enabled(), self.renews
-        for number, (now, later) in enumerate(itertools.pairwise(times[: end + 1]), 1):
-            a, s = self._mix(now, noise)
-            with torch.set_grad_enabled(learns and number == end):
-                told = self._predict(x.repeat(passes, 1, 1, 1), now.expand(passes * len(x)), read)
-            away, towards = told[: len(x)], told[-len(x) :]  # the same where one pass is enough
-            predicted = away + guidance * (towards - away)
-            if self._velocity:
-                clean, rest = a * x - s * predicted, s * x + a * predicted
-            else:
-                clean, rest = (x - s * predicted) / a, predicted
-            a, s = self._mix(later, noise)
-            x = a * clean + s * (noise.roll(number, 1) if renews else rest)
-        return clean
+    def split(
+        self, latents: Tensor, noise: Tensor, t: Tensor, answer: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        a, s = self._mix(self._steps(t), latents)
+        noisy = a * latents + s * noise
+        if self._velocity:
+            return a * noisy - s * answer, s * noisy + a * answer
+        return (noisy - s * answer) / a, answer
 
     @property
     def _velocity(self) -> bool:
@@ -233,7 +200,10 @@ class StableDiffusion:
 
     def _read(self, prompts: Sequence[str], latents: Tensor) -> Conditions:
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[-2:])
-        return self.condition(self.pipeline, prompts, (height, width))
+        read = self.condition(self.pipeline, prompts, (height, width))
+        if self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            return _without_empty(read, prompts)
+        return read
 
     def _predict(self, noisy: Tensor, steps: Tensor, read: Conditions) -> Tensor:
         unet = self.pipeline.unet
@@ -354,9 +324,9 @@ def _recompute(encoder: nn.Module) -> None:
             layer.training = True
 
 
-def _without_first(read: Conditions, count: int) -> Conditions:
-    """Put zeros in the place of the first prompts, as Stable Diffusion XL reads an absent one."""
-    there = (torch.arange(len(read.states), device=read.states.device) >= count).to(read.states)
+def _without_empty(read: Conditions, prompts: Sequence[str]) -> Conditions:
+    """Put zeros in the place of empty prompts, as Stable Diffusion XL reads an absent one."""
+    there = torch.tensor([bool(prompt) for prompt in prompts]).to(read.states)
     added = dict(read.added or {})
     added["text_embeds"] = added["text_embeds"] * there[:, None]
     return Conditions(read.states * there[:, None, None], added)

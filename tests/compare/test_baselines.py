@@ -106,7 +106,7 @@ def test_people_side_by_side_learn_as_if_alone(
     method: str, tiny: Base, latents: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32: in bfloat16 Adam turns the last bit of a gradient near 0 into a whole step."""
-    monkeypatch.setattr("hdbcli.training.refine.autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("hdbcli.training.questions.autocast", lambda *_, **__: nullcontext())
     with trainable_of(method, tiny, 2) as both:
         start = numbers(both)
         run(tiny, both, latents, method, 3)
@@ -171,15 +171,15 @@ def test_the_prior_of_dreambooth_joins_the_batch_and_is_as_large(
     tiny: Base, latents: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, int]] = []
-    own = type(tiny.backbone).loss
+    own = type(tiny.backbone).predict
 
-    def loss(self: Any, clean: Tensor, prompts: list[str], *more: Tensor) -> Tensor:
+    def predict(self: Any, clean: Tensor, prompts: list[str], *more: Tensor) -> Tensor:
         assert len(clean) == len(prompts)
         seen.append(dict(Counter(prompts)))
         return own(self, clean, prompts, *more)
 
     with trainable_of("dreambooth", tiny, 1) as trainable:
-        monkeypatch.setattr(type(tiny.backbone), "loss", loss)
+        monkeypatch.setattr(type(tiny.backbone), "predict", predict)
         optimizer = torch.optim.SGD(trainable.parameters.values(), lr=0)
         next(train(tiny, trainable, latents[:1], replace(CONFIG, batch=3), optimizer))
         thrifty = replace(tiny, plan=replace(tiny.plan, at_once=2))

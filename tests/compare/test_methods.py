@@ -205,5 +205,5 @@ def test_a_fair_baseline_has_every_loss_and_a_plain_one_its_own(
             assert len(losses) == 2 and np.isfinite(losses).all()
         wanted = {unnamed(prompt) for prompt in PROMPTS} if each.endswith("-all") else {"a face"}
         assert asked == (set() if each == "lora" else wanted)
-        assert (trainable.extra_losses is not None) == each.endswith("-all")
+        assert (trainable.more_questions is not None) == each.endswith("-all")
     assert tiny.injected.weights_digest() == before

@@ -10,6 +10,7 @@ from torch import nn
 from hdbcli.method.inject import digest_names, eject, find_targets, in_order, inject
 from hdbcli.method.lidb import LiDBConv2d, LiDBLayer, Theta, first_theta
 from hdbcli.model.base import Base
+from hdbcli.training.questions import diffusion_loss
 from registry.checkpoints.ldm import canonical
 from registry.errors import HdbError
 
@@ -26,7 +27,7 @@ def loss(base: Base, theta: Theta | None, batch: int) -> torch.Tensor:
     noise = torch.randn((1, *side), generator=generator).expand(batch, -1, -1, -1)
     t = torch.full((batch,), 0.5)
     with base.injected.adapted(theta), torch.no_grad():
-        return base.backbone.loss(noise.flip(1), ["a sks face"] * batch, noise, t)
+        return diffusion_loss(base.backbone, noise.flip(1), ["a sks face"] * batch, noise, t)
 
 
 def test_targets_of_tiny(tiny: Base) -> None:
@@ -57,7 +58,9 @@ def test_gradients_reach_text_and_unet_targets(tiny: Base) -> None:
     up = theta.up.clone().requires_grad_(True)
     latents = torch.randn(tiny.backbone.encode_images(torch.zeros(1, 3, 128, 128)).shape)
     with tiny.injected.adapted(Theta(theta.down, up)):
-        value = tiny.backbone.loss(latents, ["a sks face"], latents.flip(1), torch.tensor([0.5]))
+        value = diffusion_loss(
+            tiny.backbone, latents, ["a sks face"], latents.flip(1), torch.tensor([0.5])
+        )
     value.sum().backward()
     assert up.grad is not None and (up.grad.abs().amax((0, 2, 3)) > 0).all()
 

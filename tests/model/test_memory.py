@@ -292,16 +292,16 @@ def two_of_each(photo: Path, folder: Path) -> Path:
 
 @pytest.fixture
 def starved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let the diffusion loss run out of memory as many times as the list says."""
-    left, loss = [0], StableDiffusion.loss
+    """Let the network run out of memory as many times as the list says."""
+    left, predict = [0], StableDiffusion.predict
 
     def scarce(self: Any, *words: Any) -> Tensor:
         left[0] -= 1
         if left[0] >= 0:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        return loss(self, *words)
+        return predict(self, *words)
 
-    monkeypatch.setattr(StableDiffusion, "loss", scarce)
+    monkeypatch.setattr(StableDiffusion, "predict", scarce)
     return left
 
 

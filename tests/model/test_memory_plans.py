@@ -19,6 +19,7 @@ from hdbcli.model.base import Base, load_base
 from hdbcli.model.memory import NORMAL, PLANS, MemoryPlan
 from hdbcli.training import objective
 from hdbcli.training.likeness_loss import likeness_loss
+from hdbcli.training.questions import diffusion_loss
 from hdbcli.training.refine import portrait_loss, refine, train, trainable_lidb
 from registry.plugins import load_registry
 from registry.stable_diffusion.families import FAMILIES
@@ -39,7 +40,7 @@ def latents_of(base: Base) -> list[Tensor]:
 def exact_numbers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leave out bfloat16 products inside the block."""
     with monkeypatch.context() as patch:
-        for module in ("refine", "objective"):
+        for module in ("questions", "objective"):
             patch.setattr(f"hdbcli.training.{module}.autocast", lambda *_, **__: nullcontext())
         yield
 
@@ -97,7 +98,7 @@ def test_hypernetwork_in_parts_has_the_same_gradient(
         value = torch.zeros(())
         if plan is None:
             with tiny.adapted(theta):
-                value = tiny.backbone.loss(clean, prompts, noise, samples.t).mean()
+                value = diffusion_loss(tiny.backbone, clean, prompts, noise, samples.t).mean()
                 answer = tiny.backbone.predict(clean, prompts, noise, samples.t)
             with torch.no_grad():
                 own = tiny.backbone.predict(clean, prompts, noise, samples.t)

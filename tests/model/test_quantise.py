@@ -19,6 +19,7 @@ from hdbcli.config import RefineConfig
 from hdbcli.model.base import Base, load_base, load_predictor
 from hdbcli.model.memory import MemoryPlan
 from hdbcli.model.quantise import quantise, quantised
+from hdbcli.training.questions import diffusion_loss
 from hdbcli.training.refine import refine
 from registry.plugins import load_registry
 from registry.stable_diffusion.loading import load_folder
@@ -174,7 +175,9 @@ def test_cut_down_stable_diffusion_is_near_its_whole_self(narrow: Narrow, kind: 
         generator = torch.Generator().manual_seed(0)
         latents, noise = torch.randn((2, 1, 4, 8, 8), generator=generator)
         with torch.no_grad():
-            found.append(backbone.loss(latents, ["a sks face"], noise, torch.tensor([0.6])))
+            found.append(
+                diffusion_loss(backbone, latents, ["a sks face"], noise, torch.tensor([0.6]))
+            )
         assert backbone.pipeline.unet.dtype == torch.bfloat16
     assert 0 < abs(float(found[1] / found[0]) - 1) < 0.03
 

@@ -23,6 +23,7 @@ from hdbcli.model.base import Base, load_base
 from hdbcli.model.files import open_checkpoint
 from hdbcli.training.hypernetwork import new_hypernetwork
 from hdbcli.training.personalise import describe
+from hdbcli.training.questions import diffusion_loss
 from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.spec import BaseSpec
@@ -69,7 +70,7 @@ def loss(base: Base, theta: Theta | None, people: int) -> torch.Tensor:
     noise = torch.randn((1, channels, side, side), generator=generator).expand(people, -1, -1, -1)
     with base.injected.adapted(theta):
         t = torch.full((people,), 0.5)
-        return base.backbone.loss(noise.flip(1), ["a sks face"] * people, noise, t)
+        return diffusion_loss(base.backbone, noise.flip(1), ["a sks face"] * people, noise, t)
 
 
 def test_a_spec_offers_target_sets_by_name(spec: BaseSpec) -> None:

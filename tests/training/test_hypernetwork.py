@@ -323,7 +323,7 @@ def test_people_refined_side_by_side_are_each_as_if_alone(
     tiny: Base, people: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32: in bfloat16 Adam turns the last bit of a gradient near 0 into a whole step."""
-    monkeypatch.setattr("hdbcli.training.refine.autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("hdbcli.training.questions.autocast", lambda *_, **__: nullcontext())
     read = read_people(people, tiny.spec, "*", False, quiet)
     latents = [  # one photo of the first two, two of the third
         tiny.backbone.encode_images(tiny.images([read.crops[i] for i in photos]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,9 @@ from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base, load_predictor
 from hdbcli.model.sample import generate
+from hdbcli.training.drafting import before_last, draft, picture
 from hdbcli.training.likeness_loss import contrast, likeness_loss, mosaic, portrait_likeness
+from hdbcli.training.questions import ask, diffusion_loss
 from hdbcli.training.refine import refine
 from registry.errors import HdbError
 from registry.spec import SampleSettings
@@ -84,7 +85,7 @@ def test_a_draft_of_many_steps_is_what_ddim_draws(
     backbone, prompts = tiny.backbone, [tiny.prompt(PORTRAIT)]
     with torch.no_grad(), tiny.adapted(predicted[:1]):
         many, few, other = (
-            _pixels(backbone.decode(backbone.draft(prompts, each, steps, 2.0)))
+            _pixels(backbone.decode(draft(backbone, prompts, each, steps, 2.0)))
             for each, steps in ((start, 20), (start, 4), (start.flip(-1), 20))
         )
     far = [np.abs(each - drawn.astype(float)).mean() for each in (many, few, other)]
@@ -116,17 +117,19 @@ def test_a_perfect_network_drafts_the_picture_and_has_no_loss(
         return n if kind == "epsilon" else a * n - s * x
 
     monkeypatch.setattr(StableDiffusion, "_predict", perfect)
-    assert backbone.loss(clean, PROMPTS, rest, torch.tensor([0.2, 0.9])).max() < 1e-10
-    assert backbone.loss(clean.flip(0), PROMPTS, rest, torch.tensor([0.2, 0.9])).min() > 0.01
+    asked = PROMPTS, rest, torch.tensor([0.2, 0.9])
+    assert diffusion_loss(backbone, clean, *asked).max() < 1e-10
+    assert diffusion_loss(backbone, clean.flip(0), *asked).min() > 0.01
     a, s = backbone._mix(torch.tensor(len(own.alphas_cumprod) - 1), clean)
     noises.clear()
-    drawn = backbone.draft(PROMPTS, a * clean + s * rest, 3, 5.0)
+    drawn = draft(backbone, PROMPTS, a * clean + s * rest, 3, 5.0)
     far = [(each - noises[0]).abs().mean() for each in noises]
     assert far[0] == 0 and all((each > 0.5) == renews for each in far[1:]), far
     assert all(0.9 < each.std() < 1.1 for each in noises)  # noise it is, each time
     assert (drawn - clean).abs().max() < 1e-3 < (drawn.flip(0) - clean).abs().max()
     noises.clear(), samples.clear()
-    early = backbone.draft(PROMPTS, a * clean + s * rest, 8, 1.0, taken=2)
+    last = before_last(backbone, PROMPTS, a * clean + s * rest, 8, 1.0, taken=2)
+    early = picture(backbone, last, backbone.predict(*last), 1.0)
     assert samples == [2, 2], "two steps of eight, and without guidance one pass each"
     assert (early - clean).abs().max() < 1e-3
 
@@ -184,7 +187,7 @@ def test_a_person_in_a_haze_is_not_them(
     whole = DDIMScheduler.from_config(pipeline.scheduler.config)
     monkeypatch.setattr(pipeline, "scheduler", whole)
     clean = backbone.encode_images(tiny.images(crops[:2]))
-    monkeypatch.setattr(StableDiffusion, "draft", lambda *_: clean)
+    monkeypatch.setattr("hdbcli.training.likeness_loss.picture", lambda *_: clean)
     with torch.no_grad(), tiny.injected.adapted(None):
         drawn = backbone.decode(clean)
         traits = tiny.embed(drawn)
@@ -224,10 +227,10 @@ def test_only_the_last_step_of_a_draft_keeps_its_gradient(
     monkeypatch.setattr(StableDiffusion, "_predict", seen)
     theta = Theta(predicted.down[:2], predicted.up[:2].clone().requires_grad_(True))
     with tiny.adapted(theta):
-        drawn = tiny.backbone.draft(PROMPTS, noise(2), 3, 2.0)
+        drawn = draft(tiny.backbone, PROMPTS, noise(2), 3, 2.0)
         assert learns == [False, False, True]
         with torch.no_grad():
-            again = tiny.backbone.draft(PROMPTS, noise(2), 3, 2.0)
+            again = draft(tiny.backbone, PROMPTS, noise(2), 3, 2.0)
         assert learns[3:] == [False] * 3
     assert drawn.grad_fn is not None
     assert (drawn - again).abs().max() < 1e-4 < (drawn - again.flip(0)).abs().max()
@@ -259,7 +262,7 @@ def test_a_step_along_the_gradient_brings_the_person_nearer(
 @pytest.fixture
 def without_preservation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the loss of other prompts, which has tests of its own."""
-    monkeypatch.setattr("hdbcli.training.refine.preservation", lambda *_: lambda *_: iter(()))
+    monkeypatch.setattr("hdbcli.training.refine.preservation", lambda *_: None)
 
 
 @pytest.mark.usefixtures("without_preservation")
@@ -288,7 +291,7 @@ def test_people_that_learn_likeness_side_by_side_are_each_as_if_alone(
     tiny: Base, crops: list[np.ndarray], predicted: Theta, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32: in bfloat16 Adam turns the last bit of a gradient near 0 into a whole step."""
-    monkeypatch.setattr("hdbcli.training.refine.autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("hdbcli.training.questions.autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr("hdbcli.training.likeness_loss.autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr("hdbcli.training.likeness_loss.SHARE", 2)  # two portraits each
     faces = [tiny.faces(crops[:1]), tiny.faces(crops[1:3])]  # the second has two photos
@@ -308,23 +311,18 @@ def test_people_that_learn_likeness_side_by_side_are_each_as_if_alone(
         assert (without[p] - alone).abs().mean() > 0.1 * alone.abs().mean()
 
 
-def value(parts: Iterator[Tensor]) -> float:
-    (part,) = parts
-    return float(part)
-
-
 def test_the_likeness_of_every_photo_counts(
     tiny: Base, crops: list[np.ndarray], predicted: Theta
 ) -> None:
+    def value(faces: Faces, weight: float, turn: int) -> float:
+        asks, generator = portrait_likeness(tiny, [faces], weight), torch.Generator().manual_seed(0)
+        (part,) = ask(tiny, lambda: predicted[:1], [asks(predicted[:1], generator, 2, turn)])
+        return float(part.detach())
+
     two, mixed = tiny.faces(crops[:2]), tiny.faces([crops[0], crops[3]])
-    losses = [
-        [value(loss(predicted[:1], torch.Generator().manual_seed(0), 2, turn)) for turn in (0, 1)]
-        for loss in (portrait_likeness(tiny, [faces], 1.0) for faces in (two, mixed))
-    ]
+    losses = [[value(faces, 1.0, turn) for turn in (0, 1)] for faces in (two, mixed)]
     assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]  # a photo a step
-    thrice = portrait_likeness(tiny, [two], 3.0)
-    again = value(thrice(predicted[:1], torch.Generator().manual_seed(0), 2, 0))
-    assert again == pytest.approx(3 * losses[0][0])
+    assert value(two, 3.0, 0) == pytest.approx(3 * losses[0][0])
 
 
 def test_a_base_that_cannot_draft_says_so(tiny: Base) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from hdbcli.model.base import Base, load_predictor
 from hdbcli.training import preservation as prior
 from hdbcli.training.personalise import settle
 from hdbcli.training.preservation import preservation
+from hdbcli.training.questions import Question, ask
 from hdbcli.training.refine import refine
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
@@ -41,12 +41,8 @@ def predicted(tiny: Base, faces: list[Faces]) -> Theta:
         )
 
 
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def far(parts: Iterator[Tensor]) -> float:
-    (part,) = parts
+def far(base: Base, adapter: Theta | Factors, question: Question) -> float:
+    (part,) = ask(base, lambda: adapter, [question])
     return float(part.detach())
 
 
@@ -65,14 +61,16 @@ def test_nothing_is_lost_before_anything_changes(
     assert unnamed_ones[0] == unnamed_ones[-1] == "a face" and len(set(unnamed_ones)) == 6
     assert not any("[V]" in prompt for prompt in unnamed_ones)
     styles = [turn for turn, (_, held) in enumerate(turns) if held]
-    calm = [far(losses(adapter, seeded(), turn)) for turn in styles]
+    calm = [far(tiny, adapter, losses(turn)) for turn in styles]
     assert max(calm) < 1e-4
     for each in adapter.up:
         each *= 1.1  # in place, as optimizers do: what was before is kept apart
-    moved = [far(losses(adapter, seeded(), turn)) for turn in styles]
+    moved = [far(tiny, adapter, losses(turn)) for turn in styles]
     assert min(moved) > 20 * max(calm)
     assert len(set(moved)) == len(CAPTIONS)  # each turn asks another caption
-    assert far(losses(adapter, seeded(), styles[0] + len(turns))) == moved[0]
+    again, later = (losses(styles[0] + more).samples for more in (0, len(turns)))
+    assert torch.equal(again.clean, later.clean), "a picture is drawn once"
+    assert not torch.equal(again.noise, later.noise), "and seen under other noise in each round"
 
 
 def test_others_stay_as_the_base_draws_them(
@@ -83,7 +81,7 @@ def test_others_stay_as_the_base_draws_them(
     person = tiny.injected.factors(predicted)
     for start, predicted_one in ((first, False), (person, True)):
         losses = preservation(tiny, start, photos(tiny, faces), predicted_one)
-        calm, moved = (far(losses(each, seeded(), 0)) for each in (first, person))
+        calm, moved = (far(tiny, each, losses(0)) for each in (first, person))
         assert calm < 1e-4 < 20 * calm + 1e-3 < moved
 
 
@@ -94,8 +92,8 @@ def test_it_is_the_squared_distance_of_answers(
     losses = preservation(tiny, tiny.injected.factors(predicted), photos(tiny, faces), True)
     for turn in (0, 5):  # one of the class, one of a style
         prompt, held = turns[turn]
-        found = far(losses(tiny.injected.factors(predicted.scaled(0.5)), seeded(), turn))
-        generator = seeded()
+        found = far(tiny, predicted.scaled(0.5), losses(turn))
+        generator = torch.Generator().manual_seed(turn)
         noise = torch.randn((1, *LATENT), generator=generator)
         t = prior.EARLIEST + (1 - prior.EARLIEST) * torch.rand(1, generator=generator)
         by_hand = 0.0
@@ -103,7 +101,7 @@ def test_it_is_the_squared_distance_of_answers(
             own = predicted[person : person + 1]
             adapter = tiny.injected.factors(own) if held else None
             with torch.no_grad():
-                clean = prior._drawn(tiny, adapter, prompt, faces[person].latents, turn)
+                (clean,) = prior._drawn(tiny, adapter, [prompt], faces[person].latents, [turn])
                 asked = clean, [tiny.prompt(prompt)], noise, t
                 with tiny.adapted(own if held else None):
                     before = tiny.backbone.predict(*asked)
@@ -121,9 +119,9 @@ def test_gradients_reach_the_adapter(tiny: Base, faces: list[Faces], predicted: 
     with torch.no_grad():
         for each in up:
             each *= 1.1
-    for part in losses(adapter, seeded(), 1):
-        part.backward()
-        assert float(part.detach()) > 1e-3
+    (part,) = ask(tiny, lambda: adapter, [losses(1)])
+    part.backward()
+    assert float(part.detach()) > 1e-3
     assert all(each.grad is not None for each in up)
 
 
@@ -155,7 +153,7 @@ def test_refinement_keeps_styles_and_others(
         monkeypatch.setattr(prior, "WEIGHT", 1.0)
         with torch.no_grad():
             factors = tiny.injected.factors(now)
-            found = {turn: far(judge(factors, seeded(), turn)) for turn in (*others, *asked)}
+            found = {turn: far(tiny, factors, judge(turn)) for turn in (*others, *asked)}
         return sum(found[k] for k in others), sum(found[k] for k in asked)
 
     (mine, styles), (theirs, lost_styles) = lost(5.0), lost(0.0)

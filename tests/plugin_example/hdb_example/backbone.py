@@ -43,13 +43,12 @@ class RectifiedFlow:
         pictures = ((pixels + 1) * 127.5).round().to(torch.uint8)
         return pictures.permute(0, 2, 3, 1).cpu().numpy()
 
-    def loss(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
-        predicted = self.predict(latents, prompts, noise, t)
-        return F.mse_loss(predicted, noise - latents, reduction="none").mean((1, 2, 3))
-
     def predict(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor) -> Tensor:
         part = t.view(-1, 1, 1, 1)
         return self._velocity((1 - part) * latents + part * noise, t, prompts)
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise - latents
 
     @torch.no_grad()
     def sample(

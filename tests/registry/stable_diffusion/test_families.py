@@ -14,6 +14,8 @@ from torch import nn
 
 from hdbcli.method.inject import find_targets
 from hdbcli.method.lidb import shape_of
+from hdbcli.training.drafting import draft
+from hdbcli.training.questions import diffusion_loss
 from registry.checkpoints.contents import read_checkpoint, read_config
 from registry.checkpoints.ldm import canonical
 from registry.checkpoints.safetensors import read_floats
@@ -123,7 +125,7 @@ def test_backbone_trains_every_target(narrow: Narrow, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn((2, 2, 4, 8, 8), generator=generator)
     times = torch.tensor([0.4, 0.8])
-    loss = backbone.loss(latents, ["a sks face", "a dog"], noise, times)
+    loss = diffusion_loss(backbone, latents, ["a sks face", "a dog"], noise, times)
     assert loss.shape == (2,) and loss.isfinite().all()
     loss.sum().backward()
     dead = [f"{part}.{path}" for part, path, linear in targets if linear.weight.grad is None]
@@ -207,7 +209,7 @@ def test_xl_learns_from_what_its_pipeline_reads(
             prompts, device="cpu", do_classifier_free_guidance=False
         )
         backbone.predict(latents, prompts, latents, torch.tensor([0.5, 0.5]))
-        backbone.draft(prompts, latents, 1, 2.0)
+        draft(backbone, prompts, latents, 1, 2.0)
     learns, draws = seen
     torch.testing.assert_close(learns.states, states)
     torch.testing.assert_close(learns.added["text_embeds"], pooled)
