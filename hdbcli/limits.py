@@ -17,6 +17,7 @@ from pathlib import Path
 # How OpenMP's threads wait for work, as libgomp (Linux) and libomp (macOS, Windows) read it.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 OTHER_WAITING = ("GOMP_SPINCOUNT", "KMP_LIBRARY")
+SPINS = {"GOMP_SPINCOUNT": "10000"}  # looks at what is waited for before a thread sleeps: ~0.2 ms
 THREADS = "OMP_NUM_THREADS"
 
 
@@ -24,19 +25,34 @@ def set_threads(system: Path = Path("/")) -> None:
     """Let torch's threads sleep while they wait, and be no more than the processors to be had.
 
     By default they spin: beside one busy process on two cores a picture then takes twelve times as
-    long. OpenMP reads the environment when torch is loaded, so this runs before, and what the user
-    set there stays. It knows the processors that a process is bound to, but no container's quota.
+    long. But waking them takes as long as a small product, and one person's refinement is made of
+    those: where nothing else runs as hdb starts, they spin for a moment first, which makes it 1.8
+    times as fast. OpenMP reads the environment when torch is loaded, so this runs before, and what
+    the user set there stays. It knows the processors that a process is bound to, but no
+    container's quota.
     """
+    there, allowed = _bound_cpus(), cpus(system)
     if not any(name in os.environ for name in (*WAITING, *OTHER_WAITING)):
         os.environ.update(WAITING)
+        if _idle(system, allowed):
+            os.environ.update(SPINS)
     if THREADS in os.environ:
         return
-    there, allowed = _bound_cpus(), cpus(system)
     if allowed < there:
         os.environ[THREADS] = str(allowed)
         torch = sys.modules.get("torch")
         if torch is not None and torch.get_num_threads() > allowed:  # imported before hdbcli
             torch.set_num_threads(allowed)
+
+
+def _idle(system: Path, threads: int) -> bool:
+    """Say whether so many threads leave the machine's other tasks a processor each, by how many
+    Linux says run at this moment, this one among them."""
+    try:
+        running = int(re.findall(r" (\d+)/\d+ ", (system / "proc/loadavg").read_text())[0])
+    except (OSError, IndexError):
+        return False
+    return running - 1 + threads <= (os.cpu_count() or 1)
 
 
 def cpus(system: Path = Path("/")) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hdbcli.limits import THREADS, WAITING, cpus, free_in_container, free_ram, set_threads
+from hdbcli.limits import SPINS, THREADS, WAITING, cpus, free_in_container, free_ram, set_threads
 
 MANY = 64  # processors that the process is bound to, in these tests
 V1 = "33 32 0:30 {root} /sys/fs/cgroup/{name} rw,relatime shared:9 - cgroup cgroup rw,{name}\n"
@@ -114,6 +114,11 @@ def test_the_users_own_environment_stays(system: Path, monkeypatch: pytest.Monke
         assert after(**{name: value}) == {name: value, THREADS: "3"}
     group(system, "", cpu_max="max 100000")
     assert after() == WAITING  # torch itself knows best where nothing limits it
+    monkeypatch.setattr(os, "cpu_count", lambda: MANY)
+    for running, more in ((1, SPINS), (2, {})):  # this process alone, and one beside it
+        write(system / "proc/loadavg", f"9.00 9.00 9.00 {running}/204 30122\n")
+        assert after() == {**WAITING, **more}, "spinning is for machines that are idle"
+    assert after(OMP_WAIT_POLICY="PASSIVE") == {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @pytest.mark.parametrize(
