@@ -27,9 +27,9 @@ HELD_OUT = ROOT / "tests/data/heldout"
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps where a call leaves their number open, for the pictures of its likeness too."""
+    """One iteration, and pictures of two steps, where a call leaves their number open."""
     monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
-    monkeypatch.setitem(api.new.__kwdefaults__, "steps", 2)
+    monkeypatch.setitem(api.new.__kwdefaults__, "steps", 1)
     monkeypatch.setitem(api.generate.__kwdefaults__, "steps", 2)
 
 
@@ -81,9 +81,9 @@ def test_calls_give_what_commands_give(
     quick: None,
 ) -> None:
     crops = tmp_path / "there.png", tmp_path / "here.png"
-    told("new", astronaut, "bob", "--steps", 2, "--seed", 3, "--crop", crops[0])
+    told("new", astronaut, "bob", "--steps", 1, "--seed", 3, "--crop", crops[0])
     there = load(store.path_of("bob"))
-    here = api.new(astronaut, base=tiny, steps=2, seed=3, crop=crops[1])
+    here = api.new(astronaut, base=tiny, steps=1, seed=3, crop=crops[1])
     assert crops[0].read_bytes() == crops[1].read_bytes()
     saved = api.save(here.identity, "carol")
     mine = load(saved.path)

@@ -65,14 +65,14 @@ def ok(*words: object) -> tuple[Any, str]:
 def test_new_without_a_hypernetwork(narrow: Narrow, hdb_home: Path, astronaut: Path) -> None:
     ok("base", "add", "mine", narrow.folder("sd1"))
     ok("base", "default", "mine")
-    made, told = ok("new", astronaut, "alice", "--steps", 8)
-    assert "mine has no hypernetwork" in told and "8 iterations" in told
+    made, told = ok("new", astronaut, "alice", "--steps", 4)
+    assert "mine has no hypernetwork" in told and "4 iterations" in told
     assert "hdb base set-hypernetwork mine FILE" in told
     assert made["base"] == "mine" and made["rank"] == 4 and made["dtype"] == "int8"
     assert made["numbers"] == 4 * 28_800 and made["bytes"] <= 120_000
     assert made["loss"]["end"] < made["loss"]["start"]
     shown, _ = ok("show", "alice")
-    assert shown["steps"] == 8 and shown["hypernetwork"] == "" and shown["family"] == "sd1"
+    assert shown["steps"] == 4 and shown["hypernetwork"] == "" and shown["family"] == "sd1"
     refused = hdb("new", astronaut, "bob", "--no-refine")
     assert refused.exit_code == 1 and "there is no prediction" in refused.stderr
     assert not store.exists("bob")

@@ -183,8 +183,9 @@ def test_progress_of_all_drawings_is_one() -> None:
 def test_score_of_an_identity(
     hdb_home: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=10))
-    monkeypatch.setattr("hdbcli.measure.score.SEEDS", (1, 2, 3))
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=6))  # faces are to be found
+    monkeypatch.setattr("hdbcli.measure.score.SEEDS", (1, 2))
+    monkeypatch.setattr("hdbcli.training.personalise.LIKENESS_SEEDS", (1, 2))
     registry = load_metrics()  # with two that a plug-in might bring
     for name, sign in (("bright", 1), ("dark", -1)):
         registry.register(MetricSpec(name, "s", "person", (), partial(Brightness, sign)), "here")
@@ -199,6 +200,7 @@ def test_score_of_an_identity(
     assert inverse["portraits"] == pytest.approx(1 - values["subjects"]["bright"]["portraits"])
     style = values["styles"]["in-domain-clip"]
     assert 0 <= style["named"] <= 1 and style["base_named"] > 0.6 and values["drift"] > 0
+    monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=1))
     said = ok("score", "alice").stdout  # without a photo
     assert "drift" in said and "likeness" not in said
     wrong = hdb("score", "missing")

@@ -51,10 +51,7 @@ NEW = Work(8, 64, trains=True)
 GIGABYTE = 10**9
 
 
-@pytest.fixture(autouse=True)
-def one_portrait(monkeypatch: pytest.MonkeyPatch, float32_weights: None) -> None:
-    """Measure the likeness of new identities on one portrait: drawing is most of the time."""
-    monkeypatch.setattr("hdbcli.training.personalise.LIKENESS_SEEDS", (1,))
+pytestmark = pytest.mark.usefixtures("float32_weights")
 
 
 def test_plans_go_from_generous_to_frugal() -> None:
@@ -258,7 +255,7 @@ def test_hypernetwork_trains_in_little_memory(astronaut: Path, tmp_path: Path) -
 
 
 def test_what_measures_and_shows_plans_its_memory_too(
-    hdb_home: Path,
+    alice: Path,
     astronaut: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -267,8 +264,7 @@ def test_what_measures_and_shows_plans_its_memory_too(
     monkeypatch.setattr(BaseSpec, "sampling", SampleSettings(steps=2))
     monkeypatch.setattr("hdbcli.measure.score.SEEDS", (1,))
     people = two_of_each(astronaut, tmp_path / "people")
-    for name in ("alice", "bob"):
-        assert hdb("new", astronaut, name, "--no-refine").exit_code == 0
+    assert hdb("cp", "alice", "bob").exit_code == 0
     show = ("compose", "alice=0.5", "bob=0.5", "--as", "both", "--show", "-o", tmp_path / "w.png")
     for words, plan in {
         ("score", "alice", "--photo", astronaut): "nf4",
