@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,14 @@ def people(tmp_path: Path) -> Path:
     for folder in sorted(HELD_OUT.iterdir())[:8]:
         shutil.copytree(folder, tmp_path / "people" / folder.name)
     return tmp_path / "people"
+
+
+@pytest.fixture
+def two(people: Path) -> Path:
+    """Keep but the first two of them."""
+    for folder in sorted(people.iterdir())[2:]:
+        shutil.rmtree(folder)
+    return people
 
 
 def test_read_people(tiny: Base, people: Path) -> None:
@@ -170,9 +179,9 @@ def test_the_latest_time_is_a_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_goes_on_with_another_memory_plan(
-    people: Path, tmp_path: Path, float32_weights: None
+    two: Path, tmp_path: Path, float32_weights: None
 ) -> None:
-    words = ["train", "hypernetwork", people, "--out", tmp_path / "h.safetensors", "--batch", 2]
+    words = ["train", "hypernetwork", two, "--out", tmp_path / "h.safetensors", "--batch", 2]
     words += ["--optimizer", "adamw", "--held-out", 0]
     assert hdb(*words, "--steps", 1, "--memory", "normal").exit_code == 0
     result = hdb(*words, "--steps", 2, "--memory", "low")
@@ -181,9 +190,12 @@ def test_a_run_goes_on_with_another_memory_plan(
 
 
 def test_train_resume_and_evaluate(
-    people: Path, tmp_path: Path, few_pairs: None, monkeypatch: pytest.MonkeyPatch
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RefineConfig, "steps", 2)
+    monkeypatch.setattr(RefineConfig, "steps", 1)
+    monkeypatch.setattr("hdbcli.training.evaluate.person_losses", partial(person_losses, pairs=2))
+    for folder in sorted(people.iterdir())[4:]:
+        shutil.rmtree(folder)
     out = tmp_path / "h.safetensors"
     words = ["train", "hypernetwork", people, "--out", out, "--steps", 3, "--batch", 4]
     result = hdb(*words)
@@ -194,13 +206,13 @@ def test_train_resume_and_evaluate(
     assert any((kept[f"average.{k}"] != kept[f"parameter.{k}"]).any() for k in first)
     out.unlink()
     made = told(*words)  # from its checkpoint
-    assert made["path"] == str(out) and made["people"] == 8 and made["settings"]["steps"] == 3
+    assert made["path"] == str(out) and made["people"] == 4 and made["settings"]["steps"] == 3
     again = load_file(out)
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
     words = ["train", "evaluate", people, "--hypernetwork", out, "--refined", 2]
     values = told(*words)
-    assert values["people"] == 8 and values["refined_people"] == 2
+    assert values["people"] == 4 and values["refined_people"] == 2
     refused(*words[:-1], 1, says="no other to be told from")
     interval = values["base_minus_own"]
     assert interval["low"] <= interval["mean"] <= interval["high"]
@@ -212,15 +224,15 @@ def test_train_resume_and_evaluate(
     assert result.exit_code == 1 and "two people" in result.stderr
 
 
-def test_captions_and_prior_reach_a_training(people: Path, tmp_path: Path) -> None:
-    for folder in people.iterdir():
+def test_captions_and_prior_reach_a_training(two: Path, tmp_path: Path) -> None:
+    for folder in two.iterdir():
         shutil.copy(folder / "photo-1.jpg", folder / "pixar.jpg")
         (folder / "pixar.txt").write_text("A Pixar character of a [V] face")
     words = ["--steps", 1, "--batch", 4, "--lr", 0.1, "--held-out", 0]
 
     def trained(name: str, *more: object) -> dict[str, Tensor]:
         out = tmp_path / f"{name}.safetensors"
-        result = hdb("train", "hypernetwork", people, "--out", out, *words, *more)
+        result = hdb("train", "hypernetwork", two, "--out", out, *words, *more)
         assert result.exit_code == 0, result.stderr
         return load_file(out)
 
@@ -230,7 +242,10 @@ def test_captions_and_prior_reach_a_training(people: Path, tmp_path: Path) -> No
         assert any((captioned[k] != other[k]).any() for k in captioned)
 
 
-def test_a_run_is_watched_on_people_held_out(tmp_path: Path) -> None:
+def test_a_run_is_watched_on_people_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hdbcli.training.monitor.PAIRS", 2)
     (tmp_path / "people").mkdir()
     for folder in sorted(HELD_OUT.iterdir())[:20]:
         shutil.copy(folder / "photo-0.jpg", tmp_path / "people" / f"{folder.name}.jpg")
@@ -259,7 +274,7 @@ def test_people_held_out_are_few_and_not_trained_on() -> None:
 
 
 def test_all_parts_of_a_step_look_for_likeness_at_one_time(
-    tiny: Base, people: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Base, two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or parts would have another gradient than the whole batch; from step to step it differs."""
     turns: list[int] = []
@@ -269,7 +284,7 @@ def test_all_parts_of_a_step_look_for_likeness_at_one_time(
         yield from ()
 
     monkeypatch.setattr(objective, "likeness", seen)
-    read = encoded(tiny, read_people(people, tiny.spec, "*", False, quiet))
+    read = encoded(tiny, read_people(two, tiny.spec, "*", False, quiet))
     config = PretrainConfig(steps=2, batch=3, accumulate=3, likeness=1.0, share=1)
     model = new_hypernetwork(tiny, 0)
     assert len(list(pretrain(tiny, model, read, config, quiet))) == 2
@@ -300,8 +315,8 @@ def test_shipped_hypernetwork_knows_people(tiny: Base, people: Path) -> None:
     assert like(theta) > max(like(None), strangers) + 0.02
 
 
-def test_refinement_lowers_the_loss_and_leaves_the_base(tiny: Base, people: Path) -> None:
-    read = read_people(people, tiny.spec, "*", False, quiet)
+def test_refinement_lowers_the_loss_and_leaves_the_base(tiny: Base, two: Path) -> None:
+    read = read_people(two, tiny.spec, "*", False, quiet)
     images = tiny.images([read.crops[0]])
     model, _ = load_predictor(tiny)
     theta = relax(model.predict(tiny.faces([read.crops[0]])), 2)
