@@ -6,8 +6,9 @@ Each operation is a command of hdb in a process of its own, forked from one that
 libraries. Every slot owns a few names that it alone changes, so that what must be there is known
 after every command: killed by SIGKILL, a command has done all or nothing. All slots also take,
 copy and delete the same shared names, where a refusal is right and a damaged file is not. At the
-end `hdb verify` and `hdb gc` look at what is left. The operations are a function of the seed, what
-is killed when is not. Prints one line, and what went wrong; then the exit code is 1.
+end `hdb verify` reads every identity, `hdb gc` deletes, and nothing but identities may be left. The
+operations are a function of the seed, what is killed when is not. Prints one line, and what went
+wrong; then the exit code is 1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.png"
 KILLED = 0.2  # share of the commands
-LONGEST = 3.0  # seconds that a command has before it is killed
+FIRST_GUESS = 3.0  # seconds of a command, until one of its kind has ended
 SHARED = ("shared-a", "shared-b", "shared-c")
 OWN = 4  # names of a slot
 STUCK = 300.0  # seconds of one command
@@ -110,12 +111,13 @@ def soak(folder: Path, operations: int, processes: int, seed: int) -> int:
     _load()
     slots = [Slot(i, random.Random(f"{seed}-{i}")) for i in range(processes)]
     running: dict[int, Slot] = {}
-    started, done, wrong = 0, Counter(), list[str]()
+    started, done, wrong = 0, Counter[int](), list[str]()
+    usual: dict[str, float] = {}  # seconds of the last command of each kind that ended by itself
     start = time.perf_counter()
     while started < operations or running:
         for slot in slots:
             if slot.command is None and started < operations:
-                running[_start(slot, folder, started)] = slot
+                running[_start(slot, folder, started, usual)] = slot
                 started += 1
         for process, slot in running.items():
             command = slot.command
@@ -129,6 +131,8 @@ def soak(folder: Path, operations: int, processes: int, seed: int) -> int:
         slot = running.pop(process)
         code = os.waitstatus_to_exitcode(status)
         done[code] += 1
+        if code == 0:
+            usual[slot.command.words[0]] = time.perf_counter() - slot.command.started
         wrong += _check(slot, code, folder)
         slot.command = None
     seconds = time.perf_counter() - start
@@ -154,13 +158,14 @@ def _load() -> None:
         importlib.import_module(name)
 
 
-def _start(slot: Slot, folder: Path, number: int) -> int:
-    """Fork the slot's next command; return its process."""
+def _start(slot: Slot, folder: Path, number: int, usual: dict[str, float]) -> int:
+    """Fork the slot's next command; return its process. One in five is to be killed at any moment
+    of the time that its kind usually takes, the last ones too, when files are written."""
     command = slot.command = slot.next(folder)
     command.log = folder / f"{number}.log"
     command.started = time.perf_counter()
     if slot.rng.random() < KILLED:
-        command.killed_after = slot.rng.random() * LONGEST
+        command.killed_after = slot.rng.random() * usual.get(command.words[0], FIRST_GUESS)
     log = os.open(command.log, os.O_CREAT | os.O_WRONLY)
     process = os.fork()
     if process:
@@ -227,20 +232,19 @@ def _check_end(folder: Path) -> list[str]:
 
     from registry import orphans
 
-    wrong = []
-    if (verdict := hdb("verify")).exit_code:
-        wrong.append(verdict.stdout + verdict.stderr)
-    for orphan in orphans.temporaries(older=0.0):
-        orphans.delete(orphan)
     place = folder / "store"
+    for path in place.rglob("*.tmp"):  # hdb gc leaves alone what may be in the writing
+        os.utime(path, (0, 0))
+    before = len(orphans.temporaries())
+    wrong = [r.stdout + r.stderr for r in (hdb("verify"), hdb("gc")) if r.exit_code]
+    print(f"{len(_names(folder))} identities, {before} temporary files before hdb gc")
     odd = [
         path
         for path in place.rglob("*")
         if path.is_file()
         and not (path.parent.name == "identities" and path.suffix == ".safetensors")
     ]
-    wrong += [f"left over: {path.relative_to(place)}" for path in odd]
-    return wrong
+    return wrong + [f"left over: {path.relative_to(place)}" for path in odd]
 
 
 if __name__ == "__main__":
