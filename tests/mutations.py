@@ -184,7 +184,7 @@ def examples(folder: Path) -> dict[str, list[bytes]]:
     from registry import store
 
     photo = Path(__file__).parent / "data" / "astronaut.png"
-    ok("new", photo, "alice", *QUICK, "--yes")
+    ok("new", photo, "alice", *QUICK, "--yes", "--no-preview")
     ok("export", "alice", "--out", folder / "lora.safetensors")
     identity = store.path_of("alice").read_bytes()
     return {

@@ -73,8 +73,8 @@ class HyperNetwork(nn.Module):
         super().__init__()
         self.config = c = config
         numbers = c.rank * (c.a + c.b)
-        patches = (c.resolution // c.patch) ** 2
         cells = c.patch // c.scale // 2
+        patches = (c.resolution // c.scale // (2 * cells)) ** 2
         self.stem = nn.Sequential(  # a convolutional stem trains faster than one patch projection
             nn.Conv2d(c.channels, c.width // 4, cells, cells),
             nn.GELU(),

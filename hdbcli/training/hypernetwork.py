@@ -52,6 +52,7 @@ def new_hypernetwork(
     injected = base.injected
     side = base.spec.resolution
     channels, cells, _ = base.latent_shape
+    scale = side // cells
     config = HyperConfig(
         targets=len(injected.layers),
         a=base.spec.a,
@@ -60,8 +61,8 @@ def new_hypernetwork(
         base=base.spec.name,
         basis_digest=injected.fingerprint().digest,
         resolution=side,
-        patch=side // 8,
-        scale=side // cells,
+        patch=max(side // 8, 2 * scale),  # the stem halves the cells of a small base's patch too
+        scale=scale,
         channels=channels,
         iterations=iterations or HyperConfig.iterations,
         traits=HyperConfig.traits if recogniser else 0,

@@ -47,6 +47,13 @@ def test_zero_iterations_give_theta_0() -> None:
     assert model(faces).up.abs().max() > 0
 
 
+@pytest.mark.parametrize(("cells", "patch"), [(8, 16), (9, 16), (40, 40), (64, 64), (72, 72)])
+def test_latents_of_any_size_are_read(cells: int, patch: int) -> None:
+    model = network(resolution=8 * cells, scale=8, patch=patch, channels=4)
+    faces = faces_of(2)._replace(latents=torch.randn(2, 4, cells, cells))
+    assert model(faces).up.shape[0] == 2
+
+
 def test_iterations_are_additive_deltas() -> None:
     model, faces = network(), faces_of(2)
     face = model.encode_face(faces)
