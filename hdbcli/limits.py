@@ -6,12 +6,13 @@ any group above counts too, so each is looked at from the process's own up to th
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # How OpenMP's threads wait for work, as libgomp (Linux) and libomp (macOS, Windows) read it.
@@ -19,6 +20,7 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 OTHER_WAITING = ("GOMP_SPINCOUNT", "KMP_LIBRARY")
 SPINS = {"GOMP_SPINCOUNT": "10000"}  # looks at what is waited for before a thread sleeps: ~0.2 ms
 THREADS = "OMP_NUM_THREADS"
+SELDOM = 20_000  # new objects until the next look for rubbish; Python's own is 700 or 2,000
 
 
 def set_threads(system: Path = Path("/")) -> None:
@@ -53,6 +55,23 @@ def _idle(system: Path, threads: int) -> bool:
     except (OSError, IndexError):
         return False
     return running - 1 + threads <= (os.cpu_count() or 1)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Look for rubbish less often while libraries and a model are loaded.
+
+    That makes a million objects, which stay: to look through them again and again, as Python does,
+    takes a tenth of the time until the first step of a picture. With a model's weights lying in
+    what is rubbish, work itself had better go on as usual.
+    """
+    before = gc.get_threshold()
+    if before[0]:  # 0 is the user's own wish to look for none
+        gc.set_threshold(max(SELDOM, before[0]), *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def cpus(system: Path = Path("/")) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -10,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from hdbcli.limits import SPINS, THREADS, WAITING, cpus, free_in_container, free_ram, set_threads
+from hdbcli.limits import (
+    SELDOM,
+    SPINS,
+    THREADS,
+    WAITING,
+    cpus,
+    free_in_container,
+    free_ram,
+    loading,
+    set_threads,
+)
 
 MANY = 64  # processors that the process is bound to, in these tests
 V1 = "33 32 0:30 {root} /sys/fs/cgroup/{name} rw,relatime shared:9 - cgroup cgroup rw,{name}\n"
@@ -149,3 +160,16 @@ sys.stdout.write(json.dumps([seen[0], torch.get_num_threads()]))
         )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == [wanted, 1]
+
+
+def test_rubbish_is_looked_for_less_often_only_while_loading() -> None:
+    before = gc.get_threshold()
+    try:
+        for own, meanwhile in ((700, SELDOM), (2 * SELDOM, 2 * SELDOM), (0, 0)):
+            gc.set_threshold(own, 10, 10)
+            with pytest.raises(KeyError), loading():
+                assert gc.get_threshold() == (meanwhile, 10, 10)
+                raise KeyError
+            assert gc.get_threshold() == (own, 10, 10)
+    finally:
+        gc.set_threshold(*before)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hdbcli.config import PLACEHOLDER
 from hdbcli.faces.embedding import embed_aligned
+from hdbcli.limits import loading
 from hdbcli.method.hypernet import Faces, HyperNetwork
 from hdbcli.method.inject import Injected, inject, layers_in
 from hdbcli.method.lidb import Factors, Theta, first_theta
@@ -122,7 +123,8 @@ def load_base(
     """
     if plan.quantised:
         give_back_memory()
-    backbone = spec.load(device, plan.dtype)
+    with loading():
+        backbone = spec.load(device, plan.dtype)
     if plan.frugal and isinstance(backbone, Frugal):
         backbone.save_memory(plan.recompute)
     note = quantise(backbone.components.values(), plan.quantised) if plan.quantised else None

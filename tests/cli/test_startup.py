@@ -163,8 +163,8 @@ def test_ctrl_c_while_the_command_line_is_imported_is_one_line() -> None:
 def test_light_commands_start_fast(
     hdb_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few times the processor's time that their two libraries take (`--help` 3.0 times, `list`
-    of 1,000 identities 4.1 when this was written)."""
+    """Two and a half times the processor's time that their two libraries take."""
+    resource = pytest.importorskip("resource", reason="does not tell what other processes took")
     # As after a first start: pip leaves the libraries compiled, and so does Python with hdb.
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "compiled"))
@@ -172,12 +172,12 @@ def test_light_commands_start_fast(
         store_identity(f"person{number}")
 
     def seconds(*words: str) -> float:
-        start = os.times()
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, *words], capture_output=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert words[-1] != "list" or done.stdout.count(b"person") == 1000
-        end = os.times()  # what the processor worked: a busy machine does not lengthen that
-        return end.children_user + end.children_system - start.children_user - start.children_system
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)  # a busy machine does not lengthen that
+        return end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
 
     # Turn by turn, the fastest of each: a busy machine slows all of them.
     runs = [
@@ -189,4 +189,4 @@ def test_light_commands_start_fast(
         for _ in range(5)
     ]
     libraries, shown, listed = (min(column) for column in zip(*runs, strict=True))
-    assert shown < 5 * libraries and listed < 6 * libraries, (libraries, shown, listed)
+    assert shown < 2.5 * libraries and listed < 2.5 * libraries, (libraries, shown, listed)
