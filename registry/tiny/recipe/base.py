@@ -30,7 +30,7 @@ WIDTH = 128  # of the text encoder
 SHOWN = 8  # samples a style in the sheet
 SHOWN_EVERY = 1000  # steps
 STROKES = 8  # of a sample
-GUIDANCE = 2.0
+GUIDANCE = 1.0  # as `tiny` draws
 EMPTY = 0.1  # share of captions left out, for classifier-free guidance
 # What a picture shows is plain through far more noise than what a pixel is: where the eyes go is
 # settled at t > 0.8, which uniform times hardly visit. Shifted as by Esser et al. 2024, §5.3.2.

@@ -133,9 +133,10 @@ def _portraits(weights: Path, prompt: str, count: int, steps: int) -> list[np.nd
     """Draw `count` portraits with seeds from 0."""
     from registry.spec import SampleSettings
     from registry.stable_diffusion.loading import load_folder
+    from registry.tiny.recipe.base import GUIDANCE
 
     backbone = load_folder(weights, "cpu", "float32")
-    settings, pictures = SampleSettings(steps=steps), []
+    settings, pictures = SampleSettings(steps=steps, guidance=GUIDANCE), []
     for start in range(0, count, _DRAWN_AT_ONCE):
         seeds = range(start, min(start + _DRAWN_AT_ONCE, count))
         pictures += list(backbone.sample([prompt] * len(seeds), settings, seeds, lambda *_: None))
