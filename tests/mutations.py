@@ -64,25 +64,36 @@ def damaged(whole: bytes, seed: int) -> bytes:
 
 def run(read: Callable[[Path], object], sound: Sequence[bytes], count: int, suffix: str) -> Outcome:
     """Let `read` read `count` damaged copies of some files in turn."""
-    from registry.errors import HdbError
-
     outcome = Outcome()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"damaged{suffix}"
         for seed in range(count):
             path.write_bytes(damaged(sound[seed % len(sound)], seed))
-            start = time.perf_counter()
-            try:
-                read(path)
+            seconds, wrong = _timed(read, path)
+            if seconds >= SLOWEST:  # a machine may stop a process for a while, but hardly twice
+                seconds = min(seconds, _timed(read, path)[0])
+            outcome.slowest = max(outcome.slowest, seconds)
+            if wrong is None:
                 outcome.read += 1
-            except HdbError as error:
-                if "\n" in str(error):
-                    outcome.failures[seed] = f"more than a line: {error!r}"
-            except Exception as error:
-                outcome.failures[seed] = f"{type(error).__name__}: {error}"
-            outcome.slowest = max(outcome.slowest, time.perf_counter() - start)
+            elif wrong:
+                outcome.failures[seed] = wrong
             outcome.files += 1
     return outcome
+
+
+def _timed(read: Callable[[Path], object], path: Path) -> tuple[float, str | None]:
+    """Read a file; return the seconds and what was wrong with how it ended: "" for a refusal in a
+    line, None if it was read."""
+    from registry.errors import HdbError
+
+    start, wrong = time.perf_counter(), None
+    try:
+        read(path)
+    except HdbError as error:
+        wrong = f"more than a line: {error!r}" if "\n" in str(error) else ""
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {error}"
+    return time.perf_counter() - start, wrong
 
 
 def readers() -> Mapping[str, tuple[Callable[[Path], object], str]]:

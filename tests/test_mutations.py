@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 
@@ -37,3 +38,18 @@ def test_damage_is_found_and_told(made: Path) -> None:
     whole = made.read_bytes()
     assert all(mutations.damaged(whole, seed) != whole for seed in range(50))
     assert mutations.damaged(whole, 7) == mutations.damaged(whole, 7)
+
+
+def test_a_file_counts_as_slow_only_if_it_is_slow_twice(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mutations, "SLOWEST", 0.5)
+    calls: list[float] = []
+
+    def once(_: Path) -> None:
+        calls.append(0.0)
+        time.sleep(0.7 if len(calls) == 1 else 0)
+
+    whole = made.read_bytes()
+    assert mutations.run(once, [whole], 2, ".safetensors").good and len(calls) == 3
+    assert not mutations.run(lambda _: time.sleep(0.7), [whole], 1, ".safetensors").good
