@@ -90,9 +90,11 @@ def read_photo(path: Path, warn: Warn = lambda _: None) -> np.ndarray:
         raise _too_large(path, "far more pixels than that") from None
     except _DAMAGE as error:
         # Some codecs name the file object, or say nothing.
-        nothing = isinstance(error, UnidentifiedImageError) or not str(error)
-        reason = "no header" if nothing else " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or "no header"
         advice = "it may be damaged or cut short, copy or export the photo again"
+        if isinstance(error, UnidentifiedImageError):  # for either reason
+            reason = "no header, or pixels of a kind that is not read here"
+            advice = "it may be damaged or cut short, copy the photo again or export it as JPEG"
         raise HdbError(f"{shown(path)} cannot be read ({reason}); {advice}") from None
 
 
@@ -142,7 +144,7 @@ def _kind(path: Path, file: BinaryIO) -> str:
     for magic, name in _MAGIC.items():
         if head.startswith(magic):
             return name
-    beginning = head.lstrip().lower()
+    beginning = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for magic, name in _OTHER.items():
         if head.startswith(magic) or beginning.startswith(magic):
             advice = "save the photo itself" if name == "a web page" else _ADVICE
@@ -191,6 +193,10 @@ def _choose_page(path: Path, image: ImageFile.ImageFile) -> None:
             break
         if not tags.get(_NEW_SUBFILE, 0) & 1:
             _check_size(path, image.width, image.height)
+            bits = tags.get(_BITS, ())
+            if tags.get(_PLANAR) == 2 and len(bits) > 1 and max(bits) > 8:
+                # Neither Pillow nor OpenCV puts such colours together.
+                raise HdbError(f"{shown(path)} stores its 16-bit colours apart; {_ADVICE}")
             return
     raise HdbError(f"{shown(path)} is a camera raw file, or a preview alone; {_ADVICE}")
 
@@ -235,7 +241,7 @@ def _is_deep(file: BinaryIO, image: ImageFile.ImageFile) -> bool:
         return False
     tags = image.tag_v2  # type: ignore[attr-defined]
     bits, extra, kind = tags.get(_BITS, ()), tags.get(_EXTRA, ()), tags.get(_KIND, (1,))
-    plain = tags.get(_PHOTOMETRIC) == 2 and kind[0] == 1 and tags.get(_PLANAR, 1) != 2
+    plain = tags.get(_PHOTOMETRIC) == 2 and kind[0] == 1
     return plain and tuple(bits) in ((16,) * 3, (16,) * 4) and tuple(extra) in ((), (2,))
 
 
@@ -254,6 +260,8 @@ def _deep(file: BinaryIO, size: tuple[int, int]) -> np.ndarray | None:
         return None
     if pixels.shape[1::-1] != size:
         return None
+    if content.startswith(PNG) and content[25] == 4:  # OpenCV makes colours of grey
+        return pixels[..., [2, 3]]
     pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
     if pixels.shape[2] == 3 and content.startswith(PNG):
         key = png_chunks(file).get(b"tRNS", b"")
@@ -293,7 +301,9 @@ def _numbers(image: Image.Image) -> np.ndarray | None:
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
         top = float(values.max(initial=0))
-        ranges = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        ranges = [1, 255, 65535] if image.mode == "F" else [255, 65535]
+        if tags.get(_KIND, (1,))[0] == 2 and tags.get(_BITS, (32,))[0] == 16:
+            ranges = [32767]  # of 16 bits with a sign
         values = values / next((limit for limit in ranges if top <= limit), top) * 65535
     elif image.format == "TIFF" and (bits := int(tags.get(_BITS, (16,))[0])) < 16:
         values = values.astype(np.float32) * (65535 / (2**bits - 1))

@@ -314,6 +314,22 @@ def test_sixteen_bit_grey_with_a_transparent_level(tmp_path: Path, key: int | No
     assert np.array_equal(read_photo(path), np.repeat(expected[..., None], 3, axis=2))
 
 
+def test_sixteen_bit_grey_with_alpha_and_a_profile(tmp_path: Path) -> None:
+    """OpenCV hands grey with alpha over as colours, which no profile of grey is for."""
+    values = np.array([[[0, 65_535], [13_933, 65_535], [65_535, 65_535], [65_535, 0]]], np.uint16)
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 4, 1, 16, 4, 0, 0, 0)]
+    chunks += [b"iCCP" + b"p\0\0" + zlib.compress(grey_profile(1.0))]
+    chunks += [b"IDAT" + zlib.compress(b"\0" + values.astype(">u2").tobytes()), b"IEND"]
+    content = b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in chunks
+    )
+    path = tmp_path / "grey.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    black, grey, white, hidden = read_photo(path, silent)[0, :, 0].tolist()
+    assert (black, white, hidden) == (0, 255, 128) and abs(grey - 127) <= 1
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4, 8])
 def test_shallow_grey_with_a_transparent_level(tmp_path: Path, depth: int) -> None:
     """The level is stored in the picture's own bits: 1 of 3 is 85 of 255."""
@@ -378,6 +394,54 @@ def test_grey_of_every_depth(tmp_path: Path, picture: np.ndarray) -> None:
     ):
         Image.fromarray(values).save(path)
         assert np.array_equal(read_photo(path, silent), np.repeat(grey[..., None], 3, 2))
+
+
+def tiff(pixels: np.ndarray, kind: int = 1, apart: bool = False) -> bytes:
+    """Write a plain TIFF (H, W, n) of unsigned (1), signed (2) or broken (3) numbers."""
+    height, width, count = pixels.shape
+    data = np.moveaxis(pixels, 2, 0).tobytes() if apart else pixels.tobytes()
+    strips = count if apart else 1
+    tags = [(256, [width]), (257, [height]), (258, [8 * pixels.itemsize] * count), (259, [1])]
+    tags += [(262, [2 if count == 3 else 1]), (273, []), (277, [count]), (278, [height])]
+    tags += [(279, [len(data) // strips] * strips), (284, [2 if apart else 1])]
+    tags += [(339, [kind] * count)]
+    place = 8 + 2 + 12 * len(tags) + 4
+    start = place + sum(4 * len(values) for _, values in tags) + 4 * strips
+    head, tail = b"II*\0" + struct.pack("<IH", 8, len(tags)), b""
+    for tag, values in tags:
+        values = values or [start + k * (len(data) // strips) for k in range(strips)]
+        raw = struct.pack(f"<{len(values)}I", *values)
+        if len(values) > 1:
+            raw, tail = struct.pack("<I", place + len(tail)), tail + raw
+        head += struct.pack("<HHI", tag, 4, len(values)) + raw
+    return (head + bytes(4) + tail).ljust(start, b"\0") + data
+
+
+def test_tiffs_of_other_numbers_are_read_right_or_named(
+    tmp_path: Path, picture: np.ndarray
+) -> None:
+    path = tmp_path / "photo.tif"
+    deep = picture.astype(np.uint16) * 257
+    grey = np.repeat(picture[..., :1], 3, 2)
+    for pixels, kind, apart, expected in (
+        (picture, 1, True, picture),
+        (deep, 1, False, picture),
+        ((deep[..., :1] // 2).astype(np.int16), 2, False, grey),
+    ):
+        path.write_bytes(tiff(pixels, kind, apart))
+        assert np.array_equal(read_photo(path, silent), expected), (pixels.dtype, kind, apart)
+    for pixels, kind, apart, why in (
+        (deep, 1, True, "stores its 16-bit colours apart; export the photo as JPEG"),
+        (
+            picture.astype(np.float32),
+            3,
+            False,
+            "of a kind that is not read here.*export it as JPEG",
+        ),
+    ):
+        path.write_bytes(tiff(pixels, kind, apart))
+        with pytest.raises(HdbError, match=why):
+            read_photo(path)
 
 
 def test_white_is_zero_in_some_tiffs(tmp_path: Path) -> None:
