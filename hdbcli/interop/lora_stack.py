@@ -44,6 +44,8 @@ CLIPS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}  #
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 ADAPTER = "lora_adapter_metadata"  # where diffusers keeps the alpha that its keys do not have
 CONFIG = "adapter_config.json"  # where PEFT does, beside the file
+# What PEFT takes off the base's own weights before it trains, and again when it loads such a file.
+MOVES_BASE = re.compile(r"pissa|olora|corda|lora_ga", re.IGNORECASE)
 SECONDS = 1.0  # that a file's own regular expressions may take for one layer
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm
@@ -110,6 +112,13 @@ def read(text: str) -> Lora:
             HdbWarning,
             stacklevel=2,
         )
+    for key, value in adapter.items():
+        if key.endswith("init_lora_weights") and MOVES_BASE.match(str(value)):
+            raise HdbError(
+                f"{path} began from the base's own weights (init_lora_weights {value!r}) and "
+                "belongs to a base without them; convert it to a plain LoRA with PEFT first: "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
     few = _few_steps(path, header.metadata)
     tensors = {name: header.tensor(name) for name in header.tensors}
     return Lora(path, strength, _digest(path, header), tensors, adapter, few)
@@ -243,9 +252,10 @@ def _add(base: Base, lora: Lora, layers: Mapping[str, Sequence[Layer]]) -> Stack
 
 
 def _saved_whole(key: str) -> tuple[str, str]:
-    """Read a key of PEFT's `modules_to_save`, a weight or bias that replaces the base's."""
+    """Read a key of PEFT's `modules_to_save`, or of the biases that it trained, which replace
+    the base's."""
     stem, _, kind = key.rpartition(".")
-    return (stem if key.startswith(PEFT) else "", f"set_{kind}")
+    return (stem.removesuffix(".base_layer") if key.startswith(PEFT) else "", f"set_{kind}")
 
 
 def _of_another_base(base: Base, lora: Lora, first: str) -> str:

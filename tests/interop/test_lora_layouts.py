@@ -79,7 +79,8 @@ def shaken(module: nn.Module) -> nn.Module:
     """Make the parameters of adapters random: new ones change nothing."""
     generator = torch.Generator().manual_seed(0)
     for name, value in module.named_parameters():
-        if any(part in name for part in ("lora_", "hada_", "lokr_", "modules_to_save.")):
+        whole = "modules_to_save." in name or (name.endswith("bias") and value.requires_grad)
+        if whole or any(part in name for part in ("lora_", "hada_", "lokr_")):
             value.add_(torch.randn(value.shape, generator=generator) / 8)
     return module
 
@@ -87,6 +88,7 @@ def shaken(module: nn.Module) -> nn.Module:
 TARGETS = ["to_q", "to_out.0", "conv1", "proj_in"]
 PEFTS = {
     "lora": LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS),
+    "all biases": LoraConfig(r=4, lora_alpha=2, target_modules=["to_out.0", "conv1"], bias="all"),
     "bias": LoraConfig(r=4, lora_alpha=2, target_modules=["to_out.0", "conv1"], lora_bias=True),
     "rslora": LoraConfig(r=4, lora_alpha=3, target_modules=TARGETS, use_rslora=True),
     "dora": LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, use_dora=True),
@@ -281,6 +283,22 @@ def test_peft_without_its_settings_is_told(base: Base, unet: Any, tmp_path: Path
     with pytest.warns(HdbWarning, match="alpha is taken to be the rank"):
         add(base, tmp_path / "adapter_model.safetensors")
     assert same(base, model.merge_and_unload().state_dict(), plain) > 4
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_a_lora_that_began_from_the_base_is_named(
+    kind: str, base: Base, unet: Any, tmp_path: Path
+) -> None:
+    """PEFT takes what it began from off the base's weights, so W + BA is not what it gives."""
+    plain = unet.state_dict()[f"{LINEAR}.weight"].clone()
+    settings = LoraConfig(r=4, lora_alpha=4, target_modules=[LINEAR], init_lora_weights=kind)
+    model = shaken(get_peft_model(unet, settings))
+    model.save_pretrained(str(tmp_path))
+    a, b = load_file(tmp_path / "adapter_model.safetensors").values()
+    merged = model.merge_and_unload().state_dict()[f"{LINEAR}.weight"]
+    assert (plain + b @ a - merged).abs().max() > 1e-3  # what it would be taken for
+    with pytest.raises(HdbError, match=rf"init_lora_weights '{kind}'.*convert it to a plain LoRA"):
+        lora_stack.read(str(tmp_path))
 
 
 STEM = "lora_unet_mid_block_resnets_0_conv1"
