@@ -33,8 +33,9 @@ PREFIXES = {UNET: "unet", VAE: "vae", **_TEXT, **_REFINER}
 _SD2 = LAYOUTS["sd2"].text["text_encoder"]
 UNUSED = f"{_SD2.prefix}transformer.resblocks.{_SD2.layers}."  # Stable Diffusion 2.x stops before
 
-# Empty tensors by which single files, and ComfyUI, tell what a UNet was trained for.
+# Tensors by which single files, and ComfyUI, tell what a UNet was trained for.
 PREDICTS_V = "v_pred"
+PREDICTS = {PREDICTS_V: "v", "edm_mean": "EDM", "edm_vpred.sigma_max": "EDM"}  # Playground, CosXL
 ZERO_SNR = "ztsnr"  # its noise goes to the very end
 
 
@@ -88,8 +89,8 @@ def _read_single(path: Path) -> Checkpoint:
             components.setdefault(PREFIXES[prefix], {})[name.removeprefix(prefix)] = info
     if not components:  # for whoever asks what this is
         components[""] = header.tensors
-    told = {"modelspec.prediction_type": "v"} if PREDICTS_V in names.values() else {}
-    return Checkpoint(path, components, (path,), {**told, **header.metadata})
+    told = (("modelspec.prediction_type", PREDICTS[n]) for n in PREDICTS if n in names.values())
+    return Checkpoint(path, components, (path,), {**dict(told), **header.metadata})
 
 
 def _read_folder(path: Path) -> Checkpoint:
@@ -163,6 +164,11 @@ def _refuse_pickle(path: Path) -> None:
         return
     with path.open("rb") as file:
         first = file.read(9)
+    if first[:4] == b"GGUF":
+        raise HdbError(
+            f"{path} is a GGUF, whose weights are quantised; look for the .safetensors file of "
+            "this model"
+        )
     zipped = first[:2] == b"PK"
     pickled = first[:1] == b"\x80" and first[1:2] in b"\x01\x02\x03\x04\x05" and first[8:] != b"{"
     if zipped or pickled or path.suffix.casefold() in PICKLES:

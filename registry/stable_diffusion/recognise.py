@@ -10,6 +10,7 @@ from pathlib import Path
 
 from registry.checkpoints.contents import Checkpoint, read_config
 from registry.checkpoints.ldm import LAYOUTS
+from registry.checkpoints.lora_formats import architecture, other_adapter
 from registry.checkpoints.safetensors import TensorInfo
 from registry.errors import HdbError, HdbWarning, UsageError
 from registry.stable_diffusion.families import FAMILIES, PER_BLOCK, PER_LAYER, Family
@@ -31,10 +32,10 @@ PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "
 
 # What else a single file may be: a part of its tensors' names.
 OTHERS = {
-    "joint_blocks.": "Stable Diffusion 3",
-    "double_blocks.": "Flux",
     "lora_": "a LoRA",
     "control_model.": "a ControlNet",
+    "controlnet_cond_embedding.": "a ControlNet",
+    "adapter.body.": "a T2I-Adapter",
     "time_stack.": "Stable Video Diffusion",
     "motion_modules.": "an AnimateDiff motion module",
 }
@@ -204,7 +205,9 @@ def _check_alone(checkpoint: Checkpoint) -> None:
 
 def _other(names: Collection[str]) -> str:
     """Return what else a single file is, empty if that is not known."""
-    return next((w for sign, w in OTHERS.items() if any(sign in n for n in names)), "")
+    signs = (what for sign, what in OTHERS.items() if any(sign in name for name in names))
+    adapter, _ = other_adapter(names) or ("", "")
+    return next(signs, "") or adapter or architecture(names) or ""
 
 
 def _unknown(checkpoint: Checkpoint, found: Anatomy, nearest: Family) -> str:

@@ -104,6 +104,13 @@ def test_a_component_alone_is_named(narrow: Narrow, tmp_path: Path) -> None:
         ({name.removeprefix(CLIP) for name in whole if CLIP in name}, "a text encoder alone;"),
         (unet | vae, "lacks text_encoder, which Stable Diffusion 1.x needs"),
         ({f"{UNET}middle_block.1.proj_in.lora_up.weight"}, "but a LoRA"),
+        ({"down_blocks.0.resnets.0.a", "controlnet_cond_embedding.conv_in.a"}, "but a ControlNet"),
+        ({"adapter.body.0.block1.weight"}, "but a T2I-Adapter"),
+        ({"image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"}, "but an IP-Adapter"),
+        ({"emb_params"}, "but a textual inversion embedding"),
+        ({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight"}, "but Flux"),
+        ({"joint_blocks.0.x_block.attn.qkv.weight"}, "but Stable Diffusion 3"),
+        ({"blocks.0.self_attn.q.weight"}, "but Wan"),
     ]
     for names, says in parts:
         save_file({name: torch.zeros(1) for name in names}, file)
@@ -147,6 +154,29 @@ def test_a_single_file_of_2_says_what_was_assumed(narrow: Narrow) -> None:
             assert prediction_of(marked, family, None) == predicts
         assert prediction_of(checkpoint, family, "v") == "v_prediction"
         assert prediction_of(read_checkpoint(narrow.single("sd1")), FAMILIES["sd1"], None)
+
+
+@pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max", "v_pred"])
+def test_a_single_file_that_was_trained_otherwise_is_named(
+    mark: str, narrow: Narrow, tmp_path: Path
+) -> None:
+    """Playground 2.5 and CosXL have the layout of Stable Diffusion XL, and noise of their own."""
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(narrow.single("sdxl")), mark: torch.zeros(1)}, file)
+    checkpoint = read_checkpoint(file)
+    family = recognise(checkpoint)
+    if mark == "v_pred":
+        assert prediction_of(checkpoint, family, None) == "v_prediction"
+        return
+    with pytest.raises(HdbError, match=r"is trained to predict 'EDM'.*knows epsilon and v_pred"):
+        prediction_of(checkpoint, family, None)
+
+
+def test_a_gguf_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"GGUF\3\0\0\0" + bytes(99))
+    with pytest.raises(HdbError, match="is a GGUF"):
+        read_checkpoint(file)
 
 
 def test_a_turbo_of_2_is_named_and_drawn_in_few_steps(
