@@ -456,7 +456,8 @@ def generate(
         drawn = sample.generate(loaded, theta, texts, seeds, settings, tell, hand_on)
         return Drawn(described(drawn), made, tuple(stacked))
 
-    work = sample.work_of(len(seeds), size or spec.resolution, exact=bool(files))
+    side = size or spec.resolution
+    work = sample.work_of(len(seeds), side, settings.guidance, exact=bool(files))
     return _on(_Place(home, device, memory, work, first, note, tell), draw)
 
 
@@ -584,7 +585,7 @@ def walk(
         return Walk(picture, interpolation.animation(rows))
 
     pictures = len(interpolation.ROWS) * len(interpolation.weights_of(len(read)))
-    work = sample.work_of(pictures, spec.resolution)
+    work = sample.work_of(pictures, spec.resolution, spec.sampling.guidance)
     return _on(_Place(home, device, memory, work, first, note, tell), draw)
 
 
@@ -620,7 +621,7 @@ def score(
         theta = _adapter(loaded, [(name, identity)], note)
         return measure.score(loaded, theta, crops, judges, tell)
 
-    work = sample.work_of(len(measure.SEEDS), spec.resolution)
+    work = sample.work_of(len(measure.SEEDS), spec.resolution, spec.sampling.guidance)
     return _on(_Place(home, device, memory, work, first, note, tell), measured)
 
 

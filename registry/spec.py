@@ -28,6 +28,12 @@ Point = tuple[float, float]
 Targets: TypeAlias = Mapping[str, tuple[str, ...]]
 
 
+def passes_of(guidance: float) -> int:
+    """Return how often the network runs a sample in a step of drawing: guidance, which above 1 is
+    on, compares what the prompt and the negative prompt say."""
+    return 2 if guidance > 1 else 1
+
+
 @dataclass(frozen=True)
 class SampleSettings:
     """How to sample, apart from what: the defaults here are those of `hdb gen`, but for steps and

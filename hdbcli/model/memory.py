@@ -108,6 +108,7 @@ FIRST_LEVEL = re.compile(
     r"(down_blocks\.0\.resnets\.\d+\.conv1|input_blocks\.[12]\.0\.in_layers\.2)\.weight"
 )
 OVERHEAD = 5e8  # bytes: libraries, the device's context, the bases of the targets
+LEARNING = 1.5e8  # more of them to train: recogniser, optimizer, kernels of the backward pass
 
 
 def choose(spec: BaseSpec, device: str, asked: str, work: Work, free: int | None = None) -> Choice:
@@ -231,7 +232,7 @@ def estimate(size: Size, plan: MemoryPlan, work: Work) -> float:
     drawn = DRAWN * size.depth
     passing = drawn if not work.trains else RECOMPUTED if plan.recompute else KEPT
     working = max(passing * positions * size.width, size.decoded * work.side**2)
-    need = OVERHEAD + weights + number * working
+    need = OVERHEAD + LEARNING * work.trains + weights + number * working
     return max(need, estimate(size, plan, work.then)) if work.then else need
 
 

@@ -21,7 +21,7 @@ from hdbcli.model.memory import Work
 from hdbcli.model.settings import CHUNK, Settings
 from registry.errors import HdbError, HdbWarning
 from registry.files import write_kept
-from registry.spec import BaseSpec, Limited, SampleSettings
+from registry.spec import BaseSpec, Limited, SampleSettings, passes_of
 
 STRONG, GUIDED, SCALED = 3.0, 30.0, 2.0  # beyond these pictures come apart
 SHOWN = 5  # words in a line
@@ -56,8 +56,8 @@ def generate(
     for text in dict.fromkeys([*texts, settings.negative]):
         _warn_of_cut(base, text)
     side = settings.size or base.spec.resolution
-    half = base.plan.at_once and max(1, base.plan.at_once // 2)  # guidance runs everything twice
-    at_once = half or _at_once(side)
+    few = base.plan.at_once and max(1, base.plan.at_once // passes_of(settings.guidance))
+    at_once = few or _at_once(side)
     passes = -(-len(seeds) // at_once)
     tell("draw", 0, passes * settings.steps)
     for done in range(passes):
@@ -135,10 +135,12 @@ def _is_token(base: Base, word: str) -> bool:
         return False
 
 
-def work_of(pictures: int, side: int, exact: bool = False) -> Work:
-    """Say what drawing asks of a base: guidance runs every picture twice. `exact` where LoRA files
-    are added, which quantised weights cannot take."""
-    return Work(2 * min(pictures, _at_once(side)), side, trains=False, exact=exact, least=2)
+def work_of(pictures: int, side: int, guidance: float, exact: bool = False) -> Work:
+    """Say what drawing asks of a base. `exact` where LoRA files are added, which quantised weights
+    cannot take."""
+    passes = passes_of(guidance)
+    samples = passes * min(pictures, _at_once(side))
+    return Work(samples, side, trains=False, exact=exact, least=passes)
 
 
 def _at_once(side: int) -> int:

@@ -76,7 +76,8 @@ def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: 
 def work_of(spec: BaseSpec, refines: bool, likeness: float | None) -> Work:
     """Say what making an identity asks of a base: all losses of a step are asked in one pass, where
     no plan can part what is drawn for likeness."""
-    portraits = sample.work_of(min(len(LIKENESS_SEEDS), spec.batch), spec.resolution)
+    count = min(len(LIKENESS_SEEDS), spec.batch)
+    portraits = sample.work_of(count, spec.resolution, spec.sampling.guidance)
     alike = refines and weight_of(spec, likeness)
     drawn = asked_of(spec, portraits_of(spec.batch)) if alike else 0
     samples = spec.batch + drawn + 1  # the last is of prior preservation

@@ -33,6 +33,7 @@ from hdbcli.model.memory import (
     run_within,
 )
 from hdbcli.model.sample import work_of
+from hdbcli.training.personalise import work_of as new_work_of
 from registry import store
 from registry.errors import HdbError
 from registry.plugins import load_registry
@@ -87,10 +88,8 @@ def test_size_is_read_from_headers(narrow: Narrow) -> None:
     assert measure(replace(TINY, files=None)) is measure(replace(TINY, files=Path("x"))) is None
 
 
-@pytest.mark.parametrize("side", [128, 1024])
-def test_the_estimate_is_near_the_peak(side: int, alice: Path, tmp_path: Path) -> None:
-    """Of a process of its own, and its largest moment is that of decoding for large pictures."""
-    words = "gen", "alice", "a [V] face", "-n", "1", "--steps", "1", "--size", str(side)
+def peak_of(*words: object) -> int:
+    """Run a command in a process of its own; return the most bytes that it held."""
     code = (
         "from hdbcli.__main__ import main\n"
         "from hdbcli.model.device import peak_memory\n"
@@ -99,14 +98,46 @@ def test_the_estimate_is_near_the_peak(side: int, alice: Path, tmp_path: Path) -
         "finally:\n"
         "    print('PEAK', peak_memory('cpu'))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words, "-o", str(tmp_path)], capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    size = measure(TINY)
+    return int(done.stdout.rpartition("PEAK")[2])
+
+
+@pytest.mark.parametrize("side", [128, 1024])
+def test_the_estimate_is_near_the_peak(side: int, alice: Path, tmp_path: Path) -> None:
+    """The largest moment is that of decoding for large pictures."""
+    words = "gen", "alice", "a [V] face", "-n", 1, "--steps", 1, "--size", side, "-o", tmp_path
+    peak, size = peak_of(*words), measure(TINY)
     assert size is not None
-    peak = int(done.stdout.rpartition("PEAK")[2])
-    assert peak / 1.5 < estimate(size, NORMAL, work_of(1, side)) < 1.5 * peak
+    assert peak / 1.5 < estimate(size, NORMAL, work_of(1, side, TINY.guidance)) < 1.5 * peak
+
+
+@pytest.mark.parametrize(
+    ("plan", "options"),
+    [
+        (NORMAL, ["--steps", 1]),
+        pytest.param(NORMAL, ["--no-refine"], marks=pytest.mark.slow),
+        pytest.param(PLANS[1], ["--steps", 1, "--memory", "half"], marks=pytest.mark.slow),
+        pytest.param(PLANS[-1], ["--steps", 1, "--memory", "low"], marks=pytest.mark.slow),
+    ],
+    ids=["normal", "prediction", "half", "low"],
+)
+def test_the_estimate_of_an_identity_is_near_the_peak(
+    plan: MemoryPlan, options: list[object], astronaut: Path, hdb_home: Path
+) -> None:
+    peak = peak_of("new", astronaut, "alice", "--yes", "--no-preview", *options)
+    size, work = measure(TINY), new_work_of(TINY, "--no-refine" not in options, None)
+    assert size is not None
+    assert peak / 1.5 < estimate(size, plan, work) < 1.5 * peak
+
+
+def test_guidance_alone_runs_a_sample_twice() -> None:
+    plain, guided = (work_of(2, 128, guidance) for guidance in (1.0, 1.5))
+    assert (plain.samples, plain.least, guided.samples, guided.least) == (2, 1, 4, 2)
+    tiny, other = (new_work_of(spec, True, None) for spec in (TINY, replace(TINY, guidance=3.0)))
+    assert (tiny.least, other.least) == (1, 2)
+    assert tiny.then == work_of(1, 128, 1.0) and other.then == work_of(1, 128, 3.0)
 
 
 def test_choice_follows_the_free_memory() -> None:
