@@ -38,6 +38,7 @@ def without_compiler() -> Iterator[None]:
     stand_in.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]  # small parts are read
     stand_in.allow_in_graph = stand_in.assume_constant_result = stand_in.disable = _as_it_is
     stand_in.eval_frame = SimpleNamespace(OptimizedModule=_Compiled)
+    stand_in.config = SimpleNamespace(error_on_nested_fx_trace=True)  # asked by checkpointing
     sys.modules[NAME] = stand_in
     compiler.compile = compiler._disable_dynamo = _as_it_is
     try:
