@@ -121,7 +121,7 @@ def test_gradients_reach_the_adapter(tiny: Base, faces: list[Faces], predicted: 
             each *= 1.1
     (part,) = ask(tiny, lambda: adapter, [losses(1)])
     part.backward()
-    assert float(part.detach()) > 1e-3
+    assert float(part.detach()) > 3e-4  # before anything changed it is under 1e-4
     assert all(each.grad is not None for each in up)
 
 
