@@ -16,7 +16,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; nothing was done\n")
         raise SystemExit(130) from None
-    gc.freeze()  # what is imported stays: nobody need look through it for rubbish
+    gc.freeze()  # what is imported stays: no collection need look through it
     run()
 
 

@@ -20,7 +20,7 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 OTHER_WAITING = ("GOMP_SPINCOUNT", "KMP_LIBRARY")
 SPINS = {"GOMP_SPINCOUNT": "10000"}  # looks at what is waited for before a thread sleeps: ~0.2 ms
 THREADS = "OMP_NUM_THREADS"
-SELDOM = 20_000  # new objects until the next look for rubbish; Python's own is 700 or 2,000
+SELDOM = 20_000  # new objects until the next garbage collection; Python's own is 700 or 2,000
 
 
 def set_threads(system: Path = Path("/")) -> None:
@@ -59,14 +59,14 @@ def _idle(system: Path, threads: int) -> bool:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Look for rubbish less often while libraries and a model are loaded.
+    """Collect garbage less often while libraries and a model are loaded.
 
     That makes a million objects, which stay: to look through them again and again, as Python does,
-    takes a tenth of the time until the first step of a picture. With a model's weights lying in
-    what is rubbish, work itself had better go on as usual.
+    takes a tenth of the time until the first step of a picture. Afterwards it collects as usual,
+    since garbage may hold tensors.
     """
     before = gc.get_threshold()
-    if before[0]:  # 0 is the user's own wish to look for none
+    if before[0]:  # 0 is the user's own wish to collect none
         gc.set_threshold(max(SELDOM, before[0]), *before[1:])
     try:
         yield
