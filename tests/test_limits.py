@@ -162,7 +162,7 @@ sys.stdout.write(json.dumps([seen[0], torch.get_num_threads()]))
         assert json.loads(done.stdout) == [wanted, 1]
 
 
-def test_rubbish_is_looked_for_less_often_only_while_loading() -> None:
+def test_garbage_is_collected_less_often_only_while_loading() -> None:
     before = gc.get_threshold()
     try:
         for own, meanwhile in ((700, SELDOM), (2 * SELDOM, 2 * SELDOM), (0, 0)):
