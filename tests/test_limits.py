@@ -148,7 +148,7 @@ sys.meta_path.insert(0, Watch())
 import {module}, torch
 sys.stdout.write(json.dumps([seen[0], torch.get_num_threads()]))
 """
-    clean = {k: v for k, v in os.environ.items() if k not in WAITING}
+    clean = {k: v for k, v in os.environ.items() if k not in {**WAITING, **SPINS}}
     for own, wanted in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "active")):
         done = subprocess.run(
             [sys.executable, "-c", code],
