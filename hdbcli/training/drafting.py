@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hdbcli.training.questions import Samples, joined
-from registry.spec import Drafting
+from registry.spec import Drafting, passes_of
 
 NOISIEST = 1 - 2**-20  # of times: float32 rounds what lies closer up to 1, where no timestep is
 
@@ -34,7 +34,7 @@ def before_last(
     times = torch.linspace(NOISIEST, 0, steps + 1).to(noise.device)
     for number, t in enumerate(times[: taken or steps], 1):
         samples = Samples(clean, prompts, rest, t.expand(len(noise)))
-        if guidance != 1:  # without guidance what "" says counts nothing
+        if passes_of(guidance) == 2:
             samples = joined([samples._replace(prompts=[""] * len(noise)), samples])
         if number < (taken or steps):
             clean, rest = _split(backbone, samples, backbone.predict(*samples), guidance)
@@ -61,7 +61,7 @@ def _split(
 ) -> tuple[Tensor, Tensor]:
     """Return what the guided answer says: the picture, and the noise."""
     clean, _, noise, t = samples
-    if guidance != 1:
+    if passes_of(guidance) == 2:
         away, towards = answer.chunk(2)
         answer = away + guidance * (towards - away)
         clean, noise, t = (each.chunk(2)[0] for each in (clean, noise, t))

@@ -30,7 +30,7 @@ from hdbcli.model.device import autocast
 from hdbcli.training.drafting import before_last, picture
 from hdbcli.training.questions import Question
 from registry.errors import HdbError
-from registry.spec import BaseSpec, Drafting
+from registry.spec import BaseSpec, Drafting, passes_of
 
 STEPS = 4
 RENEWED, EARLY = 8, (2, 3)  # steps where noise is renewed, and after which, in turn, it looks
@@ -129,7 +129,7 @@ def portraits_of(batch: int) -> int:
 def asked_of(spec: BaseSpec, portraits: int) -> int:
     """Return of how many samples a question for so many portraits is: twice as many for guidance,
     all of one graph."""
-    return portraits * (1 if spec.guidance == 1 else 2)
+    return portraits * passes_of(spec.guidance)
 
 
 def check_drafts(base: Base) -> Drafting:
