@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 OTHER_WAITING = ("GOMP_SPINCOUNT", "KMP_LIBRARY")
 SPINS = {"GOMP_SPINCOUNT": "10000"}  # looks at what is waited for before a thread sleeps: ~0.2 ms
 THREADS = "OMP_NUM_THREADS"
+LOOKS = 5  # at what runs, 2 ms apart
 SELDOM = 20_000  # new objects until the next garbage collection; Python's own is 700 or 2,000
 
 
@@ -49,12 +51,17 @@ def set_threads(system: Path = Path("/")) -> None:
 
 def _idle(system: Path, threads: int) -> bool:
     """Say whether so many threads leave the machine's other tasks a processor each, by how many
-    Linux says run at this moment, this one among them."""
-    try:
-        running = int(re.findall(r" (\d+)/\d+ ", (system / "proc/loadavg").read_text())[0])
-    except (OSError, IndexError):
-        return False
-    return running - 1 + threads <= (os.cpu_count() or 1)
+    Linux says run at this moment, this one among them: by the fewest of LOOKS, since what is busy
+    runs every time, and what has a moment's work does not."""
+    for look in range(LOOKS):
+        time.sleep(0.002 if look else 0)
+        try:
+            running = int(re.findall(r" (\d+)/\d+ ", (system / "proc/loadavg").read_text())[0])
+        except (OSError, IndexError):
+            return False
+        if running - 1 + threads <= (os.cpu_count() or 1):
+            return True
+    return False
 
 
 @contextmanager

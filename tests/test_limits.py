@@ -130,6 +130,8 @@ def test_the_users_own_environment_stays(system: Path, monkeypatch: pytest.Monke
         write(system / "proc/loadavg", f"9.00 9.00 9.00 {running}/204 30122\n")
         assert after() == {**WAITING, **more}, "spinning is for machines that are idle"
     assert after(OMP_WAIT_POLICY="PASSIVE") == {"OMP_WAIT_POLICY": "PASSIVE"}
+    monkeypatch.setattr("time.sleep", lambda _: write(system / "proc/loadavg", "9 9 9 1/204 30\n"))
+    assert after() == {**WAITING, **SPINS}, "what ran for a moment is no work beside it"
 
 
 @pytest.mark.parametrize(
