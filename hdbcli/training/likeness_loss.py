@@ -73,22 +73,6 @@ def likeness(
     return Question(last, far)
 
 
-def likeness_loss(
-    base: Base,
-    prompts: Sequence[str],
-    noise: Tensor,
-    true: Tensor,
-    traits: Tensor,
-    precision: str = "auto",
-    turn: int = 0,
-) -> Tensor:
-    """Return those distances (B,) as the base is adapted now."""
-    question = likeness(base, prompts, noise, true, traits, precision, turn)
-    with autocast(base.device, precision, noise):
-        answer = base.backbone.predict(*question.samples)
-    return question.loss(answer)
-
-
 def portrait_likeness(
     base: Base, faces: Sequence[Faces], weight: float
 ) -> Callable[[Theta | Factors | None, torch.Generator, int, int], Question]:

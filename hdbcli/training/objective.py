@@ -30,7 +30,7 @@ class Portraits(NamedTuple):
     noise: Tensor  # (P DRAWS, c, h, w)
     true: Tensor  # (P DRAWS, 3, S, S)
     traits: Tensor  # (P DRAWS, 128) embeddings of those pictures, mirrored or not
-    turn: int = 0  # of likeness_loss
+    turn: int = 0  # of the likeness loss
 
 
 def diffusion(

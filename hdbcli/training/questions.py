@@ -43,6 +43,10 @@ class Question(NamedTuple):
     def weighed(self, weight: float) -> Question:
         return Question(self.samples, lambda answer: weight * self.loss(answer).sum())
 
+    def answered(self, backbone: Backbone) -> Tensor:
+        """Return the loss, as the backbone is adapted now."""
+        return self.loss(backbone.predict(*self.samples))
+
 
 def distance(samples: Samples, wanted: Tensor) -> Question:
     """Ask how far the answers are from those wanted: || v(x_t, c) - wanted ||^2 (K P,), the mean
@@ -59,8 +63,7 @@ def diffusion_loss(
     backbone: Backbone, latents: Tensor, prompts: Sequence[str], noise: Tensor, t: Tensor
 ) -> Tensor:
     """Return the diffusion loss of each sample (B,), as the backbone is adapted now."""
-    question = diffusion(backbone, Samples(latents, prompts, noise, t))
-    return question.loss(backbone.predict(*question.samples))
+    return diffusion(backbone, Samples(latents, prompts, noise, t)).answered(backbone)
 
 
 def joined(parts: Sequence[Samples]) -> Samples:
@@ -82,11 +85,11 @@ def ask(
         samples = joined([question.samples for question in some])
         with base.adapted(adapter()), base.short_attention(samples.clean):
             with autocast(base.device, precision, samples.clean):
-                answers = base.backbone.predict(*samples)
-            theirs = answers.split([len(question.samples.clean) for question in some])
+                answer = base.backbone.predict(*samples)
+            theirs = answer.split([len(question.samples.clean) for question in some])
             yield sum(
-                (each.loss(answer).sum() for each, answer in zip(some, theirs, strict=True)),
-                torch.zeros((), device=answers.device),
+                (each.loss(own).sum() for each, own in zip(some, theirs, strict=True)),
+                torch.zeros((), device=answer.device),
             )
 
 

@@ -18,7 +18,7 @@ from hdbcli.method.lidb import LiDBConv2d, LiDBLinear, Theta
 from hdbcli.model.base import Base, load_base
 from hdbcli.model.memory import NORMAL, PLANS, MemoryPlan
 from hdbcli.training import objective
-from hdbcli.training.likeness_loss import likeness_loss
+from hdbcli.training.likeness_loss import likeness
 from hdbcli.training.questions import diffusion_loss
 from hdbcli.training.refine import portrait_loss, refine, train, trainable_lidb
 from registry.plugins import load_registry
@@ -166,7 +166,7 @@ def test_likeness_has_its_weight_whole_or_in_parts(tiny: Base) -> None:
     theta = Theta(first.down, 0.2 * torch.randn(first.up.shape, generator=generator))
     portraits = objective.Portraits(prompts, noise, true, traits)
     with torch.no_grad(), tiny.injected.adapted(theta):
-        far = likeness_loss(tiny, prompts, noise, true, traits, "fp32").mean()
+        far = likeness(tiny, prompts, noise, true, traits, "fp32").answered(tiny.backbone).mean()
         for plan in (NORMAL, PLANS[2]):
             base = replace(tiny, plan=plan)
             parts = list(objective.likeness(base, theta, portraits, 3.0, "fp32"))

@@ -26,7 +26,7 @@ from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base, load_predictor
 from hdbcli.model.sample import generate
 from hdbcli.training.drafting import before_last, draft, picture
-from hdbcli.training.likeness_loss import contrast, likeness_loss, mosaic, portrait_likeness
+from hdbcli.training.likeness_loss import contrast, likeness, mosaic, portrait_likeness
 from hdbcli.training.questions import ask, diffusion_loss
 from hdbcli.training.refine import refine
 from registry.errors import HdbError
@@ -143,7 +143,7 @@ def test_loss_knows_who_is_drawn(tiny: Base, crops: list[np.ndarray], predicted:
     prompts, start = [tiny.prompt(PORTRAIT)] * len(crops), noise(len(crops))
     with torch.no_grad(), tiny.injected.adapted(predicted):
         own, face, colours = (
-            likeness_loss(tiny, prompts, start, *each)
+            likeness(tiny, prompts, start, *each).answered(tiny.backbone)
             for each in ((true, traits), (true, traits.roll(1, 0)), (true.roll(1, 0), traits))
         )
     assert own.shape == (len(crops),) and own.mean() < face.mean() - 0.02
@@ -193,7 +193,8 @@ def test_a_person_in_a_haze_is_not_them(
         traits = tiny.embed(drawn)
         hazy = torch.nn.functional.avg_pool2d(drawn, 5, 1, 2, count_include_pad=False)
         own, other = (
-            likeness_loss(tiny, PROMPTS, noise(2), true, traits, "fp32") for true in (drawn, hazy)
+            likeness(tiny, PROMPTS, noise(2), true, traits, "fp32").answered(backbone)
+            for true in (drawn, hazy)
         )
     colours = (mosaic(drawn) - mosaic(hazy)).square().mean((2, 3)).sum(1)
     assert own.max() < 1e-6 and other.min() > 0.005 and (other > 10 * colours).all()
@@ -203,7 +204,7 @@ def test_gradients_reach_theta_and_nothing_else(tiny: Base, crops: list[np.ndarr
     first = tiny.first_theta(people=2)
     theta = Theta(first.down, (0.01 * torch.randn(first.up.shape)).requires_grad_(True))
     with tiny.injected.adapted(theta):
-        far = likeness_loss(tiny, PROMPTS, noise(2), *tiny.faces(crops[:2])[:2])
+        far = likeness(tiny, PROMPTS, noise(2), *tiny.faces(crops[:2])[:2]).answered(tiny.backbone)
         far[0].backward()
     assert theta.up.grad is not None
     assert theta.up.grad[0].abs().sum(dim=(1, 2)).min() > 0  # every target of the first person
@@ -246,7 +247,7 @@ def test_a_step_along_the_gradient_brings_the_person_nearer(
 
     def far(adapter: Theta) -> Tensor:
         with tiny.injected.adapted(adapter):
-            return likeness_loss(tiny, PROMPTS, noise(2), *true[:2]).sum()
+            return likeness(tiny, PROMPTS, noise(2), *true[:2]).answered(tiny.backbone).sum()
 
     before = far(theta)
     before.backward()
@@ -276,7 +277,7 @@ def test_refinement_learns_from_what_it_draws(
 
     def far(theta: Theta) -> Tensor:  # from the photo, in portraits of other noise
         with torch.no_grad(), tiny.injected.adapted(theta):
-            return likeness_loss(tiny, PROMPTS, noise(2), *true[:2])
+            return likeness(tiny, PROMPTS, noise(2), *true[:2]).answered(tiny.backbone)
 
     config = RefineConfig(steps=5, rank=1, lr=3e-3, batch=2, likeness=1.0)
     with_it, without = (
@@ -331,7 +332,7 @@ def test_a_base_that_cannot_draft_says_so(tiny: Base) -> None:
 
     other = replace(tiny, backbone=Plain())  # type: ignore[arg-type]
     with pytest.raises(HdbError, match="leave --likeness out"):
-        likeness_loss(other, PROMPTS, noise(2), torch.zeros(2, 3, 128, 128), torch.zeros(2, 128))
+        likeness(other, PROMPTS, noise(2), torch.zeros(2, 3, 128, 128), torch.zeros(2, 128))
 
 
 def test_train_with_likeness_and_from_a_file(tiny: Base, hdb_home: Path, tmp_path: Path) -> None:
