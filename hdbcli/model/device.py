@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -89,6 +90,8 @@ def join_workers(device: str) -> Workers:
     # The others wait while one of them draws and measures people held out.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     accelerator = Accelerator(cpu=not device.startswith("cuda"), kwargs_handlers=[patience])
+    # Python ends with the group's threads running otherwise, and one time in six by SIGABRT.
+    atexit.register(accelerator.end_training)
 
     def together(work: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
         try:
