@@ -150,6 +150,9 @@ class Drafting(Backbone, Protocol):
     def renews(self) -> bool:
         """Whether every step starts from fresh noise, so that early ones decide what is drawn."""
 
+    def times(self, steps: int) -> Tensor:
+        """Return the times (steps + 1,) between which a picture is drawn, from 1 down to 0."""
+
     def split(
         self, latents: Tensor, noise: Tensor, t: Tensor, answer: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def before_last(
     """Take all steps but the last, from noise (B, c, h, w), or but the last of those `taken`, and
     return what that one asks: B samples, or twice as many with guidance, "" first."""
     clean, rest = torch.zeros_like(noise), noise
-    times = torch.linspace(NOISIEST, 0, steps + 1).to(noise.device)
+    times = backbone.times(steps).clamp(max=NOISIEST).to(noise)
     for number, t in enumerate(times[: taken or steps], 1):
         samples = Samples(clean, prompts, rest, t.expand(len(noise)))
         if passes_of(guidance) == 2:

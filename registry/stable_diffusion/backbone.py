@@ -92,6 +92,7 @@ class StableDiffusion:
     pipeline: Pipeline
     condition: Condition = last_states
     read_autoencoder: Callable[[], Any] | None = None  # from its files, onto the device
+    shift: float = 1.0  # of the steps towards the noise, where every step renews it
 
     @property
     def autoencoder(self) -> Any:
@@ -177,6 +178,12 @@ class StableDiffusion:
     def renews(self) -> bool:
         return _renews(self.pipeline.scheduler)
 
+    def times(self, steps: int) -> Tensor:
+        even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        last = self.pipeline.scheduler.config.num_train_timesteps
+        shift = max(1.0, min(self.shift, 0.9 * last / steps))  # or many steps fall on one timestep
+        return shift * even / (1 + (shift - 1) * even)
+
     def split(
         self, latents: Tensor, noise: Tensor, t: Tensor, answer: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -244,6 +251,11 @@ class StableDiffusion:
             settings.trailing,
         )
         self.pipeline.set_progress_bar_config(disable=True)
+        spacing: dict[str, Any] = {"num_inference_steps": settings.steps}
+        if self.shift != 1 and _renews(self.pipeline.scheduler):
+            last = schedule.config.num_train_timesteps
+            starts = (self.times(settings.steps)[:-1] * last - 1e-6).ceil().long() - 1
+            spacing = {"timesteps": starts.tolist()}
         generators = [generator_of(seed) for seed in seeds]
 
         def told(_pipeline: Any, step: int, _t: Any, kept: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +272,7 @@ class StableDiffusion:
                     list(prompts),
                     height=side,
                     width=side,
-                    num_inference_steps=settings.steps,
+                    **spacing,
                     guidance_scale=settings.guidance,
                     negative_prompt=negative,
                     generator=generators,
