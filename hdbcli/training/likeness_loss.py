@@ -33,7 +33,7 @@ from registry.errors import HdbError
 from registry.spec import BaseSpec, Drafting, passes_of
 
 STEPS = 4
-RENEWED, EARLY = 6, (3, 4)  # steps where noise is renewed, and after which, in turn, it looks
+RENEWED, EARLY = 6, (4, 5)  # steps where noise is renewed, and after which, in turn, it looks
 SHARE = 4  # one sample in SHARE of a step is drawn from noise too, which costs several passes
 CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
 
