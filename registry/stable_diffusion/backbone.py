@@ -181,7 +181,8 @@ class StableDiffusion:
     def times(self, steps: int) -> Tensor:
         even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         last = self.pipeline.scheduler.config.num_train_timesteps
-        shift = max(1.0, min(self.shift, 0.9 * last / steps))  # or many steps fall on one timestep
+        shift = self.shift if self.renews else 1.0
+        shift = max(1.0, min(shift, 0.9 * last / steps))  # or many steps fall on one timestep
         return shift * even / (1 + (shift - 1) * even)
 
     def split(
@@ -252,7 +253,7 @@ class StableDiffusion:
         )
         self.pipeline.set_progress_bar_config(disable=True)
         spacing: dict[str, Any] = {"num_inference_steps": settings.steps}
-        if self.shift != 1 and _renews(self.pipeline.scheduler):
+        if self.renews and self.shift != 1:
             last = schedule.config.num_train_timesteps
             starts = (self.times(settings.steps)[:-1] * last - 1e-6).ceil().long() - 1
             spacing = {"timesteps": starts.tolist()}
