@@ -26,7 +26,7 @@ from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base, load_predictor
 from hdbcli.model.sample import generate
 from hdbcli.training.drafting import before_last, draft, picture
-from hdbcli.training.likeness_loss import contrast, likeness, mosaic, portrait_likeness
+from hdbcli.training.likeness_loss import AHEAD, contrast, likeness, mosaic, portrait_likeness
 from hdbcli.training.questions import ask, diffusion_loss
 from hdbcli.training.refine import refine
 from registry.errors import HdbError
@@ -279,7 +279,7 @@ def test_refinement_learns_from_what_it_draws(
         with torch.no_grad(), tiny.injected.adapted(theta):
             return likeness(tiny, PROMPTS, noise(2), *true[:2]).answered(tiny.backbone)
 
-    config = RefineConfig(steps=5, rank=1, lr=3e-3, batch=2, likeness=1.0)
+    config = RefineConfig(steps=8, rank=1, lr=3e-3, batch=2, likeness=1.0)
     with_it, without = (
         far(refine(tiny, start, latents, each, lambda *_: None, faces).theta).mean()
         for each in (config, replace(config, likeness=0.0))
@@ -324,6 +324,43 @@ def test_the_likeness_of_every_photo_counts(
     losses = [[value(faces, 1.0, turn) for turn in (0, 1)] for faces in (two, mixed)]
     assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]  # a photo a step
     assert value(two, 3.0, 0) == pytest.approx(3 * losses[0][0])
+
+
+def test_portraits_begun_together_are_those_begun_alone(
+    tiny: Base, crops: list[np.ndarray], predicted: Theta
+) -> None:
+    """Of two people, one of whom has two photos; where memory is short each step begins its own."""
+    faces, theta = [tiny.faces(crops[:1]), tiny.faces(crops[1:3])], predicted[:2]
+    prompts = [tiny.prompt(PORTRAIT)] * 2
+    shape, generator = faces[0].latents.shape[1:], torch.Generator().manual_seed(0)
+    asks = portrait_likeness(tiny, faces, 1.0)
+    together = [asks(theta, generator, 2, turn) for turn in range(AHEAD)]
+    starts = torch.randn((AHEAD, *shape), generator=torch.Generator().manual_seed(0))
+    short = replace(tiny, plan=replace(tiny.plan, at_once=1))
+    asks, generator = portrait_likeness(short, faces, 1.0), torch.Generator().manual_seed(0)
+    for turn in range(AHEAD):
+        asks(theta, generator, 2, turn)
+        assert generator.get_state().equal(drawn_of(turn + 1, shape))
+    with torch.no_grad(), tiny.adapted(theta):
+        for turn, (each, start) in enumerate(zip(together, starts, strict=True)):
+            shown = [turn % len(each.crops) for each in faces]
+            true = torch.stack([f.crops[k] for f, k in zip(faces, shown, strict=True)])
+            traits = torch.stack([f.traits[k] for f, k in zip(faces, shown, strict=True)])
+            alone = likeness(tiny, prompts, start.expand(2, *shape), true, traits)
+            far = (each.samples.clean - alone.samples.clean).abs().mean(), each.samples.clean.std()
+            assert far[0] < 0.01 * far[1]
+            loss = float(each.answered(tiny.backbone))
+            assert loss == pytest.approx(float(alone.answered(tiny.backbone).sum()), rel=0.01)
+            other = likeness(tiny, prompts, starts.flip(0)[turn].expand(2, *shape), true, traits)
+            assert (each.samples.clean - other.samples.clean).abs().mean() > 0.1 * far[1]
+
+
+def drawn_of(count: int, shape: torch.Size) -> Tensor:
+    """Return the state of a generator of seed 0 after so many draws, one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        torch.randn((1, *shape), generator=generator)
+    return generator.get_state()
 
 
 def test_a_base_that_cannot_draft_says_so(tiny: Base) -> None:
