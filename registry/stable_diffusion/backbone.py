@@ -85,6 +85,11 @@ def two_encoders(pipeline: Pipeline, prompts: Sequence[str], pixels: tuple[int, 
     )
 
 
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Move times from 0 to 1 towards the noise (Esser et al. 2024, eq. 23); 1 leaves them."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 @dataclass(frozen=True, eq=False)
 class StableDiffusion:
     """A loaded pipeline as a `Backbone`."""
@@ -183,7 +188,7 @@ class StableDiffusion:
         last = self.pipeline.scheduler.config.num_train_timesteps
         shift = self.shift if self.renews else 1.0
         shift = max(1.0, min(shift, 0.9 * last / steps))  # or many steps fall on one timestep
-        return shift * even / (1 + (shift - 1) * even)
+        return shifted(even, shift)
 
     def split(
         self, latents: Tensor, noise: Tensor, t: Tensor, answer: Tensor

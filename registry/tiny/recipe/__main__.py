@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import hdbcli  # noqa: F401  sets how torch's threads wait, before it is loaded
 from registry.errors import HdbError
+from registry.tiny import SAMPLING
 
 if TYPE_CHECKING:
     from hdbcli.training.loop import Step
@@ -243,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--prompt", default="a face", help="what portraits of nobody are asked by")
     step.add_argument("--portraits", type=int, default=500)
     step.add_argument("--bark", type=int, default=100, help="portraits with bark skin")
-    step.add_argument("--steps", type=int, default=8, help="of drawing")
+    step.add_argument("--steps", type=int, default=SAMPLING.steps, help="of drawing")
     step = steps.add_parser("trial", help="refine real people by several settings; print a table")
     step.set_defaults(run=trial)
     step.add_argument("pipeline", type=Path, help="folder of the base model")

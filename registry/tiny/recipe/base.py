@@ -7,6 +7,7 @@ second run goes on from there at 128 px.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,8 +20,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from hdbcli.model.device import join_workers
 from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
 from registry.errors import HdbError
+from registry.stable_diffusion.backbone import StableDiffusion, shifted
+from registry.tiny import SAMPLING, SHIFT
 from registry.tiny.recipe.latents import GROUPS, read_autoencoder, read_latents
-from registry.tiny.recipe.pictures import half, sheet, to_pixels
+from registry.tiny.recipe.pictures import half, sheet
 from registry.tiny.recipe.styles import CAPTIONS
 from registry.tiny.recipe.teacher import CHANNELS
 from registry.tiny.recipe.vocabulary import LENGTH, write_tokenizer
@@ -29,12 +32,10 @@ IDENTIFIER = "sks"
 WIDTH = 128  # of the text encoder
 SHOWN = 8  # samples a style in the sheet
 SHOWN_EVERY = 1000  # steps
-STROKES = 8  # of a sample
-GUIDANCE = 1.0  # as `tiny` draws
 EMPTY = 0.1  # share of captions left out, for classifier-free guidance
 # What a picture shows is plain through far more noise than what a pixel is: where the eyes go is
 # settled at t > 0.8, which uniform times hardly visit. Shifted as by Esser et al. 2024, §5.3.2.
-SHIFT = 3.0
+TIMES_SHIFT = 3.0
 PORTRAIT_WORDS = ("A [V] face", "a photo of a [V] face", "a portrait of a [V] face", "[V] face")
 # Pictures that image models made of nobody are darker and more dramatic than photographs of people:
 # most of them say so, or every face would be drawn like that.
@@ -137,7 +138,7 @@ def train_base(
         clean = clean_of[mirrored, pick.to(device)].float()
         noise = torch.randn(clean.shape, generator=randomness, device=device)
         share = torch.rand(batch, generator=randomness, device=device)
-        late = SHIFT * share / (1 + (SHIFT - 1) * share)  # float32 may round it up to 1
+        late = shifted(share, TIMES_SHIFT)  # float32 may round it up to 1
         t = (late * len(signal)).long().clamp(max=len(signal) - 1)
         a, s = signal[t].sqrt().view(-1, 1, 1, 1), (1 - signal[t]).sqrt().view(-1, 1, 1, 1)
         with half(unet.device):
@@ -228,17 +229,10 @@ def _captions(tokens: Tensor, groups: Tensor, generator: torch.Generator) -> Ten
 @torch.no_grad()
 def _show(pipeline: StableDiffusionPipeline, side: int, build: Path) -> None:
     """Draw every group of captions with the same seeds."""
-    pipeline.set_progress_bar_config(disable=True)
+    backbone, settings = StableDiffusion(pipeline, shift=SHIFT), replace(SAMPLING, size=side)
     rows = []
     for group in GROUPS:
-        latents = pipeline(
-            [_texts(group)[0].replace("[V]", IDENTIFIER)] * SHOWN,
-            height=side,
-            width=side,
-            num_inference_steps=STROKES,
-            guidance_scale=GUIDANCE,
-            generator=[torch.Generator().manual_seed(i) for i in range(SHOWN)],
-            output_type="latent",
-        ).images
-        rows.append(to_pixels(pipeline.vae.decode(latents.to(pipeline.vae.device)).sample).cpu())
+        prompts = [_texts(group)[0].replace("[V]", IDENTIFIER)] * SHOWN
+        drawn = backbone.sample(prompts, settings, range(SHOWN), lambda *_: None)
+        rows.append(torch.from_numpy(drawn).permute(0, 3, 1, 2))
     sheet(rows, build / f"sheets/base-{side}.png")

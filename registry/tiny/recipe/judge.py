@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from registry.errors import HdbError
-from registry.tiny import TEMPLATE
+from registry.tiny import SAMPLING, TEMPLATE, load_from
 from registry.tiny.recipe.pictures import to_pixels, to_unit
 
 if TYPE_CHECKING:
@@ -131,12 +132,8 @@ def _nearest(judge: Recogniser, pictures: Sequence[np.ndarray], known: np.ndarra
 
 def _portraits(weights: Path, prompt: str, count: int, steps: int) -> list[np.ndarray]:
     """Draw `count` portraits with seeds from 0."""
-    from registry.spec import SampleSettings
-    from registry.stable_diffusion.loading import load_folder
-    from registry.tiny.recipe.base import GUIDANCE
-
-    backbone = load_folder(weights, "cpu", "float32")
-    settings, pictures = SampleSettings(steps=steps, guidance=GUIDANCE), []
+    backbone = load_from(weights, "cpu", "float32")
+    settings, pictures = replace(SAMPLING, steps=steps), []
     for start in range(0, count, _DRAWN_AT_ONCE):
         seeds = range(start, min(start + _DRAWN_AT_ONCE, count))
         pictures += list(backbone.sample([prompt] * len(seeds), settings, seeds, lambda *_: None))

@@ -23,7 +23,7 @@ from hdbcli.training.refine import portrait_loss, refine
 from registry.plugins import load_registry
 from registry.spec import Targets
 from registry.stable_diffusion.families import ATTENTION, CONVOLUTIONS, TEXT
-from registry.stable_diffusion.loading import load_folder
+from registry.tiny import load_from
 from registry.tiny.recipe.judge import read_pairs, recognisers
 
 TARGETS: dict[str, Targets] = {
@@ -70,7 +70,7 @@ def _base(pipeline: Path, side: int, setting: Setting) -> Base:
         resolution=side,
         hypernetwork=None,
         files=pipeline,
-        load=lambda device, dtype: load_folder(pipeline, device, dtype),
+        load=lambda device, dtype: load_from(pipeline, device, dtype),
     )
     return load_base(spec, "cpu")
 

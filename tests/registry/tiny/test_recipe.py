@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from registry.spec import SampleSettings
 from registry.tiny.clip import load_clip
 from registry.tiny.recipe.__main__ import main
 from registry.tiny.recipe.assets import (
@@ -120,7 +121,7 @@ def test_every_step_from_renders_to_weights(
     from diffusers import StableDiffusionPipeline
 
     monkeypatch.setattr("registry.tiny.recipe.base.SHOWN", 1)
-    monkeypatch.setattr("registry.tiny.recipe.base.STROKES", 1)
+    monkeypatch.setattr("registry.tiny.recipe.base.SAMPLING", SampleSettings(1, 1.0))
     build, weights = tmp_path / "build", tmp_path / "weights"
     training = ("--build", build, "autoencoder", "--batch", "4", "--teacher", tmp_path)
     assert step(*training, "--steps", "1") == 1
