@@ -14,12 +14,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from registry.checkpoints.safetensors import MAX_FILE, SHA256, Header, TensorInfo
 from registry.errors import HdbError
+
+T = TypeVar("T")
 
 WORD = 200  # characters of a short text, such as a line of the lineage
 COUNT = re.compile("[0-9]{1,18}")
@@ -122,9 +124,17 @@ def parse_facts(
     if not SHA256.fullmatch(metadata.get("hdb.content", "")):
         raise HdbError("hdb.content is missing or not a sha256; the file is damaged")
     values = {name: read(metadata, key) for name, (key, read, _) in _FIELDS.items()}
-    layout = Layout(**{name: values.pop(name) for name in Layout.__dataclass_fields__})
+    layout = _made(Layout, {name: values.pop(name) for name in Layout.__dataclass_fields__})
     _check_tensors(layout, tensors)
-    return Facts(**values), layout
+    return _made(Facts, values), layout
+
+
+def _made(kind: type[T], values: dict[str, Any]) -> T:
+    """Make a frozen dataclass of a value for each of its fields; its own way sets them one by one,
+    which a list of thousands feels."""
+    made = object.__new__(kind)
+    vars(made).update(values)
+    return made
 
 
 def metadata_of(facts: Facts, layout: Layout) -> dict[str, str]:
@@ -191,19 +201,20 @@ def _json(metadata: Mapping[str, str], key: str) -> Any:
         raise HdbError(f"metadata {key} cannot be read; the file is damaged") from error
 
 
-def _array(metadata: Mapping[str, str], key: str) -> list[Any]:
-    value = _json(metadata, key)
+@lru_cache(256)  # the identities of a base have the same probes
+def _array(check: Callable[[str, Any], T], key: str, text: str) -> tuple[T, ...]:
+    value = _json({key: text}, key)
     if type(value) is not list:
         raise HdbError(f"metadata {key} is not a list; the file is damaged")
-    return value
+    return tuple(check(key, each) for each in value)
 
 
 def _probes(metadata: Mapping[str, str], key: str) -> tuple[float, ...]:
-    return tuple(_finite(key, value) for value in _array(metadata, key))
+    return _array(_finite, key, metadata.get(key, ""))
 
 
 def _lines(metadata: Mapping[str, str], key: str) -> tuple[str, ...]:
-    return tuple(_word(key, value) for value in _array(metadata, key))
+    return _array(_word, key, metadata.get(key, ""))
 
 
 def _number(metadata: Mapping[str, str], key: str) -> float | None:
@@ -214,7 +225,8 @@ def _number(metadata: Mapping[str, str], key: str) -> float | None:
 def _time(metadata: Mapping[str, str], key: str) -> str:
     text = _text(metadata, key)
     try:
-        moment = datetime.fromisoformat(re.sub("Z$", "+00:00", text))  # Python 3.10 reads no Z
+        whole = f"{text[:-1]}+00:00" if text.endswith("Z") else text  # Python 3.10 reads no Z
+        moment = datetime.fromisoformat(whole)
     except ValueError as error:
         raise HdbError(f"metadata {key} is {text[:40]!r}, not an ISO 8601 time") from error
     if moment.utcoffset() != timedelta(0):

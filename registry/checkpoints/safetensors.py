@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 MAX_FILE = 16 * 2**20  # an identity has 120 KB; the room is for higher ranks
 MAX_HEADER = 2**20  # of an identity
 FORMAT_HEADER = 100_000_000  # of any file: what safetensors itself takes; trainers write a lot
+FIRST = 2**12  # bytes read at once, more than the header of an identity has
 LARGEST = 2**40  # bytes of any other file, of which the header alone is read as a whole
 CHUNK = 2**23  # bytes copied at a time
 SHA256 = re.compile("[0-9a-f]{64}")
 HASH = "modelspec.hash_sha256"
 
+ENTRY = {"dtype", "shape", "data_offsets"}  # what a header says of each tensor
 # The numbers of a tensor, by safetensors name: their bytes, and what torch calls them.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
 DTYPE_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -221,11 +223,13 @@ def read_header(path: Path, max_bytes: int = MAX_FILE) -> Header:
             raise HdbError(f"{path} is not a file")
         if state.st_size > max_bytes:
             raise HdbError(f"{path} has {state.st_size} bytes; at most {max_bytes} are read")
-        with path.open("rb") as file:
-            first = file.read(9)
+        with path.open("rb", buffering=0) as file:
+            first = file.read(FIRST)
             most = MAX_HEADER if max_bytes <= MAX_FILE else FORMAT_HEADER
             length = _header_length(path, first, state.st_size, most)
-            text = first[8:] + file.read(length - 1)
+            text = first[8 : 8 + length]
+            while len(text) < length and (more := file.read(length - len(text))):
+                text += more
     except (FileNotFoundError, ValueError) as error:  # ValueError: a NUL in the path
         raise HdbError(f"no such file: {str(path)!r}") from error
     except OSError as error:
@@ -240,7 +244,7 @@ def read_header(path: Path, max_bytes: int = MAX_FILE) -> Header:
 
 
 def _header_length(path: Path, first: bytes, size: int, most: int) -> int:
-    """Return the header's length from a file's first 9 bytes; say what else the file may be."""
+    """Return the header's length from a file's first bytes; say what else the file may be."""
     length = int.from_bytes(first[:8], "little")
     if first[8:9] == b"{" and length <= most:
         if 8 + length > size:
@@ -286,13 +290,15 @@ def _parse(text: bytes, room: int) -> tuple[dict[str, str], dict[str, TensorInfo
 
 def _tensor(name: str, value: Any) -> TensorInfo:
     """Check one tensor's entry; raise ValueError."""
-    if type(value) is not dict or set(value) != {"dtype", "shape", "data_offsets"}:
+    if type(value) is not dict or value.keys() != ENTRY:
         raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets, or has more")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if type(dtype) is not str or dtype not in DTYPE_BYTES:
         raise ValueError(f"tensor {name!r} has an unknown dtype {str(dtype)[:20]!r}")
-    for numbers in (shape, offsets):
-        if type(numbers) is not list or any(type(n) is not int or n < 0 for n in numbers):
+    if type(shape) is not list or type(offsets) is not list:
+        raise ValueError(f"tensor {name!r} has a shape or offsets that are no lists")
+    for n in (*shape, *offsets):  # a loop, since lists of identities check thousands of them
+        if type(n) is not int or n < 0:
             raise ValueError(f"tensor {name!r} has a shape or offsets that are not whole numbers")
     if len(shape) > 8:
         raise ValueError(f"tensor {name!r} has {len(shape)} dimensions")
