@@ -1,6 +1,6 @@
 """Feed damaged files to whatever reads files from outside: HdbError is allowed, and nothing else.
 
-    python tests/mutations.py --identities 200000 --loras 20000 --photos 5000
+    python tests/mutations.py --identities 200000 --loras 50000 --photos 5000
 
 prints a line for each kind: how many were read after all, the slowest, the peak of memory, and the
 seeds of files that raise anything else; then the exit code is 1. Every file is a function of its
@@ -21,9 +21,16 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hdbcli.model.base import Base
 
 SLOWEST = 10.0  # seconds of one file
 LARGEST = 2e9  # bytes of memory
@@ -32,6 +39,13 @@ ODD = (
     *(None, True, "", "x" * 300, [], {}, [[]], "../../etc/passwd", "NaN", "\u202e\x00"),
     *(-1, 0, 1, 2**31, 2**63, 10**400, 1e308, -0.0),
 )
+# What the same bytes may be taken for.
+SAME_WIDTH = {
+    **dict.fromkeys(("F32", "I32", "U32"), ("F32", "I32", "U32")),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), ("F16", "BF16", "I16", "U16")),
+    **dict.fromkeys(("I8", "U8", "BOOL"), ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")),
+    **dict.fromkeys(("F64", "I64", "U64"), ("F64", "I64", "U64")),
+}
 
 
 @dataclass
@@ -100,13 +114,38 @@ def readers() -> Mapping[str, tuple[Callable[[Path], object], str]]:
     """Return what reads each kind of file, and the suffix of its name."""
     from hdbcli.faces.reading import read_photo
     from hdbcli.identity.file import load
-    from hdbcli.interop.lora_stack import read
 
     return {
         "identities": (load, ".safetensors"),
-        "loras": (lambda path: read(str(path)), ".safetensors"),
+        "loras": (add_lora, ".safetensors"),
         "photos": (read_photo, ".png"),
     }
+
+
+def add_lora(path: Path) -> None:
+    """Add a LoRA file to `tiny`, as `hdb gen --lora` does, and put the weights back."""
+    from hdbcli.interop.lora_stack import read, stack
+
+    base, kept = _tiny()
+    before = [value._version for value in kept]
+    try:
+        stack(base, [read(str(path))])
+    finally:
+        for (value, own), version in zip(kept.items(), before, strict=True):
+            if value._version != version:
+                value.copy_(own)
+
+
+@cache
+def _tiny() -> tuple[Base, dict[Tensor, Tensor]]:
+    """Return `tiny` and a copy of each of its parameters."""
+    from hdbcli.model.base import load_base
+    from registry.plugins import load_registry
+
+    base = load_base(load_registry().get("tiny"), "cpu")
+    modules = base.backbone.components.values()
+    values = [value.detach() for module in modules for value in module.parameters()]
+    return base, {value: value.clone() for value in values}
 
 
 def _flip(content: bytearray, rng: np.random.Generator) -> None:
@@ -155,6 +194,36 @@ def _header(content: bytearray, rng: np.random.Generator) -> None:
     content[: 8 + length] = struct.pack("<Q", len(text)) + text
 
 
+def _entry(content: bytearray, rng: np.random.Generator) -> None:
+    """Say something else of the same bytes: another shape, other numbers, or another tensor's
+    name."""
+    if len(content) < 8:
+        return
+    (length,) = struct.unpack("<Q", content[:8])
+    try:
+        header = json.loads(bytes(content[8 : 8 + length]))
+        names = [name for name in header if name != "__metadata__"]
+        one, other = (names[rng.integers(len(names))] for _ in range(2))
+        entry = header[one]
+        numbers = int(np.prod(entry["shape"]))
+        way = rng.integers(4)
+        if way == 0:
+            header[one], header[other] = header[other], header[one]
+        elif way == 1:
+            entry["dtype"] = str(rng.choice(SAME_WIDTH[entry["dtype"]]))
+        elif way == 2:
+            rng.shuffle(entry["shape"])
+        else:
+            divisor = next(d for d in (*rng.integers(1, 33, 8), 1) if numbers % d == 0)
+            shape = [int(divisor), numbers // int(divisor)]
+            entry["shape"] = [shape, [numbers], [*shape, 1, 1], [1] * 8][rng.integers(4)]
+            entry["shape"] = [] if numbers == 1 and rng.random() < 0.5 else entry["shape"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+        return _flip(content, rng)
+    text = json.dumps(header).encode()
+    content[: 8 + length] = struct.pack("<Q", len(text)) + text
+
+
 def _place(value: object, rng: np.random.Generator) -> tuple[dict | list, str | int]:
     """Return a container inside a JSON value and one of its keys."""
     while True:
@@ -166,7 +235,7 @@ def _place(value: object, rng: np.random.Generator) -> tuple[dict | list, str | 
         value = inner
 
 
-_WAYS = (_flip, _early, _cut, _insert, _repeat, _header, _header)
+_WAYS = (_flip, _early, _cut, _insert, _repeat, _header, _header, _entry, _entry)
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "HEIF", "JPEG2000", "MPO")
@@ -188,8 +257,56 @@ def photos() -> list[bytes]:
     return found
 
 
+# The parts of a change of a layer (n, m, k, k) in each kind of file, by what follows its name:
+# letters stand for sizes, r for 4, f and g for a factor of n and of m, F and G for the other.
+LORAS = (
+    {"lora_down.weight": "rmkk", "lora_up.weight": "nr11", "alpha": ""},
+    {"lora_down.weight": "rm11", "lora_mid.weight": "rrkk", "lora_up.weight": "nr11"},
+    {"lora_down.weight": "rmkk", "lora_up.weight": "nr11", "dora_scale": "n111"},
+    {"lora_A.weight": "rmkk", "lora_B.weight": "nr11", "lora_B.bias": "n"},
+    {"hada_w1_a": "nr", "hada_w1_b": "rM", "hada_w2_a": "nr", "hada_w2_b": "rM", "alpha": ""},
+    {"hada_t1": "rrkk", "hada_w1_a": "rn", "hada_w1_b": "rm"}
+    | {"hada_t2": "rrkk", "hada_w2_a": "rn", "hada_w2_b": "rm"},
+    {"lokr_w1": "fg", "lokr_w2": "FGkk", "alpha": ""},
+    {"lokr_w1_a": "fr", "lokr_w1_b": "rg", "lokr_w2_a": "rF", "lokr_w2_b": "rG", "lokr_t2": "rrkk"},
+    {"diff": "nmkk", "diff_b": "n"},
+)
+
+
+def loras() -> list[bytes]:
+    """Return small LoRA files of `tiny`, of every kind and with every tool's names."""
+    import torch
+    from safetensors.torch import save
+
+    base, _ = _tiny()
+    unet = base.backbone.components["unet"]
+    query = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    paths = ["conv_in", "time_embedding.linear_1", "mid_block.resnets.0.norm1", query]
+    found = []
+    generator = torch.Generator().manual_seed(0)
+    for number, parts in enumerate(LORAS):
+        tensors, flat = {}, number % 2 == 0 and "lora_A.weight" not in parts
+        for path in paths:
+            layer = unet.get_submodule(path)
+            layer = getattr(layer, "base", layer)
+            n, m, k, _ = (*layer.weight.shape, 1, 1, 1)[:4]
+            own = parts if layer.weight.dim() > 1 else {"w_norm": "n", "b_norm": "n"}
+            own = {part: own[part] for part in own if own[part] != "n" or layer.bias is not None}
+            sizes = {"n": n, "m": m, "k": k, "r": 4, "1": 1, "M": m * k * k}
+            sizes |= {"f": 2, "F": n // 2, "g": 4, "G": m // 4}
+            stem = f"lora_unet_{path.replace('.', '_')}" if flat else f"base_model.model.{path}"
+            for part, letters in own.items():
+                shape = [sizes[letter] for letter in letters]
+                shape = shape if layer.weight.dim() == 4 or len(shape) < 3 else shape[:2]
+                value = torch.randn(shape, generator=generator) / 8
+                tensors[f"{stem}.{part}"] = value.half() if number % 3 == 0 else value
+        said = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 2}, "use_rslora": False}
+        found.append(save(tensors, {"lora_adapter_metadata": json.dumps(said), "ss_title": "x"}))
+    return found
+
+
 def examples(folder: Path) -> dict[str, list[bytes]]:
-    """Return sound files of each kind: an identity, its LoRA, and photos."""
+    """Return sound files of each kind: an identity, its LoRA and others, and photos."""
     from commands import QUICK, ok
 
     from registry import store
@@ -200,7 +317,7 @@ def examples(folder: Path) -> dict[str, list[bytes]]:
     identity = store.path_of("alice").read_bytes()
     return {
         "identities": [identity],
-        "loras": [(folder / "lora.safetensors").read_bytes()],
+        "loras": [(folder / "lora.safetensors").read_bytes(), *loras()],
         "photos": photos(),
     }
 

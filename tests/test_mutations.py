@@ -12,12 +12,17 @@ import pytest
 from registry.errors import HdbError
 
 
-@pytest.mark.parametrize("kind", ["identities", "photos"])
-def test_damaged_files_are_refused(kind: str, made: Path) -> None:
-    sound = mutations.photos() if kind == "photos" else [made.read_bytes()]
+@pytest.mark.parametrize("kind", ["identities", "loras", "photos"])
+def test_damaged_files_are_refused(kind: str, made: Path, tmp_path: Path) -> None:
+    made_of = {"loras": mutations.loras, "photos": mutations.photos}
+    sound = made_of[kind]() if kind in made_of else [made.read_bytes()]
     read, suffix = mutations.readers()[kind]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        for number, content in enumerate(sound):  # the control: as they are, they are read
+            path = tmp_path / f"{number}{suffix}"
+            path.write_bytes(content)
+            read(path)
         outcome = mutations.run(read, sound, 100, suffix)
     assert outcome.files == 100 and not outcome.failures
     assert outcome.read < 60  # a photo with a wrong pixel is still one

@@ -14,7 +14,7 @@ tools that write such files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,9 +36,10 @@ class Parts:
         return part in self.tensors
 
     def __getitem__(self, part: str) -> Tensor:
-        """Return a part in float32; HdbError if the file lacks it or it is empty."""
+        """Return a part in float32; HdbError if the file lacks it, or it is empty or one bare
+        number."""
         tensor = self.tensors.get(part)
-        if tensor is None or not tensor.numel():
+        if tensor is None or not tensor.numel() or not tensor.dim():
             raise HdbError(
                 f"{self.path} is damaged: {self.layer!r} has no {part} matrix; get it again"
             )
@@ -46,6 +47,14 @@ class Parts:
 
     def has(self, prefix: str) -> bool:
         return any(part.startswith(prefix) for part in self.tensors)
+
+
+def shape_of(parts: Parts) -> torch.Size | None:
+    """Return the shape of `update` without computing it: a small file can ask for more numbers
+    than any memory holds."""
+    tensors = {part: tensor.to("meta") for part, tensor in parts.tensors.items()}
+    d = update(replace(parts, tensors=tensors), lambda _: 1.0)
+    return None if d is None else d.shape
 
 
 def update(parts: Parts, scale: Scale) -> Tensor | None:
@@ -90,7 +99,7 @@ def change(parts: Parts, d: Tensor | None, weight: Tensor) -> Tensor | None:
 def bias_change(parts: Parts, scale: Scale, bias: Tensor) -> Tensor | None:
     """Return what is added to a layer's bias (n), None if nothing is."""
     if "set_bias" in parts:
-        return parts["set_bias"] - bias
+        return parts["set_bias"].view_as(bias) - bias
     if "up_bias" in parts:
         return scale(len(parts["down"])) * parts["up_bias"]
     return next((parts[part] for part in ("diff_b", "b_norm") if part in parts), None)
@@ -125,5 +134,5 @@ def _decomposed(weight: Tensor, magnitude: Tensor, part: str) -> Tensor:
     columns = part == "dora_scale" and magnitude.dim() > 1 and len(magnitude) == 1
     along = weight.transpose(0, 1) if columns else weight
     lengths = along.flatten(1).norm(dim=1).clamp_min(torch.finfo(weight.dtype).eps)
-    ratio = (magnitude.flatten() / lengths).view(-1, *[1] * (weight.dim() - 1))
+    ratio = (magnitude.view_as(lengths) / lengths).view(-1, *[1] * (weight.dim() - 1))
     return weight * (ratio.transpose(0, 1) if columns else ratio)

@@ -271,7 +271,8 @@ def _context_width(tensors: Mapping[str, Tensor]) -> int | None:
     """Return the width of the text that a LoRA's cross-attention reads, None if it tells none."""
     for key, tensor in tensors.items():
         stem, part = split(key) or ("", "")
-        if part == "down" and re.search(r"attn2[._](processor[._])?to_[kv]$", stem):
+        reads = part == "down" and re.search(r"attn2[._](processor[._])?to_[kv]$", stem)
+        if reads and tensor.dim():
             return tensor.shape[-1]
     return None
 
@@ -283,24 +284,26 @@ def _change(lora: Lora, parts: Parts, candidates: Sequence[Layer]) -> Layer:
     HdbError if they fit none, or are not finite.
     """
     scale = partial(_scale, lora, parts)
-    d = lora_deltas.update(parts, scale)
-    fitting = (x for x in candidates if d is None or d.numel() == x.weight.numel())
+    shape = lora_deltas.shape_of(parts)
+    fitting = (x for x in candidates if shape is None or shape.numel() == x.weight.numel())
     layer = next(fitting, candidates[0])
     if not layer.weight.is_floating_point():
         raise HdbError(
             f"the base's weights are {layer.weight.dtype}, to which no LoRA can be added"
         )
+    _check_sizes(lora, parts, shape, layer.weight)
+    d = lora_deltas.update(parts, scale)
     for name in ("weight", "bias"):
         value = getattr(layer, name)
         now = torch.zeros(0) if value is None else value.float()
         try:
             if name == "weight":
-                _check_sizes(lora, parts, d, now)
                 delta = lora_deltas.change(parts, None if d is None else d.to(now.device), now)
             else:
                 delta = lora_deltas.bias_change(parts, scale, now)
             if delta is not None:
                 changed = now + lora.strength * delta.to(now.device).view_as(now)
+                changed = changed.to(value.dtype)  # in which a number may be too large
         except RuntimeError as error:
             raise HdbError(
                 f"{lora.path} was made for another base model: {parts.layer!r} does not fit the "
@@ -316,12 +319,12 @@ def _change(lora: Lora, parts: Parts, candidates: Sequence[Layer]) -> Layer:
     return layer
 
 
-def _check_sizes(lora: Lora, parts: Parts, d: Tensor | None, weight: Tensor) -> None:
+def _check_sizes(lora: Lora, parts: Parts, shape: torch.Size | None, weight: Tensor) -> None:
     """Raise HdbError where a change is of another size than the weight."""
-    if d is not None and (d.numel() != weight.numel() or len(d) != len(weight)):
+    if shape and (shape.numel() != weight.numel() or shape[0] != len(weight)):
         raise HdbError(
-            f"{lora.path} was made for another base model: {parts.layer!r} changes {len(d)} x "
-            f"{d[0].numel()} numbers, the layer has {len(weight)} x {weight[0].numel()}"
+            f"{lora.path} was made for another base model: {parts.layer!r} changes {shape[0]} x "
+            f"{shape[1:].numel()} numbers, the layer has {len(weight)} x {weight[0].numel()}"
         )
 
 
@@ -349,7 +352,7 @@ def _scale(lora: Lora, parts: Parts, rank: int | None) -> float:
         alpha = said("lora_alpha", "alpha") if own is None else own
         alpha = rank if alpha is None else alpha
         return float(alpha) / (math.sqrt(rank) if said("use_rslora") else rank)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise HdbError(f"{lora.path} is damaged: alpha of {stem!r} is not a number") from error
 
 

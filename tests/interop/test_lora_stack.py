@@ -254,6 +254,11 @@ def test_strength_is_after_the_last_equals_sign() -> None:
 
 STEM = "lora_unet_conv_in"
 UNET_ONLY = {f"{STEM}.lora_up.weight": (1, 4), f"{STEM}.lora_down.weight": (4, 1)}
+QUERY = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+OF_NO_BIAS = {f"{QUERY}.bias": (1,), f"{QUERY}x.lora_A.weight": (1, 4)}
+# Small files that ask for terabytes.
+LARGE = {f"{STEM}.lora_up.weight": (100_000, 1), f"{STEM}.lora_down.weight": (1, 100_000)}
+LARGE_KRONECKER = {f"{STEM}.lokr_w1": (1000, 1000), f"{STEM}.lokr_w2": (1000, 1000)}
 
 
 @pytest.mark.parametrize(
@@ -265,12 +270,20 @@ UNET_ONLY = {f"{STEM}.lora_up.weight": (1, 4), f"{STEM}.lora_down.weight": (4, 1
         ({f"{STEM}.alpha": (1,)}, "has no down matrix"),
         ({f"{STEM}.dora_scale": (1,)}, "has no down matrix"),
         ({f"{STEM}.hada_w1_b": (4, 4)}, "has no hada_w1_a matrix"),
+        ({f"{STEM}.diff": ()}, "has no diff matrix"),
+        ({f"{STEM}.lokr_w1": (), f"{STEM}.lokr_w2": (8, 8)}, "has no lokr_w1 matrix"),
+        ({"lora_unet_x_attn2_to_k.lora_down.weight": ()}, "has no layer of base model tiny"),
+        (OF_NO_BIAS, "does not fit the bias"),
+        (LARGE, "changes 100000 x 100000 numbers"),
+        (LARGE_KRONECKER, "changes 1000000 x 1000000 numbers"),
         ({"model.weight": (4, 4)}, "not a LoRA with kohya, diffusers, PEFT or ComfyUI keys"),
         ({"\x1b[2Jmodel.weight": (4, 4)}, r"first tensor: '\\x1b\[2Jmodel"),
         ({"unet.\x1b[2J.lora_A.weight": (1, 4)}, r"first key is 'unet.\\x1b\[2J"),
         ({**UNET_ONLY, "\x1b[2J.oft_blocks": (1,)}, r"by its tensor '\\x1b\[2J"),
     ],
-    ids=["shape", "nothing", "no up", "no down", "dora", "loha", "no lora"] + ["control"] * 3,
+    ids=["shape", "nothing", "no up", "no down", "dora", "loha", "number", "number in kron"]
+    + ["number elsewhere", "no bias", "large", "large kron", "no lora"]
+    + ["control"] * 3,
 )
 def test_what_cannot_be_added_is_refused(
     tiny: Base, tmp_path: Path, shapes: dict[str, tuple[int, ...]], says: str
@@ -280,6 +293,42 @@ def test_what_cannot_be_added_is_refused(
     with pytest.raises(HdbError, match=says) as caught:
         lora_stack.stack(tiny, [lora_stack.read(str(file))])
     assert str(caught.value).isprintable() and str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("said", [{"alpha": 10**400}, {"r": 10**400, "use_rslora": True}])
+def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path, said: dict[str, object]) -> None:
+    """Whole numbers of JSON have any length."""
+    layer = nn.Linear(8, 8)
+    before = layer.weight.clone()
+    parts = {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(4, 4)}
+    whole = lora_stack.Parts("x", "unet.conv_in", parts)
+
+    def changed(adapter: dict[str, object]) -> float:
+        lora = lora_stack.Lora(tmp_path / "x", 1.0, "", {}, adapter)
+        lora_stack._change(lora, whole, [layer])
+        return float((layer.weight - before).detach().mean())
+
+    with pytest.raises(HdbError, match=r"alpha of 'unet\.conv_in' is not a number"):
+        changed({"r": 4, "alpha": 8} | said)
+    assert changed({"r": 4, "alpha": 8}) == pytest.approx(2)  # the control
+
+
+def test_a_change_that_the_format_of_the_base_cannot_hold_is_refused(tmp_path: Path) -> None:
+    lora = lora_stack.Lora(tmp_path / "x", 1.0, "", {}, {})
+    parts = lora_stack.Parts("x", "y", {"diff": torch.full((8, 8), 1e5)})
+    with pytest.raises(HdbError, match="not finite"):
+        lora_stack._change(lora, parts, [nn.Linear(8, 8).half()])
+    lora_stack._change(lora, parts, [nn.Linear(8, 8)])  # the control
+
+
+def test_a_magnitude_is_one_for_each_row(tmp_path: Path) -> None:
+    lora, layer = lora_stack.Lora(tmp_path / "x", 1.0, "", {}, {}), nn.Linear(8, 8)
+    whole = {"down": torch.ones(1, 8), "up": torch.zeros(8, 1), "magnitude": torch.ones(8)}
+    one = {**whole, "magnitude": torch.ones(1)}
+    with pytest.raises(HdbError, match="does not fit the weight"):
+        lora_stack._change(lora, lora_stack.Parts("x", "y", one), [layer])
+    lora_stack._change(lora, lora_stack.Parts("x", "y", whole), [layer])  # the control
+    assert torch.allclose(layer.weight.norm(dim=1), torch.ones(8))
 
 
 def test_what_is_no_file_of_numbers_is_refused(people: None, tmp_path: Path) -> None:
