@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from registry.checkpoints.ldm import LAYOUTS, UNET, VAE, original_names
 from registry.checkpoints.safetensors import LARGEST, read_floats, read_header
 from registry.errors import HdbError
 from registry.stable_diffusion.backbone import StableDiffusion, last_states, two_encoders
-from registry.stable_diffusion.uncompiled import without_compiler
+from registry.stable_diffusion.uncompiled import light_transformers, without_compiler
 
 if TYPE_CHECKING:
     from registry.stable_diffusion.families import Family
@@ -45,7 +45,7 @@ def load_folder(folder: Path, device: str, dtype: str, double: bool = False) -> 
     with _reading(folder):
         pipeline = _class(double).from_pretrained(
             folder,
-            unet=_read_unet(folder / "unet", options["torch_dtype"]),
+            **_read_networks(folder, options["torch_dtype"], double),
             variant=variant_of(*(folder / component for component in WEIGHTS)),
             **options,
             **_unused(double),
@@ -77,16 +77,35 @@ def load_single(
     return _backbone(pipeline, file, device, dtype, family.double, again)
 
 
-def _read_unet(folder: Path, dtype: torch.dtype) -> Any:
-    """Read the UNet, most of a model, without its files beside it in memory."""
+def _read_networks(folder: Path, dtype: torch.dtype, double: bool) -> dict[str, Any]:
+    """Read the UNet, most of a model, and the text encoders without their files beside them in
+    memory, and without all that the libraries do for other models: half a second for a small one.
+    """
+    import transformers
     from accelerate import init_empty_weights
     from diffusers import UNet2DConditionModel
 
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
-    tensors = read_floats(weight_files(folder, WEIGHTS["unet"]), "", dtype)
-    unet.load_state_dict(tensors, strict=False, assign=True)  # what it lacks is told below
-    return unet
+    index, found = read_config(folder / INDEX), {}
+    for part in ("unet", "text_encoder", "text_encoder_2")[: 3 if double else 2]:
+        with init_empty_weights():
+            if part == "unet":
+                config = UNet2DConditionModel.load_config(folder / part)
+                network: Any = UNet2DConditionModel.from_config(config)
+            else:
+                text = transformers.CLIPTextConfig.from_pretrained(folder / part)
+                network = getattr(transformers, index[part][1])(text)
+        tensors = read_floats(weight_files(folder / part, WEIGHTS[part]), "", dtype)
+        own = network.state_dict()
+        named = {_named_in(own, name): value for name, value in tensors.items()}
+        network.load_state_dict(named, strict=False, assign=True)  # what it lacks is told below
+        found[part] = network
+    return found
+
+
+def _named_in(own: Container[str], name: str) -> str:
+    """Return what a network itself calls a tensor: releases of transformers differ in CLIP's."""
+    bare = name.removeprefix("text_model.")
+    return next((each for each in (name, bare, f"text_model.{bare}") if each in own), name)
 
 
 def _read_part(part: str, file: Path, prefix: str, configs: Path, dtype: torch.dtype) -> Any:
@@ -204,6 +223,7 @@ def _reading(source: Path) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Keep the libraries' bars and advice off the terminal while a model loads; errors
     still raise."""
+    light_transformers()
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log
 

@@ -1,4 +1,4 @@
-"""Import diffusers, transformers and bitsandbytes without torch's compiler.
+"""Import diffusers, transformers and bitsandbytes without torch's compiler, and what it brings.
 
 They mark functions for `torch.compile`, and to do so load its two packages, `torch._dynamo` and
 `torch._inductor`, as much code as all of torch. hdb compiles nothing. While such a library is
@@ -8,12 +8,14 @@ and whoever compiles something in the same process loads the real one.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -41,14 +43,48 @@ def without_compiler() -> Iterator[None]:
     stand_in.config = SimpleNamespace(error_on_nested_fx_trace=True)  # asked by checkpointing
     sys.modules[NAME] = stand_in
     compiler.compile = compiler._disable_dynamo = _as_it_is
+    fill = torch.nn.init.normal_
+    torch.nn.init.normal_ = partial(_normal, fill)
     try:
         yield
     finally:
         compiler.compile, compiler._disable_dynamo = before
+        torch.nn.init.normal_ = fill
         if sys.modules.get(NAME) is stand_in:
             del sys.modules[NAME]
         if vars(torch).get("_dynamo") is stand_in:
             del torch._dynamo
+
+
+def light_transformers() -> None:
+    """Import transformers so that it does nothing twice, and nothing for several machines.
+
+    It looks through the files of its models, twice, since its cache holds 128 folders of 550. And
+    it asks once whether torch can share tensors among machines, keeps the answer, and every import
+    of that kind depends on it: half of its own time, sympy's most of all. In a process that works
+    by itself it is told no; torch, and whoever else asks torch, is not.
+    """
+    if "transformers" in sys.modules:
+        return
+    few, distributed = functools.lru_cache, cast("Any", torch.distributed)
+    functools.lru_cache = cast("Any", partial(_remember_all, few))
+    try:
+        from transformers.utils.import_utils import is_torch_distributed_available as available
+    finally:
+        functools.lru_cache = few
+    there = distributed.is_available
+    if not there() or distributed.is_initialized():
+        return
+    distributed.is_available = lambda: False
+    try:
+        available()
+    finally:
+        distributed.is_available = there
+
+
+def _remember_all(cache: Any, maxsize: Any = 128, typed: bool = False) -> Any:
+    """Make a cache that drops nothing where nobody said how much it is to hold."""
+    return cache(None)(maxsize) if callable(maxsize) else cache(maxsize, typed)
 
 
 def light_optimizers() -> None:
@@ -66,6 +102,14 @@ def light_optimizers() -> None:
 
 class _Compiled:
     """What a compiled module would be: none is."""
+
+
+def _normal(
+    fill: Callable[..., torch.Tensor], tensor: torch.Tensor, *given: Any, **more: Any
+) -> torch.Tensor:
+    """Fill a tensor with random numbers if it has any: on the meta device, where it has none, torch
+    goes through code that the compiler shares, and sympy."""
+    return tensor if tensor.is_meta else fill(tensor, *given, **more)
 
 
 def _check_docstrings() -> None:

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from registry.stable_diffusion.uncompiled import without_compiler
 
 CODE = """
 import json, sys, torch
 from registry.spec import SampleSettings
 from registry.tiny import load
-loaded = lambda: [name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules]
+heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy")
+loaded = lambda: [name for name in heavy if name in sys.modules]
 base = load("cpu", "float32")
 base.sample(["a portrait"], SampleSettings(steps=1, scheduler="ddim"), [1], lambda *_: None)
 drawn = loaded()
@@ -26,7 +29,11 @@ numbers.grad += 1
 optimizer.step()
 stepped = loaded()
 twice = torch.compile(lambda x: 2 * x, backend="eager")(numbers)
-result = [drawn, stepped, loaded(), name, float(numbers[0]), float(twice[0])]
+from transformers.utils import is_torch_distributed_available as told
+import functools
+kept = functools.lru_cache(lambda: 0).cache_parameters()["maxsize"]
+asked = [told(), torch.distributed.is_available(), kept]
+result = [drawn, stepped, loaded(), name, float(numbers[0]), float(twice[0]), *asked]
 print(json.dumps(result))
 """
 # What is asked needs nothing of torch, which takes seconds to import.
@@ -42,10 +49,12 @@ def test_neither_drawing_nor_a_step_loads_the_compiler() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    drawn, stepped, after, name, number, twice = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
+    drawn, stepped, after, name, number, twice, told, there, kept = result
     assert drawn == stepped == [] and name == "adamw8bit"
     assert abs(number + 0.5) < 1e-3 and twice == 2 * number  # a first step of Adam is the rate
-    assert "torch._dynamo" in after  # the control: who compiles gets the real one
+    assert {"torch._dynamo", "sympy"} < set(after)  # the control: who compiles gets the real one
+    assert not told and there and kept == 128  # what transformers was told, nobody else is
 
 
 def test_what_is_loaded_already_stays() -> None:
@@ -54,6 +63,17 @@ def test_what_is_loaded_already_stays() -> None:
     before = torch.compile, torch._disable_dynamo, sys.modules["torch._dynamo"]
     with without_compiler():
         assert (torch.compile, torch._disable_dynamo, sys.modules["torch._dynamo"]) == before
+
+
+def test_only_tensors_without_numbers_are_not_filled() -> None:
+    """Inside the block, as by torch itself: what a library makes there is random."""
+    fill = torch.nn.init.normal_
+    with without_compiler():
+        real = torch.nn.Embedding(50, 20)
+        with torch.device("meta"):
+            empty = torch.nn.Embedding(50, 20)
+    assert empty.weight.is_meta and 0.8 < float(real.weight.detach().std()) < 1.2
+    assert torch.nn.init.normal_ is fill
 
 
 def test_python_without_docstrings_is_named_as_the_reason() -> None:
