@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from commands import refused, told
 
-from benchmarks import device
+from benchmarks import device, train
 from benchmarks.derived import spearman
 from benchmarks.device import agreement, speeds
 from hdbcli.bench.harness import Row, measured, paired, scratch
@@ -25,12 +26,42 @@ from registry import store
 from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.spec import BaseSpec, SampleSettings
+from registry.stable_diffusion.families import FAMILIES
 
 
 def test_rows_keep_what_they_promise() -> None:
     assert Row("speed", 3.0, "x").kept is None
     assert Row("speed", 3.0, "x", below=3.0).kept and not Row("speed", 3.1, "x", below=3.0).kept
     assert Row("speed", 3.0, "x", above=3.0).kept and not Row("speed", 2.9, "x", above=3.0).kept
+
+
+@pytest.mark.parametrize(("long", "steps"), [(0.0, 1), (60.0, 3)])
+def test_of_long_steps_of_training_one_is_timed(
+    long: float, steps: int, tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def pretrain(*_: object) -> Iterator[int]:
+        for number in range(3):
+            time.sleep(0.05)
+            taken.append(number)
+            yield number
+
+    monkeypatch.setattr(train, "pretrain", pretrain)
+    monkeypatch.setattr(train, "LONG", long)
+    rows = {row.name.partition(": ")[2]: row.value for row in train.measure(tiny, 2, "tiny", 3e12)}
+    seconds = rows["a step"]
+    assert len(taken) == steps and seconds >= 0.05 > rows["a step, processors' time"]
+    assert rows["reached"] == pytest.approx(3 / seconds)
+    assert rows["samples a second"] == pytest.approx(4 / seconds) and rows["peak memory"] > 0.1
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_whole_batch_is_its_people(recompute: bool) -> None:
+    family = FAMILIES["sd1"]
+    each = train.person_flops(family, 64, recompute)
+    assert train.step_flops(family, 64, 32, recompute) == pytest.approx(32 * each)
+    assert train.step_flops(family, 64, 1, recompute) > 1.5 * each  # somebody is always asked
 
 
 def test_commands_are_measured_with_their_own_memory() -> None:
