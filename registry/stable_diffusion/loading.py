@@ -69,9 +69,10 @@ def load_single(
     configs, number = family.configs(prediction), getattr(torch, dtype)
     again = partial(_read_part, "vae", file, VAE, configs, number)
     with _reading(file):
-        parts |= {"unet": _read_part("unet", file, UNET, configs, number), "vae": again()}
+        # Text encoders first: their tensors are there twice for a moment, others' are not.
         for component, text in LAYOUTS[family.name].text.items():
             parts[component] = _read_part(component, file, text.prefix, configs, number)
+        parts |= {"unet": _read_part("unet", file, UNET, configs, number), "vae": again()}
         parts["scheduler"] = _scheduler_of(file, configs, prediction)
         pipeline = _class(family.double)(**parts, **_unused(family.double))
     return _backbone(pipeline, file, device, dtype, family.double, again)
