@@ -102,7 +102,7 @@ def run_method(setup: Setup, method: Method, folder: Path) -> Record:
         weight = weight_of(setup.base.spec, method.likeness)
         settings = f"{method.name}-{method.steps}-{method.lr:g}-{weight:g}"
         if weight and method.steps:  # what another loss made is not taken for its own
-            settings += f"-{CONTRAST:g}-{RENEWED}.{'.'.join(map(str, EARLY))}"
+            settings += f"-{CONTRAST:g}-{RENEWED}.{EARLY}"
         if method.preserves and method.steps:
             settings += f"-{preservation.WEIGHT:g}"
         stem = f"{settings}-{key}-{start:04d}-{len(persons)}"

@@ -226,12 +226,11 @@ def _losses(
     batch = whole.part(slice(workers.rank, None, workers.count))
     served, weight = share_out(config.batch, workers, config.share)
     size = -(-config.batch // config.accumulate)
-    turn = int(whole.seed[0, 0])  # one for all processes and parts: together they are one batch
     for first in range(0, config.batch, size):
         part = batch.part(slice(first, first + size))
         some = min(max(served - first, 0), len(part.person))  # the first of all are served
         share = some / served * weight if served else 0.0
-        yield from _part_losses(base, model, material, config, part, some, share, turn)
+        yield from _part_losses(base, model, material, config, part, some, share)
 
 
 def _part_losses(
@@ -242,7 +241,6 @@ def _part_losses(
     batch: Batch,
     some: int,
     share: float,
-    turn: int,
 ) -> Iterator[Tensor]:
     """Yield what some people of a batch add to its loss.
 
@@ -300,7 +298,6 @@ def _part_losses(
             noise[:some].transpose(0, 1).flatten(0, 1).to(device),
             seen(rows, mirrored[:some].repeat(DRAWS)),
             material.traits(rows).to(device),
-            turn,
         )
         weight = share * config.likeness
         yield from objective.likeness(base, leaf[:some], portraits, weight, precision)

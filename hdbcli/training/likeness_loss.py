@@ -7,7 +7,7 @@ the contrast of true ones, eyes and glasses gone. So contrast is compared in the
 
 Where every step of drawing starts from fresh noise, the first ones decide who is drawn, and the
 last only sharpen: asked of those, faces came out carved from wood. So there the loss looks at what
-the network makes of the picture early on, which is blurred, and leaves contrast alone.
+the network makes of the picture earlier on, which is blurred, and leaves contrast alone.
 
 Not in HyperDreamBooth. The diffusion loss never sees a picture drawn from noise, where small errors
 of every step add up to another person; this one goes through the drawing itself, as PuLID does with
@@ -33,7 +33,7 @@ from registry.errors import HdbError
 from registry.spec import BaseSpec, Drafting, passes_of
 
 STEPS = 4
-RENEWED, EARLY = 6, (4, 5)  # steps where noise is renewed, and after which, in turn, it looks
+RENEWED, EARLY = 6, 5  # steps where noise is renewed, and after how many of them it looks
 AHEAD = 4  # steps of refinement whose drafts are begun together: a third less time for each
 SHARE = 4  # one sample in SHARE of a step is drawn from noise too, which costs several passes
 CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
@@ -46,42 +46,29 @@ def likeness(
     true: Tensor,
     traits: Tensor,
     precision: str = "auto",
-    turn: int = 0,
 ) -> Question:
     """Draw faces up to the last step, and ask for the squared distances (B,) from the true ones, of
     embeddings, colours and contrast.
 
     `noise` (B, c, h, w) is what they are drawn from, `true` (B, 3, S, S) the aligned pictures in
     -1..1 and `traits` (B, 128) the embeddings of their faces; B is a multiple of the people whom
-    the base is adapted to, who lie fastest. `turn` tells steps apart, which look at two times.
+    the base is adapted to, who lie fastest.
     """
-    drafts = _begun(base, prompts, noise, _early(base, turn), precision)
-    return _compared(base, drafts, true, traits, _early(base, turn) is None, precision)
+    return _compared(base, _begun(base, prompts, noise, precision), true, traits, precision)
 
 
-def _early(base: Base, turn: int) -> int | None:
-    """Return after how many steps to look, None for the last of a whole draft."""
-    return EARLY[turn % len(EARLY)] if check_drafts(base).renews else None
-
-
-def _begun(
-    base: Base, prompts: Sequence[str], noise: Tensor, early: int | None, precision: str = "auto"
-) -> Samples:
+def _begun(base: Base, prompts: Sequence[str], noise: Tensor, precision: str = "auto") -> Samples:
     """Draw up to the step that is looked at, and return what that asks."""
-    steps = RENEWED if early else STEPS
+    backbone, guidance = check_drafts(base), base.spec.guidance
+    steps, taken = (RENEWED, EARLY) if backbone.renews else (STEPS, STEPS)
     with autocast(base.device, precision, noise):
-        return before_last(check_drafts(base), prompts, noise, steps, base.spec.guidance, early)
+        return before_last(backbone, prompts, noise, steps, guidance, taken)
 
 
 def _compared(
-    base: Base,
-    last: Samples,
-    true: Tensor,
-    traits: Tensor,
-    finished: bool,
-    precision: str = "auto",
+    base: Base, last: Samples, true: Tensor, traits: Tensor, precision: str = "auto"
 ) -> Question:
-    """Ask how far the pictures are that the last step leads to, `finished` ones in contrast too."""
+    """Ask how far the pictures are that the last step leads to, finished ones in contrast too."""
     backbone, guidance = check_drafts(base), base.spec.guidance
 
     def far(answer: Tensor) -> Tensor:
@@ -90,7 +77,7 @@ def _compared(
             images = backbone.decode(drawn)
             far = (base.embed(images) - traits).square().sum(1)
             far = far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
-            if not finished:
+            if backbone.renews:
                 return far
             return far + CONTRAST * (contrast(images) - contrast(true)).square().mean((1, 2, 3))
 
@@ -114,20 +101,19 @@ def portrait_likeness(
         adapter: Theta | Factors | None, generator: torch.Generator, batch: int, turn: int
     ) -> Question:
         count = portraits_of(batch)
-        early = _early(base, turn // AHEAD)
         if not begun:
             fits = pairs_at_once(base, len(faces), faces[0].latents)
             ahead = AHEAD - turn % AHEAD if fits >= AHEAD * count else 1
             noise = torch.randn((ahead * count, *shape), generator=generator)
             noise = noise.repeat_interleave(len(faces), 0).to(base.device)
             with base.adapted(adapter):
-                drafts = _begun(base, [prompt] * len(noise), noise, early)
+                drafts = _begun(base, [prompt] * len(noise), noise)
             rows = torch.arange(len(drafts.clean)).view(-1, ahead, count * len(faces))
             begun.extend(drafts.part(rows[:, k].flatten().tolist()) for k in range(ahead))
         own = [(each, (turn + k) % len(each.crops)) for k in range(count) for each in faces]
         true = torch.stack([each.crops[k] for each, k in own])
         traits = torch.stack([each.traits[k] for each, k in own])
-        far = _compared(base, begun.pop(0), true, traits, early is None)
+        far = _compared(base, begun.pop(0), true, traits)
         return far.weighed(weight / count)
 
     return question

@@ -30,7 +30,6 @@ class Portraits(NamedTuple):
     noise: Tensor  # (P DRAWS, c, h, w)
     true: Tensor  # (P DRAWS, 3, S, S)
     traits: Tensor  # (P DRAWS, 128) embeddings of those pictures, mirrored or not
-    turn: int = 0  # of the likeness loss
 
 
 def diffusion(
@@ -64,12 +63,12 @@ def likeness(
     base: Base, theta: Theta, portraits: Portraits, weight: float, precision: str
 ) -> Iterator[Tensor]:
     """Yield, likewise, the weighted mean likeness loss."""
-    prompts, noise, true, traits, turn = portraits
+    prompts, noise, true, traits = portraits
     for some, rows in _parts(base, theta):
         theirs = [prompts[row] for row in rows]
         with base.injected.adapted(theta[some]):
             question = likeness_loss.likeness(
-                base, theirs, noise[rows], true[rows], traits[rows], precision, turn
+                base, theirs, noise[rows], true[rows], traits[rows], precision
             )
         yield from _asked(base, theta[some], question, weight / len(noise), precision)
 

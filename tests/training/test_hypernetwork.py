@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hdbcli.config import PORTRAIT, PretrainConfig, RefineConfig
+from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.faces.embedding import embed
 from hdbcli.identity.file import theta_for
 from hdbcli.measure.metrics import FaceMetric
@@ -30,13 +28,12 @@ from hdbcli.model.sample import generate
 from hdbcli.training import objective
 from hdbcli.training.batch import draw_batch
 from hdbcli.training.evaluate import person_losses
-from hdbcli.training.hypernetwork import new_hypernetwork, pretrain
+from hdbcli.training.hypernetwork import new_hypernetwork
 from hdbcli.training.monitor import read_looks
 from hdbcli.training.objective import DRAWS, Samples
 from hdbcli.training.people import People, read_people
 from hdbcli.training.personalise import describe
 from hdbcli.training.refine import draw_times, portrait_loss, refine
-from hdbcli.training.shards import encoded
 from registry.errors import HdbError
 from registry.spec import SampleSettings
 
@@ -271,24 +268,6 @@ def test_people_held_out_are_few_and_not_trained_on() -> None:
     assert held is not None and held.names == ("27", "28", "29") and rest.names == names[:27]
     assert people.hold_out(2)[0].members[-1] == (27,)
     assert people.hold_out(0) == (people, None) == people.hold_out(1)
-
-
-def test_all_parts_of_a_step_look_for_likeness_at_one_time(
-    tiny: Base, two: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or parts would have another gradient than the whole batch; from step to step it differs."""
-    turns: list[int] = []
-
-    def seen(*asked: Any) -> Iterator[torch.Tensor]:
-        turns.append(asked[2].turn)
-        yield from ()
-
-    monkeypatch.setattr(objective, "likeness", seen)
-    read = encoded(tiny, read_people(two, tiny.spec, "*", False, quiet))
-    config = PretrainConfig(steps=2, batch=3, accumulate=3, likeness=1.0, share=1)
-    model = new_hypernetwork(tiny, 0)
-    assert len(list(pretrain(tiny, model, read, config, quiet))) == 2
-    assert turns[:3] == turns[:1] * 3 and turns[3:] == turns[3:4] * 3 and turns[0] != turns[3]
 
 
 def test_shipped_hypernetwork_knows_people(tiny: Base, people: Path) -> None:
