@@ -35,7 +35,6 @@ from hdbcli.training.people import People, read_people
 from hdbcli.training.personalise import describe
 from hdbcli.training.refine import draw_times, portrait_loss, refine
 from registry.errors import HdbError
-from registry.spec import SampleSettings
 
 HELD_OUT = Path(__file__).parents[1] / "data/heldout"
 
@@ -286,12 +285,12 @@ def test_shipped_hypernetwork_knows_people(tiny: Base, people: Path) -> None:
     true = embed([read.crops[m[1]] for m in read.members])
 
     def like(adapter: Theta | None) -> float:
-        drawn = generate(tiny, adapter, PORTRAIT, list(range(8)), SampleSettings(steps=8), quiet)
+        drawn = generate(tiny, adapter, PORTRAIT, list(range(8)), tiny.spec.sampling, quiet)
         mine = embed([picture.image for picture in drawn]).numpy()
         return float(FaceMetric().likeness(mine, true.numpy()).mean())
 
     strangers = like(theta[torch.arange(8).roll(1)])
-    assert like(theta) > max(like(None), strangers) + 0.02
+    assert like(theta) > max(like(None), strangers) + 0.06
 
 
 def test_refinement_lowers_the_loss_and_leaves_the_base(tiny: Base, two: Path) -> None:
