@@ -32,7 +32,7 @@ from registry.plugins import load_registry
 from registry.spec import SampleSettings
 from registry.stable_diffusion.backbone import _scheduler
 from registry.stable_diffusion.families import CONFIGS
-from registry.tiny import WEIGHTS
+from registry.tiny import SAMPLING, WEIGHTS
 
 SDXL = CONFIGS / "sdxl" / "unet"
 PROMPT = ("a [V] face", "-n", 1, "--seed", 3, "--steps", 2)
@@ -114,7 +114,7 @@ def test_a_few_step_file_chooses_how_to_sample(
             {"modelspec.title": "Hyper-SD15 8-steps CFG"},
             SampleSettings(8, 1.0, scheduler="ddim", trailing=True),
         ),
-        tmp_path / "lightning" / "style.safetensors": ({}, SampleSettings(8, 1.0)),
+        tmp_path / "lightning" / "style.safetensors": ({}, SAMPLING),
     }
     spec = load_registry().get("tiny")
     for path, (metadata, wanted) in files.items():

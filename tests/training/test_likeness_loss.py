@@ -275,11 +275,16 @@ def test_refinement_learns_from_what_it_draws(
     latents = [each.latents for each in faces]
     true = Faces(*(torch.cat(each) for each in zip(*faces, strict=True)))
 
-    def far(theta: Theta) -> Tensor:  # from the photo, in portraits of other noise
+    def far(theta: Theta) -> Tensor:  # from the photo, in eight portraits of other noise
+        asked = (
+            PROMPTS * 4,
+            noise(8),
+            *(each.repeat(4, *[1] * (each.dim() - 1)) for each in true[:2]),
+        )
         with torch.no_grad(), tiny.injected.adapted(theta):
-            return likeness(tiny, PROMPTS, noise(2), *true[:2]).answered(tiny.backbone)
+            return likeness(tiny, *asked).answered(tiny.backbone)
 
-    config = RefineConfig(steps=8, rank=1, lr=3e-3, batch=2, likeness=1.0)
+    config = RefineConfig(steps=8, rank=1, lr=1e-2, batch=2, likeness=1.0)
     with_it, without = (
         far(refine(tiny, start, latents, each, lambda *_: None, faces).theta).mean()
         for each in (config, replace(config, likeness=0.0))
