@@ -34,7 +34,7 @@ from registry.spec import BaseSpec, Drafting, passes_of
 
 STEPS = 4
 RENEWED, EARLY = 6, 5  # steps where noise is renewed, and after how many of them it looks
-AHEAD = 4  # steps of refinement whose drafts are begun together: a third less time for each
+AHEAD = 4  # steps of refinement whose drafts are begun together, in half the time
 SHARE = 4  # one sample in SHARE of a step is drawn from noise too, which costs several passes
 CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
 
