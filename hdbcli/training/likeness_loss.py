@@ -103,7 +103,7 @@ def portrait_likeness(
         count = portraits_of(batch)
         if not begun:
             fits = pairs_at_once(base, len(faces), faces[0].latents)
-            ahead = AHEAD - turn % AHEAD if fits >= AHEAD * count else 1
+            ahead = AHEAD if fits >= AHEAD * count else 1
             noise = torch.randn((ahead * count, *shape), generator=generator)
             noise = noise.repeat_interleave(len(faces), 0).to(base.device)
             with base.adapted(adapter):
