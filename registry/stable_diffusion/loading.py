@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from registry.checkpoints.contents import (
     variant_of,
     weight_files,
 )
-from registry.checkpoints.ldm import LAYOUTS, UNET, VAE, original_names
+from registry.checkpoints.ldm import LAYOUTS, UNET, VAE, canonical, original_names
 from registry.checkpoints.safetensors import LARGEST, read_floats, read_header
 from registry.errors import HdbError
 from registry.stable_diffusion.backbone import StableDiffusion, last_states, two_encoders
@@ -96,17 +96,11 @@ def _read_networks(folder: Path, dtype: torch.dtype, double: bool) -> dict[str, 
                 text = transformers.CLIPTextConfig.from_pretrained(folder / part)
                 network = getattr(transformers, index[part][1])(text)
         tensors = read_floats(weight_files(folder / part, WEIGHTS[part]), "", dtype)
-        own = network.state_dict()
-        named = {_named_in(own, name): value for name, value in tensors.items()}
+        own = {canonical(part, name): name for name in network.state_dict()}
+        named = {own.get(canonical(part, name), name): each for name, each in tensors.items()}
         network.load_state_dict(named, strict=False, assign=True)  # what it lacks is told below
         found[part] = network
     return found
-
-
-def _named_in(own: Container[str], name: str) -> str:
-    """Return what a network itself calls a tensor: releases of transformers differ in CLIP's."""
-    bare = name.removeprefix("text_model.")
-    return next((each for each in (name, bare, f"text_model.{bare}") if each in own), name)
 
 
 def _read_part(part: str, file: Path, prefix: str, configs: Path, dtype: torch.dtype) -> Any:

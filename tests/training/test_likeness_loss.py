@@ -276,13 +276,9 @@ def test_refinement_learns_from_what_it_draws(
     true = Faces(*(torch.cat(each) for each in zip(*faces, strict=True)))
 
     def far(theta: Theta) -> Tensor:  # from the photo, in eight portraits of other noise
-        asked = (
-            PROMPTS * 4,
-            noise(8),
-            *(each.repeat(4, *[1] * (each.dim() - 1)) for each in true[:2]),
-        )
+        asked = true.crops.repeat(4, 1, 1, 1), true.traits.repeat(4, 1)
         with torch.no_grad(), tiny.injected.adapted(theta):
-            return likeness(tiny, *asked).answered(tiny.backbone)
+            return likeness(tiny, PROMPTS * 4, noise(8), *asked).answered(tiny.backbone)
 
     config = RefineConfig(steps=8, rank=1, lr=1e-2, batch=2, likeness=1.0)
     with_it, without = (
