@@ -59,11 +59,17 @@ class Method:
     rates: tuple[tuple[int, float], ...] = ()  # (steps, lr) of other schedules
     people: int | None = None  # learns only the first ones
 
+    @contextmanager
     def prepared(
         self, base: Base, model: HyperNetwork | None, faces: Sequence[Faces], tell: Tell
-    ) -> AbstractContextManager[Trainable]:
-        """Return what the method trains for the people on these photos, see `Trains`."""
-        return self.trains(self, base, model, faces, tell)
+    ) -> Iterator[Trainable]:
+        """Yield what the method trains for the people on these photos, see `Trains`, with the other
+        losses as it weighs them, where it takes steps."""
+        with self.trains(self, base, model, faces, tell) as trainable:
+            if self.steps:
+                how = self.likeness, self.predicted, self.preserves
+                trainable = with_losses(base, trainable, faces, *how)
+            yield trainable
 
     @property
     def family(self) -> str:
@@ -81,16 +87,6 @@ class Method:
         """Return how many people learn side by side on a base that draws `side` pixels: 25 of 128,
         one of 512. With pictures of the class one: they are one person's prior."""
         return 1 if self.class_pictures else max(1, 25 * 128**2 // side**2)
-
-
-def _all_losses(
-    method: Method, base: Base, trainable: Trainable, faces: Sequence[Faces]
-) -> Trainable:
-    """Add the other losses of a method that takes steps, as it weighs them."""
-    if not method.steps:
-        return trainable
-    how = method.likeness, method.predicted, method.preserves
-    return with_losses(base, trainable, faces, *how)
 
 
 def _prior(method: Method, base: Base, tell: Tell) -> Callable[[torch.Generator, int], Samples]:
@@ -112,8 +108,7 @@ def lidb(
     method: Method, base: Base, model: HyperNetwork | None, faces: Sequence[Faces], tell: Tell
 ) -> Iterator[Trainable]:
     """Train the cores of a LiDB."""
-    start = relax(_start(method, base, model, faces), method.rank)
-    yield _all_losses(method, base, trainable_lidb(base, start), faces)
+    yield trainable_lidb(base, relax(_start(method, base, model, faces), method.rank))
 
 
 @contextmanager
@@ -125,7 +120,7 @@ def lora(
     trainable = trainable_lora(base, len(faces), method.rank, beneath)
     if method.class_pictures:
         trainable = replace(trainable, prior=_prior(method, base, tell))
-    yield _all_losses(method, base, trainable, faces)
+    yield trainable
 
 
 @contextmanager
@@ -142,7 +137,7 @@ def dreambooth(
 ) -> Iterator[Trainable]:
     """Train all weights of the base."""
     with trainable_dreambooth(base, _prior(method, base, tell)) as trainable:
-        yield _all_losses(method, base, trainable, faces)
+        yield trainable
 
 
 _FULL = Method(

@@ -27,13 +27,14 @@ from hdbcli.method.hypernet import HyperNetwork
 from hdbcli.model.base import Adapter, Base
 from hdbcli.model.sample import generate
 from hdbcli.training import preservation
-from hdbcli.training.likeness_loss import CONTRAST, EARLY, RENEWED
+from hdbcli.training.likeness_loss import CONTRAST, EARLY, RENEWED, STEPS
 from hdbcli.training.people import People
 from hdbcli.training.refine import train, weight_of
 from registry.checkpoints.safetensors import read_tensors, save_tensors
 from registry.errors import HdbError
 from registry.files import write_beside
 from registry.metric import Recogniser
+from registry.spec import Drafting
 
 SHOWN = 6  # people whose pictures are kept
 _KINDS = ("faces", "texts", "persons")  # fields of a record with a tensor a measure
@@ -81,7 +82,10 @@ def new_setup(
         key.update(crop.tobytes())
     batch = batch or base.spec.batch
     measures = sorted([*judges.texts, *(name for name in judges.persons if name != FACE)])
-    key.update(repr((__version__, batch, measures, base.spec.sampling, DRAWINGS)).encode())
+    backbone, sampling = base.backbone, base.spec.sampling
+    # Where steps lie is not said by how many there are.
+    times = backbone.times(sampling.steps).tolist() if isinstance(backbone, Drafting) else []
+    key.update(repr((__version__, batch, measures, sampling, times, DRAWINGS)).encode())
     own = key.hexdigest()[:12]
     for tensor in model.state_dict().values() if model else ():
         key.update(tensor.cpu().float().numpy().tobytes())
@@ -102,9 +106,9 @@ def run_method(setup: Setup, method: Method, folder: Path) -> Record:
         weight = weight_of(setup.base.spec, method.likeness)
         settings = f"{method.name}-{method.steps}-{method.lr:g}-{weight:g}"
         if weight and method.steps:  # what another loss made is not taken for its own
-            settings += f"-{CONTRAST:g}-{RENEWED}.{EARLY}"
+            settings += f"-{CONTRAST:g}-{STEPS}-{RENEWED}.{EARLY}"
         if method.preserves and method.steps:
-            settings += f"-{preservation.WEIGHT:g}"
+            settings += f"-{preservation.WEIGHT:g}-{STEPS}"
         stem = f"{settings}-{key}-{start:04d}-{len(persons)}"
         groups.append(_group(setup, method, persons, folder / f"{stem}.safetensors"))
     return _joined(groups)

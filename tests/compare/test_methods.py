@@ -125,6 +125,25 @@ def test_records_rest_on_what_predicted_and_on_the_loss(
     assert held not in kept[:6] and without == newer  # LoRA has no such loss
 
 
+def test_records_rest_on_where_steps_lie_and_where_likeness_looks(
+    tiny: Base, two: People, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept: list[str] = []
+    monkeypatch.setattr("hdbcli.compare.run._plain", lambda *_: None)
+    monkeypatch.setattr("hdbcli.compare.run._group", lambda *words: kept.append(words[3].name))
+    monkeypatch.setattr("hdbcli.compare.run._joined", lambda groups: groups)
+    model = new_hypernetwork(tiny, 0)
+    for shift, moment in ((4.0, "5"), (4.0, "5"), (3.0, "5"), (3.0, "4")):
+        monkeypatch.setattr("hdbcli.compare.run.EARLY", moment)
+        base = replace(tiny, backbone=replace(tiny.backbone, shift=shift))
+        setup = new_setup(base, model, two, Judges(), None, quiet)
+        for name in ("one-pass", "lora"):
+            run_method(setup, METHODS[name], tmp_path)
+    assert kept[:2] == kept[2:4]  # the control: the same again is read
+    assert not {*kept[4:6]} & {*kept[:4]} and kept[6] not in kept[:6]
+    assert kept[7] == kept[5]  # LoRA has no likeness loss
+
+
 def test_each_person_is_compared_with_their_own_pictures(
     tiny: Base, two: People, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
