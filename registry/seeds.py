@@ -1,10 +1,12 @@
-"""Turn a seed of the user into a generator of torch's."""
+"""Turn a seed of the user into a generator of torch's, and generators into noise."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 TORCH = 2**32  # seeds that torch's generator on the CPU tells apart
 
@@ -19,3 +21,8 @@ def generator_of(seed: int) -> torch.Generator:
         digest = hashlib.sha256(seed.to_bytes(8, "little")).digest()
         seed = int.from_bytes(digest[:4], "little")
     return torch.Generator().manual_seed(seed)
+
+
+def noise_of(generators: Iterable[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """Draw noise of a shape from each of B generators: (B, *shape) float32, on the CPU."""
+    return torch.stack([torch.randn(tuple(shape), generator=each) for each in generators])

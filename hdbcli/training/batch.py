@@ -12,6 +12,7 @@ from torch import Tensor
 from hdbcli.training.objective import DRAWS
 from hdbcli.training.people import People
 from hdbcli.training.refine import draw_times
+from registry.seeds import noise_of
 
 
 class Batch(NamedTuple):
@@ -32,11 +33,9 @@ class Batch(NamedTuple):
 
     def noises(self, shape: Sequence[int]) -> Tensor:
         """Return noise (P, K, c, h, w) for latents of a shape (c, h, w)."""
-        drawn = [
-            torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
-            for seed in self.seed.flatten().tolist()
-        ]
-        return torch.stack(drawn).view(*self.seed.shape, *shape)
+        seeds = self.seed.flatten().tolist()
+        noise = noise_of((torch.Generator().manual_seed(seed) for seed in seeds), shape)
+        return noise.view(*self.seed.shape, *shape)
 
 
 def draw_batch(people: People, count: int, generator: torch.Generator) -> Batch:

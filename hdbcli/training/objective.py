@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hdbcli.method.lidb import Theta, inner
 from hdbcli.model.base import Base
-from hdbcli.model.device import autocast
 from hdbcli.training import likeness_loss, questions
 from hdbcli.training.questions import Question, Samples
 
@@ -53,8 +52,7 @@ def prior(
     """
     for some, rows in _parts(base, theta):
         part = samples.part(rows)
-        with base.injected.adapted(None), torch.no_grad(), autocast(base.device, precision):
-            own = base.backbone.predict(*part)
+        own = questions.answers(base, None, part, precision=precision)
         question = questions.distance(part, own)
         yield from _asked(base, theta[some], question, weight / len(samples.clean), precision)
 

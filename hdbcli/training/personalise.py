@@ -80,7 +80,7 @@ def work_of(spec: BaseSpec, refines: bool, likeness: float | None) -> Work:
     portraits = sample.work_of(count, spec.resolution, spec.sampling.guidance)
     alike = refines and weight_of(spec, likeness)
     drawn = asked_of(spec, portraits_of(spec.batch)) if alike else 0
-    samples = spec.batch + drawn + 1  # the last is of prior preservation
+    samples = spec.batch + drawn + refines  # the last is of prior preservation
     return Work(samples, spec.resolution, trains=refines, least=max(1, drawn), then=portraits)
 
 

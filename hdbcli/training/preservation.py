@@ -34,6 +34,7 @@ from hdbcli.training.questions import (
     joined,
     pairs_at_once,
 )
+from registry.seeds import generator_of, noise_of
 from registry.spec import Drafting
 
 WEIGHT = 2.0
@@ -108,18 +109,12 @@ def _drawn(
     if not isinstance(base.backbone, Drafting):
         return [photos] * len(prompts)
     people = 1 if adapter is None else len(photos)
-    shape = (1, *photos.shape[1:])
     pictures: list[Tensor] = []
     size = pairs_at_once(base, people, photos)
     with base.adapted(adapter):
         for first in range(0, len(prompts), size):
             some = slice(first, first + size)
-            noise = torch.cat(
-                [
-                    torch.randn(shape, generator=torch.Generator().manual_seed(s))
-                    for s in seeds[some]
-                ]
-            )
+            noise = noise_of(map(generator_of, seeds[some]), photos.shape[1:])
             noise = noise.repeat_interleave(people, 0).to(base.device)
             asked = [base.prompt(prompt) for prompt in prompts[some] for _ in range(people)]
             with autocast(base.device, latents=noise):

@@ -94,11 +94,17 @@ def ask(
 
 
 @torch.no_grad()
-def answers(base: Base, adapter: Adapter | None, samples: Samples, people: int = 1) -> Tensor:
+def answers(
+    base: Base,
+    adapter: Adapter | None,
+    samples: Samples,
+    people: int = 1,
+    precision: str = "auto",
+) -> Tensor:
     """Return what the base answers (K P, c, h, w), as many samples at once as the memory plan and
     POSITIONS allow."""
     size = people * pairs_at_once(base, people, samples.clean)
-    with base.adapted(adapter), autocast(base.device, latents=samples.clean[:size]):
+    with base.adapted(adapter), autocast(base.device, precision, samples.clean[:size]):
         parts = (samples.part(slice(r, r + size)) for r in range(0, len(samples.clean), size))
         return torch.cat([base.backbone.predict(*part) for part in parts])
 

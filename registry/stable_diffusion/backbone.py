@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from registry.checkpoints.ldm import canonical
 from registry.checkpoints.safetensors import read_tensors, save_tensors
 from registry.errors import HdbError, UsageError
-from registry.seeds import generator_of
+from registry.seeds import generator_of, noise_of
 from registry.spec import SampleSettings
 from registry.stable_diffusion.uncompiled import without_compiler
 
@@ -305,8 +305,7 @@ class StableDiffusion:
         """Draw what each picture starts from, in float32, so that a seed means the same in every
         number format."""
         unet, small = self.pipeline.unet, side // self.pipeline.vae_scale_factor
-        shape = (1, unet.config.in_channels, small, small)
-        noise = torch.cat([torch.randn(shape, generator=each) for each in generators])
+        noise = noise_of(generators, (unet.config.in_channels, small, small))
         return noise.to(unet.device, unet.dtype)
 
     def _side(self, size: int | None) -> int:
