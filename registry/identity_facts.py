@@ -130,8 +130,8 @@ def parse_facts(
 
 
 def _made(kind: type[T], values: dict[str, Any]) -> T:
-    """Make a frozen dataclass of a value for each of its fields; its own way sets them one by one,
-    which a list of thousands feels."""
+    """Make a frozen dataclass of a value for each of its fields, past its `__init__`: that sets
+    them one by one, which a list of thousands feels."""
     made = object.__new__(kind)
     vars(made).update(values)
     return made
@@ -266,3 +266,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Mapping[str, str], str], Any], Callable[
         lambda likeness: json.dumps(None if likeness is None else round(float(likeness), 6)),
     ),
 }
+
+# What `_made` takes for granted: it calls no `__post_init__`, and sets what is in the table alone.
+assert not any(hasattr(kind, "__post_init__") for kind in (Facts, Layout))
+assert _FIELDS.keys() == Facts.__dataclass_fields__.keys() | Layout.__dataclass_fields__.keys()
