@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,8 @@ from registry.errors import HdbError
 
 
 def path() -> Path:
-    """Return where the file lies, whether it is there or not: in `HDB_HOME`, where that is set, as
-    all of a store does."""
-    if os.environ.get("HDB_HOME"):
-        return store.root() / "config.toml"
-    import platformdirs
-
-    return Path(platformdirs.user_config_dir("hdb", appauthor=False), "config.toml")
+    """Return where the file lies, whether it is there or not."""
+    return store.root("config") / "config.toml"
 
 
 def read() -> dict[str, Any]:

@@ -38,12 +38,7 @@ class Package:
 
 def cache() -> Path:
     """Return the folder of what hdb fetches and can fetch again; it may not exist yet."""
-    if os.environ.get("HDB_HOME"):
-        return store.root() / "cache"
-    import platformdirs
-
-    store.root()  # which says what to do for a user who has no home folder
-    return Path(platformdirs.user_cache_dir("hdb", appauthor=False))
+    return store.root("cache") / ("cache" if os.environ.get("HDB_HOME") else "")
 
 
 def fetch(package: Package, folder: Path) -> Path:

@@ -60,16 +60,16 @@ class Entry:
         }
 
 
-def root() -> Path:
-    """Return the folder of all that hdb keeps: `HDB_HOME`, else the user's data folder;
-    HdbError for a user who has none."""
+def root(kind: str = "data") -> Path:
+    """Return the folder of all that hdb keeps: `HDB_HOME`, else the user's folder of that kind,
+    data, config or cache; HdbError for a user who has none."""
     home = os.environ.get("HDB_HOME")
     if home:
         return Path(os.path.abspath(os.path.expanduser(home)))
     import platformdirs  # not needed where HDB_HOME is set, and a list has no time to lose
 
     try:
-        return Path(platformdirs.user_data_dir("hdb", appauthor=False))
+        return Path(getattr(platformdirs, f"user_{kind}_dir")("hdb", appauthor=False))
     except RuntimeError as error:
         raise HdbError(
             "this user has no home folder; set HDB_HOME to the folder where hdb is to keep its data"
