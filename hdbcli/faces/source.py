@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ _URL = re.compile(r"(?:[a-z][a-z0-9+.-]+:/|data:)", re.IGNORECASE)
 def refuse_url(path: Path) -> None:
     """Raise HdbError if the path is a URL: hdb never opens a connection for a photo."""
     text = str(path)
-    if _URL.match(text) and not _exists(path):
+    if _URL.match(text) and not os.path.exists(path):
         shown = re.sub(":/+", "://", text, count=1)[:100]
         if text.lower().startswith("file:"):
             raise UsageError(f"{shown} is a URL; give the path of the file without file://")
@@ -39,13 +40,6 @@ def check_photos(photos: Sequence[Path]) -> None:
         refuse_url(each)
     if [str(each) for each in photos].count(STDIN) > 1:
         raise UsageError("standard input holds one photo; give - once")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long for a name of a file
-        return False
 
 
 def shown(path: Path) -> str:

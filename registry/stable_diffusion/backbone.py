@@ -85,6 +85,13 @@ def two_encoders(pipeline: Pipeline, prompts: Sequence[str], pixels: tuple[int, 
     )
 
 
+def text_of(tokenizer: Any, words: Sequence[str]) -> str:
+    """Return what tokens stand for as text: they spell bytes, not characters. Bytes of a character
+    whose others are missing are left out."""
+    text = tokenizer.convert_tokens_to_string(list(words))
+    return text.replace("</w>", " ").replace("\ufffd", "").strip()
+
+
 def shifted(t: Tensor, shift: float) -> Tensor:
     """Move times from 0 to 1 towards the noise (Esser et al. 2024, eq. 23); 1 leaves them."""
     return shift * t / (1 + (shift - 1) * t)
@@ -115,13 +122,12 @@ class StableDiffusion:
 
     def unread(self, prompt: str) -> str:
         from registry.stable_diffusion.loading import quiet
-        from registry.stable_diffusion.tokenizer import text_of
 
         tokenizer: Any = self.pipeline.tokenizer
         room = tokenizer.model_max_length - 2  # a token each says where a text starts and ends
         with quiet():
             words = tokenizer.tokenize(prompt)
-        return text_of(words[room:])
+        return text_of(tokenizer, words[room:])
 
     def save_memory(self, recompute: bool) -> None:
         from registry.stable_diffusion.loading import quiet

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hdbcli.model.base import Base
-from registry.stable_diffusion.tokenizer import clip_tokenizer, text_of
+from registry.stable_diffusion.backbone import text_of
+from registry.stable_diffusion.tokenizer import clip_tokenizer
 
 TEXTS = ["naïve café", "日本の写真", "grüße 😀 don't", "a plain one, of 12"]
 
@@ -13,15 +14,17 @@ TEXTS = ["naïve café", "日本の写真", "grüße 😀 don't", "a plain one, 
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokens_are_told_as_text(text: str) -> None:
     """Apart from spaces, which tokens keep at the ends of words alone."""
-    tokens = clip_tokenizer().tokenize(text)
-    assert text_of(tokens).replace(" ", "") == text.replace(" ", "")
+    tokenizer = clip_tokenizer()
+    tokens = tokenizer.tokenize(text)
+    assert text_of(tokenizer, tokens).replace(" ", "") == text.replace(" ", "")
     assert text.isascii() == ("".join(tokens).isascii())  # bytes that are letters, else
 
 
 def test_half_a_character_is_left_out() -> None:
-    tokens = clip_tokenizer().tokenize("本")
-    assert len(tokens) == 2 and text_of(tokens) == "本"
-    assert text_of(tokens[1:]) == text_of(tokens[:1]) == ""
+    tokenizer = clip_tokenizer()
+    tokens = tokenizer.tokenize("本")
+    assert len(tokens) == 2 and text_of(tokenizer, tokens) == "本"
+    assert text_of(tokenizer, tokens[1:]) == text_of(tokenizer, tokens[:1]) == ""
 
 
 def test_what_is_cut_off_reads_as_it_was_written(tiny: Base) -> None:
