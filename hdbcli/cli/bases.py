@@ -10,7 +10,7 @@ import typer
 
 from hdbcli.cli import complete, render
 from hdbcli.cli.boundary import new_app
-from hdbcli.cli.options import Json, added_of, base_name, bases
+from hdbcli.cli.options import Json, added_of, bases
 from registry.errors import HdbError, UsageError
 from registry.store import check_name, made_on
 
@@ -78,10 +78,12 @@ def base_add(
 @base_app.command("list")
 def base_list(as_json: Json = False) -> None:
     """List the base models, and the plug-ins that could not be loaded."""
+    from registry.bases.settings import default_base
+
     registry = bases()
     for problem in registry.problems:
         render.note(f"warning: {problem}")
-    specs, default = registry.specs(), base_name(None).casefold()
+    specs, default = registry.specs(), default_base().casefold()
     if as_json:
         found = [{**_facts(s, registry), "default": s.name.casefold() == default} for s in specs]
         render.document({"bases": found, "problems": registry.problems})
@@ -114,11 +116,11 @@ def base_default(
     as_json: Json = False,
 ) -> None:
     """Choose the base model that commands use without --base."""
-    from registry.bases.settings import set_default
+    from registry.bases.settings import default_base, set_default
 
     if name:
         set_default(bases().get(name).name)
-    chosen = base_name(None)
+    chosen = default_base()
     render.result({"default": chosen}, chosen)
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from registry.plugins import Registry
     from registry.spec import BaseSpec
 
-T = TypeVar("T")
 FORMATS = "fp16, fp32 or int8"
 complete_format = complete.words("fp16", "fp32", "int8")
 
@@ -317,13 +316,6 @@ def bases() -> Registry:
     from registry.plugins import load_registry  # its importlib.metadata is slow, and `list` is not
 
     return load_registry()
-
-
-def base_name(base: str | None) -> str:
-    """Return the base model asked for, or the user's default."""
-    from registry.bases.settings import default_base
-
-    return base or default_base()
 
 
 def weights_of(base: str, targets_digest: str) -> tuple[BaseSpec, Weights]:

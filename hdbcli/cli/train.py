@@ -91,10 +91,7 @@ def train_prepare(
         one = Work(1, spec.resolution, trains=False, exact=True)  # encoding, one picture at a time
         tell("load", 0, 1)
         done = on_base(spec, device, memory, one, prepare, render.note)
-    if as_json:
-        render.document({"path": out, "report": out / shards.REPORT, **asdict(done)})
-    else:
-        render.say(str(out))
+    render.result({"path": out, "report": out / shards.REPORT, **asdict(done)}, str(out))
 
 
 @train_app.command("bank")
@@ -143,10 +140,7 @@ def train_bank(
         work = bank.work_of(spec, at_once)
         tell("load", 0, 1)
         people = on_base(spec, device, memory, work, build, render.note, advice=fewer)
-    if as_json:
-        render.document({"path": out, "people": people})
-    else:
-        render.say(str(out))
+    render.result({"path": out, "people": people}, str(out))
 
 
 Prior = Annotated[
@@ -298,12 +292,8 @@ def train_hypernetwork(
         work = _work_of(spec, config)
         tell("load", 0, 1)
         made = on_base(spec, device, memory, work, learn, render.note, targets_of(start))
-    if made is None:  # another process says it
-        return
-    if as_json:
-        render.document(made)
-    else:
-        render.say(str(out))
+    if made is not None:  # else another process says it
+        render.result(made, str(out))
 
 
 def _work_of(spec: BaseSpec, config: PretrainConfig) -> Work:
@@ -409,7 +399,4 @@ def train_evaluate(
         digest = targets_of(spec.hypernetwork)
         tell("load", 0, 1)
         result = on_base(spec, device, memory, work, measure, render.note, digest)
-    if as_json:
-        render.document(asdict(result))
-    else:
-        render.show_evaluation(result)
+    render.result(asdict(result), lambda: render.show_evaluation(result))

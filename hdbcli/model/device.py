@@ -19,14 +19,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hdbcli.config import DEVICES, OPTIMIZERS, PRECISIONS
 from registry.errors import HdbError, HdbWarning, UsageError
 from registry.stable_diffusion.uncompiled import light_optimizers, without_compiler
-
-SHORT = 128  # tokens: plain attention is 2.7 times as fast at 64, half as fast at 256
-
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 FEW = 2048  # positions of latents; `tiny` has 256 a picture, Stable Diffusion 4,096
@@ -240,12 +236,3 @@ def _probe(kind: Callable[..., torch.optim.Optimizer], device: torch.device) -> 
 
 def _line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def short_attention(device: str, tokens: int) -> AbstractContextManager:
-    """Train with plain attention where that is faster: on a CPU, for sequences of few tokens.
-
-    The backward pass of torch's fused kernel takes several times as long there.
-    """
-    plain = device == "cpu" and tokens <= SHORT
-    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()

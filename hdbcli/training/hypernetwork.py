@@ -95,7 +95,15 @@ def pretrain(
     averages = averages_of(parameters)
     optimizer, used = make_optimizer(config.optimizer, parameters.values(), config.lr, 0.01)
     described = _described(base, model, material, config, used, workers.count)
-    plan = _plan(config, described)
+    plan = Plan(
+        config.steps,
+        config.lr,
+        warmup=100,
+        average=AVERAGE,
+        seed=config.seed,
+        checkpoint_seconds=config.save_seconds,
+        of=described,
+    )
     one = torch.empty(1, *material.shape)
 
     def losses(generator: torch.Generator) -> Iterator[Tensor]:
@@ -129,18 +137,6 @@ def pretrain(
         )
     settle(parameters, averages)
     model.eval()
-
-
-def _plan(config: PretrainConfig, of: str) -> Plan:
-    return Plan(
-        config.steps,
-        config.lr,
-        warmup=100,
-        average=AVERAGE,
-        seed=config.seed,
-        checkpoint_seconds=config.save_seconds,
-        of=of,
-    )
 
 
 def _described(
