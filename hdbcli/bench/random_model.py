@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,27 +14,15 @@ from hdbcli.method.lidb import shape_of
 from registry.checkpoints.ldm import canonical, layout_of, rename
 from registry.checkpoints.safetensors import Item, write_tensors
 from registry.stable_diffusion.families import FAMILIES, Family
+from registry.stable_diffusion.loading import empty_network
 
 SIZE = 0.02  # standard deviation of the weights
 
 
 def empty_networks(family: Family) -> dict[str, nn.Module]:
     """Build a family's networks at true size without memory for their weights."""
-    import diffusers
-    import transformers
-
-    configs = family.configs()
-    index = json.loads((configs / "model_index.json").read_text())
-    found = {}
-    with torch.device("meta"):
-        for name, entry in index.items():
-            if name in ("unet", "vae"):
-                kind: Any = getattr(diffusers, entry[1])
-                found[name] = kind.from_config(kind.load_config(configs / name))
-            elif name.startswith("text_encoder"):
-                config = transformers.CLIPTextConfig.from_pretrained(configs / name)
-                found[name] = getattr(transformers, entry[1])(config)
-    return found
+    parts = ("unet", "vae", *family.layers)
+    return {part: empty_network(part, family.configs()) for part in parts}
 
 
 def target_shapes(family: Family) -> dict[str, tuple[int, int]]:

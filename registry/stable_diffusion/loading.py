@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from registry.checkpoints.contents import (
     INDEX,
@@ -21,7 +22,16 @@ from registry.checkpoints.contents import (
     variant_of,
     weight_files,
 )
-from registry.checkpoints.ldm import LAYOUTS, UNET, VAE, canonical, original_names
+from registry.checkpoints.ldm import (
+    LAYOUTS,
+    UNET,
+    VAE,
+    Layout,
+    Renamed,
+    canonical,
+    original_names,
+    rename,
+)
 from registry.checkpoints.safetensors import LARGEST, read_floats, read_header
 from registry.errors import HdbError
 from registry.stable_diffusion.backbone import StableDiffusion, last_states, two_encoders
@@ -37,15 +47,17 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 def load_folder(folder: Path, device: str, dtype: str, double: bool = False) -> StableDiffusion:
     """Load a diffusers folder, `double` for Stable Diffusion XL; HdbError if files are missing
     or damaged."""
-    options = {
-        "torch_dtype": getattr(torch, dtype),
-        "local_files_only": True,
-        "use_safetensors": True,
-    }
+    number = getattr(torch, dtype)
+    options = {"torch_dtype": number, "local_files_only": True, "use_safetensors": True}
+    networks = {}
     with _reading(folder):
+        for part in ("unet", "text_encoder", "text_encoder_2")[: 3 if double else 2]:
+            stored = read_floats(weight_files(folder / part, WEIGHTS[part]), "", number)
+            named = {canonical(part, name): tensor for name, tensor in stored.items()}
+            networks[part] = _network(part, folder, named)
         pipeline = _class(double).from_pretrained(
             folder,
-            **_read_networks(folder, options["torch_dtype"], double),
+            **networks,
             variant=variant_of(*(folder / component for component in WEIGHTS)),
             **options,
             **_unused(double),
@@ -66,58 +78,60 @@ def load_single(
     parts: dict[str, Any] = {
         n: clip_tokenizer(pad) for n, pad in zip(names, family.pads, strict=False)
     }
-    configs, number = family.configs(prediction), getattr(torch, dtype)
-    again = partial(_read_part, "vae", file, VAE, configs, number)
+    configs, layout = family.configs(prediction), LAYOUTS[family.name]
+
+    def read(part: str, prefix: str) -> Any:
+        stored = read_floats([file], prefix, getattr(torch, dtype), original_names)
+        return _network(part, configs, stored, layout)
+
+    again = partial(read, "vae", VAE)
     with _reading(file):
-        # Text encoders first: their tensors are there twice for a moment, others' are not.
-        for component, text in LAYOUTS[family.name].text.items():
-            parts[component] = _read_part(component, file, text.prefix, configs, number)
-        parts |= {"unet": _read_part("unet", file, UNET, configs, number), "vae": again()}
+        # Text encoders first: some of their tensors are there twice for a moment.
+        for component, text in layout.text.items():
+            parts[component] = read(component, text.prefix)
+        parts |= {"unet": read("unet", UNET), "vae": again()}
         parts["scheduler"] = _scheduler_of(file, configs, prediction)
         pipeline = _class(family.double)(**parts, **_unused(family.double))
     return _backbone(pipeline, file, device, dtype, family.double, again)
 
 
-def _read_networks(folder: Path, dtype: torch.dtype, double: bool) -> dict[str, Any]:
-    """Read the UNet, most of a model, and the text encoders without their files beside them in
-    memory, and without all that the libraries do for other models: half a second for a small one.
-    """
+def empty_network(part: str, configs: Path) -> Any:
+    """Build a component from its configuration, the weights without memory, on the meta device."""
+    import diffusers
     import transformers
     from accelerate import init_empty_weights
-    from diffusers import UNet2DConditionModel
 
-    index, found = read_config(folder / INDEX), {}
-    for part in ("unet", "text_encoder", "text_encoder_2")[: 3 if double else 2]:
-        with init_empty_weights():
-            if part == "unet":
-                config = UNet2DConditionModel.load_config(folder / part)
-                network: Any = UNet2DConditionModel.from_config(config)
-            else:
-                text = transformers.CLIPTextConfig.from_pretrained(folder / part)
-                network = getattr(transformers, index[part][1])(text)
-        tensors = read_floats(weight_files(folder / part, WEIGHTS[part]), "", dtype)
-        own = {canonical(part, name): name for name in network.state_dict()}
-        named = {own.get(canonical(part, name), name): each for name, each in tensors.items()}
-        network.load_state_dict(named, strict=False, assign=True)  # what it lacks is told below
-        found[part] = network
-    return found
+    with init_empty_weights():
+        if part.startswith("text_encoder"):
+            config = transformers.CLIPTextConfig.from_pretrained(configs / part)
+            return getattr(transformers, read_config(configs / INDEX)[part][1])(config)
+        kind = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[part]
+        return kind.from_config(kind.load_config(configs / part))
 
 
-def _read_part(part: str, file: Path, prefix: str, configs: Path, dtype: torch.dtype) -> Any:
-    """Read a component of a single file in the same way; diffusers knows the names."""
-    import transformers
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+def _network(
+    part: str, configs: Path, stored: Mapping[str, Tensor], layout: Layout | None = None
+) -> Any:
+    """Build a component around tensors that were read, by diffusers' names, or by those of single
+    files of a layout: without the file beside it in memory, and without all that the libraries do
+    for other models. What is not there stays on the meta device."""
+    network, found = empty_network(part, configs), {}
+    for own in network.state_dict():
+        name = canonical(part, own)
+        place = rename(part, name, layout) if layout else Renamed(name)
+        if place and place.key in stored:
+            found[own] = _unpacked(stored[place.key], place)
+    network.load_state_dict(found, strict=False, assign=True)
+    return network
 
-    tensors = read_floats([file], prefix, dtype, original_names)
-    options = {"config": str(configs), "subfolder": part, "torch_dtype": dtype}
-    options["local_files_only"] = True
-    if part.startswith("text_encoder"):
-        index = read_config(configs / INDEX)
-        text: Any = getattr(transformers, index[part][1])
-        return create_diffusers_clip_model_from_ldm(text, tensors, **options)
-    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
-    return kind.from_single_file(tensors, **options)
+
+def _unpacked(whole: Tensor, place: Renamed) -> Tensor:
+    """Return what the diffusers layout has, of the tensor that a single file keeps it in."""
+    if place.parts > 1:
+        return whole.chunk(place.parts)[place.part].clone()
+    if place.transposed:
+        return whole.T.contiguous()
+    return whole.flatten(1) if place.conv else whole
 
 
 def _scheduler_of(file: Path, configs: Path, prediction: str) -> Any:
@@ -194,10 +208,6 @@ def out_of_memory(error: BaseException) -> bool:
 def _reading(source: Path) -> Iterator[None]:
     """Turn what the libraries raise for a bad model into one line; keep their advice off
     the terminal."""
-    with without_compiler(), quiet():
-        from diffusers.loaders.single_file_utils import SingleFileComponentError
-
-    bad = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
     try:
         with without_compiler(), quiet():
             yield
@@ -205,7 +215,7 @@ def _reading(source: Path) -> Iterator[None]:
         raise HdbError(
             f"{source} lacks tensors that the model needs; download it in full"
         ) from error
-    except bad as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:300]
