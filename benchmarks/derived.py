@@ -14,7 +14,7 @@ from hdbcli.bench.harness import Row
 from hdbcli.config import PORTRAIT, Tell
 from hdbcli.faces.embedding import embed
 from hdbcli.identity.derivation import theta_of
-from hdbcli.identity.file import load, save
+from hdbcli.identity.file import Identity, facts_of, load, save
 from hdbcli.identity.interpolation import walk
 from hdbcli.measure.metrics import FaceMetric
 from hdbcli.method.lidb import Theta
@@ -23,7 +23,6 @@ from hdbcli.model.base import Base, load_predictor, open_base
 from hdbcli.model.sample import generate
 from hdbcli.training.evaluate import refine_all
 from hdbcli.training.people import read_people
-from hdbcli.training.personalise import describe
 from registry.errors import HdbError
 
 BASE = "tiny"
@@ -73,11 +72,11 @@ def _portraits(base: Base, theta: Theta, tell: Tell) -> Tensor:
 
 def _stored(base: Base, theta: Theta, dtype: str) -> Theta:
     """Send all people through a file of this number format."""
-    back = []
+    back, facts = [], facts_of(base.spec, base.injected)
     with tempfile.TemporaryDirectory() as folder:
         for k in range(len(theta)):
             file = Path(folder) / f"{k}.safetensors"
-            save(describe(base, theta[k : k + 1], ""), file, dtype)
+            save(Identity(facts, theta.down[k].cpu(), theta.up[k].cpu()), file, dtype)
             back.append(theta_of(load(file)))
     return stack(back).to(base.device)
 

@@ -330,14 +330,12 @@ def save(
     the `registry.store.stamp` of the file that it is to replace, only that very file is replaced:
     if it has changed meanwhile, the identity is kept aside, and the HdbError says where.
     """
-    from hdbcli.identity.budget import BY_DEFAULT, dtype_for
-
     path = store.path_of(name)
     if dtype is None:
         try:
-            dtype = dtype_for(identity, find_base(identity.facts.base).budget)
+            dtype = identities.dtype_for(identity, find_base(identity.facts.base).budget)
         except HdbError:  # that base is not here
-            dtype = BY_DEFAULT[0]
+            dtype = identities.BY_DEFAULT[0]
     if stamp is not None and (now := store.stamp(path)) != stamp:
         what = "changed" if now else "is gone, removed"
         aside = identities.keep_aside(identity, path, dtype)

@@ -1,11 +1,16 @@
-"""An identity's facts, as tests make them."""
+"""An identity and its facts, as tests make them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry.identity_facts import Facts
+
+if TYPE_CHECKING:
+    from hdbcli.identity.file import Identity
+    from hdbcli.method.lidb import Theta
+    from hdbcli.model.base import Base
 
 TINY = 90, 96, 48  # targets of tiny, a and b
 LATENT = 32, 16, 16  # of its pictures: channels, height, width
@@ -32,3 +37,11 @@ FACTS = Facts(
 def facts(**changes: Any) -> Facts:
     """Return facts that differ from these."""
     return replace(FACTS, **changes)
+
+
+def describe(base: Base, theta: Theta, hypernetwork: str = "") -> Identity:
+    """Wrap a theta of one person as an identity of this base."""
+    from hdbcli.identity.file import Identity, facts_of
+
+    known = facts_of(base.spec, base.injected, hypernetwork)
+    return Identity(known, theta.down[0].cpu(), theta.up[0].cpu())

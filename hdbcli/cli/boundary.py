@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any
@@ -33,10 +33,13 @@ def new_app(about: str, **more: Any) -> typer.Typer:
     )
 
 
-def only_asked(app: typer.Typer, words: Sequence[str]) -> None:
-    """Drop every command but the one that the command line names, if it names one: Typer reads the
-    signatures of all, which takes longer than `hdb list`."""
-    name = next((word for word in words if not word.startswith("-")), None)
+def only_asked(app: typer.Typer) -> None:
+    """Drop every command but the one that the command line names, or the one that a shell asks to
+    complete, if it names one: Typer reads the signatures of all, which takes longer than `hdb
+    list`."""
+    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS")
+    words = line.split() if line and "_HDB_COMPLETE" in os.environ else sys.argv
+    name = next((word for word in words[1:] if not word.startswith("-")), None)
     commands = [
         c
         for c in app.registered_commands

@@ -5,17 +5,10 @@ None of it imports torch, and none may fail: what goes wrong is told by the comm
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 
 from registry import store
 from registry.errors import HdbError
-
-
-def asked_for(words: list[str]) -> list[str]:
-    """Return the words of a command line, or those that a shell asks to complete."""
-    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS")
-    return line.split()[1:] if line and "_HDB_COMPLETE" in os.environ else words
 
 
 def words(*choices: str) -> Callable[[str], list[str]]:

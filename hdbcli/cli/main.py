@@ -15,7 +15,7 @@ from hdbcli.cli import render
 from hdbcli.cli.algebra import compose, export, inspect, merge, relax, shrink
 from hdbcli.cli.bases import base_app
 from hdbcli.cli.boundary import Boundary, ask, new_app, only_asked
-from hdbcli.cli.complete import asked_for, identities
+from hdbcli.cli.complete import identities
 from hdbcli.cli.defaults import default_map
 from hdbcli.cli.measure import bench, compare, doctor, score
 from hdbcli.cli.options import (
@@ -388,5 +388,5 @@ def _show(created: Created, saved: Saved, as_json: bool, preview: Path | None = 
 def main() -> None:
     """Run the command line."""
     if not defaults.path().exists():  # its keys are checked against all commands
-        only_asked(app, asked_for(sys.argv[1:]))
+        only_asked(app)
     app()

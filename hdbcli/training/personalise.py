@@ -23,8 +23,7 @@ from hdbcli.config import (
 )
 from hdbcli.faces.embedding import embed, found
 from hdbcli.faces.photo import Crop, crop_face
-from hdbcli.identity.budget import rank_within
-from hdbcli.identity.file import Identity, facts_of, moved, theta_for
+from hdbcli.identity.file import Identity, facts_of, moved, rank_within, theta_for
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import relax
@@ -36,6 +35,7 @@ from hdbcli.model.memory import Work
 from hdbcli.training.likeness_loss import asked_of, portraits_of
 from hdbcli.training.refine import portrait_loss, refine, weight_of
 from registry.errors import HdbError
+from registry.identity_facts import Facts
 from registry.spec import BaseSpec
 
 LIKENESS_SEEDS = (1, 2, 3, 4)
@@ -130,8 +130,8 @@ def create(crops: Sequence[Crop], base: Base, config: RefineConfig | None, tell:
         theta = predictor.predict(faces)
     wait_for(base.device)
     seconds["predict"] = time.perf_counter() - start
-    identity = describe(base, theta, hypernetwork=digest)
-    return _refined(identity, theta, crops, faces, base, config, tell, seconds)
+    facts = facts_of(base.spec, base.injected, digest)
+    return _refined(facts, theta, crops, faces, base, config, tell, seconds)
 
 
 def continue_refining(
@@ -139,15 +139,14 @@ def continue_refining(
 ) -> Created:
     """Give an existing identity more iterations, from where it is; its rank may be raised first."""
     theta, warning = theta_for(base, identity)
-    home = facts_of(base.spec, base.injected)  # it may be another base
-    identity = replace(identity, facts=moved(identity.facts, home))
+    facts = moved(identity.facts, facts_of(base.spec, base.injected))  # it may be another base
     faces = base.faces([crop.image for crop in crops])
-    created = _refined(identity, theta, crops, faces, base, config, tell, {"predict": 0.0})
+    created = _refined(facts, theta, crops, faces, base, config, tell, {"predict": 0.0})
     return replace(created, warnings=(*created.warnings, warning)) if warning else created
 
 
 def _refined(
-    identity: Identity,
+    facts: Facts,
     theta: Theta,
     crops: Sequence[Crop],
     faces: Faces,
@@ -164,14 +163,14 @@ def _refined(
     else:
         if config.rank != theta.rank:
             relaxed = f"relaxed from rank {theta.rank} to {config.rank}"
-            identity = identity.saying(lineage=(*identity.facts.lineage, relaxed))
+            facts = replace(facts, lineage=(*facts.lineage, relaxed))
         result = refine(base, relax(theta, config.rank), latents, config, tell, [faces])
         theta, loss_start, loss_end = result.theta, result.loss_start, result.loss_end
-        steps = identity.facts.steps + config.steps
-        identity = identity.saying(steps=steps, optimizer=result.optimizer)
+        steps = facts.steps + config.steps
+        facts = replace(facts, steps=steps, optimizer=result.optimizer)
     seconds["refine"] = time.perf_counter() - start
     mine, floor, portrait = likeness_of(base, theta, crops, faces, tell)
-    facts = replace(identity.facts, likeness=round(mine, 4))
+    facts = replace(facts, likeness=round(mine, 4))
     identity = Identity(facts, theta.down[0].cpu(), theta.up[0].cpu())
     losses = float(loss_start), float(loss_end)
     return Created(identity, seconds, *losses, floor, (), crops[0].image, portrait)
@@ -200,9 +199,3 @@ def likeness_of(
         scores.append(float(near.clamp(min=0).nan_to_num(0.0).mean()))
         portraits.append(drawn[0].image)
     return scores[0], scores[1], portraits[0]
-
-
-def describe(base: Base, theta: Theta, hypernetwork: str) -> Identity:
-    """Wrap a fresh theta as an identity of this base."""
-    facts = facts_of(base.spec, base.injected, hypernetwork)
-    return Identity(facts, theta.down[0].cpu(), theta.up[0].cpu())

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from commands import hdb, refused, told
-from identities import facts
+from identities import describe, facts
 
-from hdbcli.identity.budget import dtype_within, file_bytes, rank_within
-from hdbcli.identity.file import Identity, load, save
+from hdbcli.identity.file import Identity, dtype_within, file_bytes, load, rank_within, save
 from registry import store
 from registry.stable_diffusion.families import FAMILIES
 
@@ -103,7 +102,7 @@ def test_new_with_a_hypernetwork_is_fast_again(
 def test_an_identity_of_xl(narrow: Narrow, hdb_home: Path, tmp_path: Path) -> None:
     from hdbcli.method.lidb import Theta
     from hdbcli.model.base import open_base
-    from hdbcli.training.personalise import describe, settle
+    from hdbcli.training.personalise import settle
 
     ok("base", "add", "xl", shutil.copy(narrow.single("sdxl"), tmp_path / "xl.safetensors"))
     base = open_base("xl", "cpu")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import Result
 from commands import hdb
-from identities import facts
+from identities import describe, facts
 from PIL import Image
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from hdbcli.identity.file import Identity, load, save
 from hdbcli.identity.inspection import TargetEnergy, block_of
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
-from hdbcli.training.personalise import describe
 from registry import store
 from registry.errors import HdbError
 

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from identities import facts
+from identities import describe, facts
 from torch import Tensor
 
 from hdbcli.identity.derivation import composed, relaxed, theta_of
 from hdbcli.identity.file import Identity, load, save
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
-from hdbcli.training.personalise import describe
 
 SD15 = {"targets": 192, "a": 100, "b": 50}
 # How a rank's strength may compare with the rank before it: none is weaker, to far weaker.

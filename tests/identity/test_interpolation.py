@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from commands import hdb
+from identities import describe
 from PIL import Image
 
 from hdbcli.config import CAPTIONS, PORTRAIT
@@ -19,7 +20,6 @@ from hdbcli.method.lidb import Theta
 from hdbcli.method.relax import stack
 from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
-from hdbcli.training.personalise import describe
 from registry import store
 from registry.errors import HdbError
 from registry.spec import BaseSpec, SampleSettings

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from commands import hdb, ok, refused
+from identities import describe
 from safetensors.torch import save_file
 
 from hdbcli.identity.file import Identity, Weights, load, save
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
-from hdbcli.training.personalise import describe
 from registry import store
 from registry.bases.settings import set_hypernetwork, settings_path
 from registry.checkpoints.lora_formats import lora_style

@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import ok, refused
 from diffusers import StableDiffusionPipeline
+from identities import describe
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -17,7 +18,6 @@ from hdbcli.identity.file import save
 from hdbcli.interop.export import export_tensors
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
-from hdbcli.training.personalise import describe
 from registry import store
 from registry.checkpoints.ldm import architecture_of
 from registry.tiny import WEIGHTS

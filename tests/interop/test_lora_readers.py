@@ -17,7 +17,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from identities import TINY
+from identities import TINY, describe
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
@@ -30,7 +30,6 @@ from hdbcli.interop.lora_readers import a1111, comfyui, invokeai, layout_of, rep
 from hdbcli.method.inject import eject, inject
 from hdbcli.method.lidb import Theta, first_theta
 from hdbcli.model.base import Base
-from hdbcli.training.personalise import describe
 from registry import store
 from registry.checkpoints.ldm import canonical
 from registry.errors import HdbError

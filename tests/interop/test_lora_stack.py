@@ -15,7 +15,7 @@ import pytest
 import torch
 from commands import hdb, ok
 from diffusers import StableDiffusionPipeline
-from identities import TINY
+from identities import TINY, describe
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from hdbcli.identity.file import save
 from hdbcli.interop import lora_stack
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base, load_base
-from hdbcli.training.personalise import describe
 from registry import store
 from registry.checkpoints.ldm import original_layer
 from registry.errors import HdbError

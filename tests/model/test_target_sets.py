@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from identities import describe
 
 from hdbcli.identity.derivation import relaxed, theta_of
 from hdbcli.identity.file import Identity, fit, load, save, theta_for
@@ -22,7 +23,6 @@ from hdbcli.method.lidb import LiDBConv2d, Theta
 from hdbcli.model.base import Base, load_base
 from hdbcli.model.files import open_checkpoint
 from hdbcli.training.hypernetwork import new_hypernetwork
-from hdbcli.training.personalise import describe
 from hdbcli.training.questions import diffusion_loss
 from registry.errors import HdbError
 from registry.plugins import load_registry

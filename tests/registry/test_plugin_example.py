@@ -13,13 +13,13 @@ import pytest
 import torch
 from commands import hdb, ok, refused
 from hatchling.builders.wheel import WheelBuilder
+from identities import describe
 from PIL import Image
 from safetensors.torch import load_file
 
 from hdbcli import doctor
 from hdbcli.identity.file import load, save, theta_for
 from hdbcli.model.base import Base, load_base
-from hdbcli.training.personalise import describe
 from registry import store
 from registry.plugins import load_registry
 

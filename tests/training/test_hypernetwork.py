@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from commands import hdb, refused, told
-from identities import LATENT
+from identities import LATENT, describe
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,7 +32,6 @@ from hdbcli.training.hypernetwork import new_hypernetwork
 from hdbcli.training.monitor import read_looks
 from hdbcli.training.objective import DRAWS, Samples
 from hdbcli.training.people import People, read_people
-from hdbcli.training.personalise import describe
 from hdbcli.training.refine import draw_times, portrait_loss, refine
 from registry.errors import HdbError
 
