@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -33,22 +33,21 @@ from hdbcli.method.relax import stack
 from hdbcli.model import sample
 from hdbcli.model.base import Base, load_base, on_base
 from hdbcli.model.contact_sheet import contact_sheet, in_rows
-from hdbcli.model.device import choose_device
 from hdbcli.model.gallery import gallery
 from hdbcli.model.hypernetwork_file import targets_of
-from hdbcli.model.memory import Work
 from hdbcli.model.settings import Settings, read_settings
 from hdbcli.training import personalise
 from hdbcli.training.personalise import Created
 from registry import store
 from registry.errors import HdbError, HdbWarning, UsageError
-from registry.plugins import find_base
+from registry.plugins import find_base, load_metrics
 from registry.spec import BaseSpec
 
 if TYPE_CHECKING:
     from hdbcli.compare.comparison import Comparison
     from hdbcli.interop.lora_readers import Reading
     from hdbcli.interop.lora_stack import Stacked
+    from hdbcli.measure.metrics import Judges
     from hdbcli.measure.score import Score
 
 __all__ = [
@@ -79,7 +78,6 @@ __all__ = [
     "walk",
 ]
 
-T = TypeVar("T")
 Photos: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
 Person: TypeAlias = "Identity | str | os.PathLike[str]"
 Note: TypeAlias = Callable[[str], None]
@@ -223,7 +221,7 @@ def load(
     spec = find_base(base, targets)
     work = personalise.work_of(spec, refines=True, likeness=None)
     digest = targets_of(spec.hypernetwork)
-    return on_base(spec, device, memory, work, lambda loaded: loaded, note, digest)
+    return on_base(spec, device, memory, work, lambda loaded: loaded, note, _silent, digest)
 
 
 def new(
@@ -261,8 +259,17 @@ def new(
         raise UsageError(f"the base is loaded already; load it with targets={targets!r} instead")
     home = base if isinstance(base, Base) else find_base(base, targets)
     digest = None if isinstance(home, Base) else targets_of(home.hypernetwork)
+    spec, out = _spec(home), None if crop is None else Path(crop)
+    if out is not None:
+        store.check_picture(out, *_paths(photos))
+    crops, seconds = _cropped(photos, spec, face, note, tell)
+    if agree is not None:
+        agree()
+    start = time.perf_counter() - seconds  # the time a user takes to answer does not count
+    if out is not None:
+        sample.save_crops([each.image for each in crops], out)
 
-    def make(loaded: Base, crops: Sequence[Crop]) -> Created:
+    def make(loaded: Base) -> Created:
         if not refine:
             return personalise.create(crops, loaded, None, tell)
         config = personalise.settle(loaded, steps, rank, seed, optimizer, likeness)
@@ -274,9 +281,9 @@ def new(
             )
         return personalise.create(crops, loaded, config, tell)
 
-    work = personalise.work_of(_spec(home), refine, likeness)
-    there = _Place(home, device, memory, work, digest, note, tell)
-    return _from_photos(photos, face, there, make, crop, agree)
+    work = personalise.work_of(spec, refine, likeness)
+    created = on_base(home, device, memory, work, make, note, tell, digest)
+    return _timed(created, seconds, start)
 
 
 def refine(
@@ -303,16 +310,18 @@ def refine(
     _check(0, likeness=likeness)
     _check_seed(seed)
     _, identity = _read(person)
+    home, digest = _home(base, identity)
+    spec, start = _spec(home), time.perf_counter()
+    crops, seconds = _cropped(photos, spec, face, note, tell)
 
-    def make(loaded: Base, crops: Sequence[Crop]) -> Created:
+    def make(loaded: Base) -> Created:
         wanted = rank or identity.rank
         config = personalise.settle(loaded, steps, wanted, seed, optimizer, likeness, goes_on=True)
         return personalise.continue_refining(identity, crops, loaded, config, tell)
 
-    home = base if isinstance(base, Base) else find_base(base or identity.facts.base)
-    work = personalise.work_of(_spec(home), True, likeness)
-    there = _Place(home, device, memory, work, identity.facts.targets_digest, note, tell)
-    return _from_photos(photos, face, there, make)
+    work = personalise.work_of(spec, True, likeness)
+    created = on_base(home, device, memory, work, make, note, tell, digest)
+    return _timed(created, seconds, start)
 
 
 def save(
@@ -389,7 +398,7 @@ def generate(
     if loras and isinstance(base, Base):
         raise UsageError("LoRA files would stay in a base that is loaded already; give its name")
     files = [lora_stack.read(each) for each in loras]  # a bad one is told before the work
-    home, first = _home(base, read)
+    home, first = _home(base, read[0][1])
     spec = _spec(home)
     settings, said = lora_stack.sampling(spec, files)
     given: dict[str, Any] = {
@@ -456,7 +465,7 @@ def generate(
 
     side = size or spec.resolution
     work = sample.work_of(len(seeds), side, settings.guidance, exact=bool(files))
-    return _on(_Place(home, device, memory, work, first, note, tell), draw)
+    return on_base(home, device, memory, work, draw, note, tell, first)
 
 
 def merge(
@@ -569,7 +578,7 @@ def walk(
 
     read = [_read(each) for each in people]
     interpolation.weights_of(len(read))
-    home, first = _home(base, read)
+    home, first = _home(base, read[0][1])
     spec = _spec(home)
     names = " to ".join(name for name, _ in read)
 
@@ -584,7 +593,7 @@ def walk(
 
     pictures = len(interpolation.ROWS) * len(interpolation.weights_of(len(read)))
     work = sample.work_of(pictures, spec.resolution, spec.sampling.guidance)
-    return _on(_Place(home, device, memory, work, first, note, tell), draw)
+    return on_base(home, device, memory, work, draw, note, tell, first)
 
 
 def score(
@@ -604,23 +613,19 @@ def score(
     `judge` fetches FaceRes, a face recogniser that nothing in hdb is trained on, and asks it too.
     """
     from hdbcli.measure import score as measure
-    from hdbcli.measure.metrics import load_judges
-    from registry.plugins import load_metrics
 
     name, identity = _read(person)
-    home, first = _home(base, [(name, identity)])
+    home, first = _home(base, identity)
     spec = _spec(home)
-    crops = _cropped(photos, spec, face, note, tell)
-    judges = load_judges(load_metrics(), spec.family, judge)
-    for line in judges.missing:
-        note(f"left out: {line}")
+    crops, _ = _cropped(photos, spec, face, note, tell)
+    judges = _judges(spec, judge, note)
 
     def measured(loaded: Base) -> Score:
         theta = _adapter(loaded, [(name, identity)], note)
         return measure.score(loaded, theta, crops, judges, tell)
 
     work = sample.work_of(len(measure.SEEDS), spec.resolution, spec.sampling.guidance)
-    return _on(_Place(home, device, memory, work, first, note, tell), measured)
+    return on_base(home, device, memory, work, measured, note, tell, first)
 
 
 def compare(
@@ -653,12 +658,10 @@ def compare(
     from hdbcli.compare.methods import choose as choose_methods
     from hdbcli.compare.methods import suited
     from hdbcli.compare.run import new_setup
-    from hdbcli.measure.metrics import load_judges
     from hdbcli.model.base import open_pair
     from hdbcli.model.memory import enough
-    from hdbcli.training.people import read_people, skipped_lines
+    from hdbcli.training.people import read_people, tell_skipped
     from registry.bases.settings import DEFAULT
-    from registry.plugins import load_metrics
 
     out = Path(out)
     names = methods.split(",") if isinstance(methods, str) else methods
@@ -670,16 +673,13 @@ def compare(
     chosen = [suited(each, loaded, steps) for each in chosen]
     with enough("close other programs, take a smaller --batch"):
         test = read_people(Path(photos), loaded.spec, pattern, False, tell).first(people)
-        for line in skipped_lines(test.skipped):
-            note(line)
+        tell_skipped(test.skipped, note)
         if tune is not None:
             others = read_people(Path(tune), loaded.spec, pattern, False, tell)
             chosen = comparison.tuned(loaded, model, others, chosen, out, batch, tell)
         elif loaded.spec.name != DEFAULT:
             note(f"note: rates were chosen on {DEFAULT}; --tune OTHERS chooses them anew")
-        judges = load_judges(load_metrics(), loaded.spec.family, judge)
-        for line in judges.missing:
-            note(f"left out: {line}")
+        judges = _judges(loaded.spec, judge, note)
         setup = new_setup(loaded, model, test, judges, batch, tell)
         styles = comparison.true_styles(Path(truth), test, setup) if truth is not None else []
         result, records = comparison.run(setup, chosen, styles, out, open_again)
@@ -688,81 +688,45 @@ def compare(
     return Compared(result, facts, tuple(files))
 
 
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """Where some work is done: on a base that is loaded, or on one that is to be loaded for it with
-    the targets of that digest."""
-
-    base: Base | BaseSpec
-    device: str | None
-    memory: str
-    work: Work
-    targets_digest: str | None
-    note: Note
-    tell: Tell
-
-
-def _home(
-    base: Base | str | None, people: Sequence[tuple[str, Identity]]
-) -> tuple[Base | BaseSpec, str]:
-    """Return the base that was given, or that of the first person, and that person's targets."""
-    _, first = people[0]
-    home = base if isinstance(base, Base) else find_base(base or first.facts.base)
-    return home, first.facts.targets_digest
+def _home(base: Base | str | None, identity: Identity) -> tuple[Base | BaseSpec, str]:
+    """Return the base that was given, or that of an identity, and the identity's targets."""
+    facts = identity.facts
+    home = base if isinstance(base, Base) else find_base(base or facts.base)
+    return home, facts.targets_digest
 
 
 def _spec(base: Base | BaseSpec) -> BaseSpec:
     return base.spec if isinstance(base, Base) else base
 
 
-def _on(place: _Place, attempt: Callable[[Base], T]) -> T:
-    """Run an attempt on a base that is loaded, or on one that is loaded for it: by the plan that
-    fits into the memory, and out of memory once more by the next smaller one."""
-    base, device = place.base, place.device
-    if not isinstance(base, Base):
-        work, digest = place.work, place.targets_digest
-        place.tell("load", 0, 1)
-        return on_base(base, device, place.memory, work, attempt, place.note, digest)
-    if device is not None and choose_device(device) != base.device:
-        raise UsageError(f"the base is loaded on {base.device}; load it on {device} instead")
-    return attempt(base)
-
-
-def _from_photos(
-    photos: Photos,
-    face: int | None,
-    place: _Place,
-    make: Callable[[Base, Sequence[Crop]], Created],
-    crop: str | os.PathLike[str] | None = None,
-    agree: Callable[[], None] | None = None,
-) -> Created:
-    """Crop before the base is loaded, since a bad photo should be told at once; then make."""
-    start = time.perf_counter()
-    out = None if crop is None else Path(crop)
-    if out is not None:
-        store.check_picture(out, *_paths(photos))
-    crops = _cropped(photos, _spec(place.base), face, place.note, place.tell)
-    cropped = time.perf_counter() - start
-    if agree is not None:
-        agree()
-    start = time.perf_counter() - cropped  # the time a user takes to answer does not count
-    if out is not None:
-        sample.save_crops([each.image for each in crops], out)
-    created = _on(place, lambda loaded: make(loaded, crops))
-    total = time.perf_counter() - start
-    return replace(created, seconds={"crop": cropped, **created.seconds, "total": total})
-
-
 def _cropped(
     photos: Photos, spec: BaseSpec, face: int | None, note: Note, tell: Tell
-) -> list[Crop]:
-    """Crop the faces; say what is doubtful about photos at once, before the long work."""
+) -> tuple[list[Crop], float]:
+    """Crop the faces before a base is loaded, and say at once what is doubtful about photos; return
+    the seconds that took too."""
+    start = time.perf_counter()
     crops = personalise.crop_photos(_paths(photos), spec, face, tell)
     for number, crop in enumerate(crops, 1):
         where = f"photo {number}: " if len(crops) > 1 else ""
         for warning in crop.warnings:
             note(f"warning: {where}{warning}")
-    return crops
+    return crops, time.perf_counter() - start
+
+
+def _timed(created: Created, cropped: float, start: float) -> Created:
+    """Add the seconds of cropping, and those since a start, to the others."""
+    total = time.perf_counter() - start
+    return replace(created, seconds={"crop": cropped, **created.seconds, "total": total})
+
+
+def _judges(spec: BaseSpec, fetch: bool, note: Note) -> Judges:
+    """Load what can judge the pictures of a base, and say what cannot be had."""
+    from hdbcli.measure.metrics import load_judges
+
+    judges = load_judges(load_metrics(), spec.family, fetch)
+    for line in judges.missing:
+        note(f"left out: {line}")
+    return judges
 
 
 def _check(least: float, **values: float | None) -> None:

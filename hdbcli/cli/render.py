@@ -126,17 +126,11 @@ def follow(steps: Iterator[Step], tell: Tell) -> None:
             note(f"step {step.number}/{step.steps}, loss {mean:.4f}, {step.left / 60:.1f} min left")
 
 
-def show_skipped(skipped: Sequence[str]) -> None:
-    """Say how many photos were left out, and why the first one was."""
-    from hdbcli.training.people import skipped_lines
-
-    for line in skipped_lines(skipped):
-        note(line)
-
-
 def show_prepared(done: Prepared, report: Path, seconds: float) -> None:
     """Say what preparing people came to, and what to look at."""
-    show_skipped(done.left_out)
+    from hdbcli.training.people import tell_skipped
+
+    tell_skipped(done.left_out, note)
     for one, other, distance in done.alike[:NAMED]:
         note(f"warning: {one} and {other} look like one person ({distance:.2f} apart)")
     if len(done.alike) > NAMED:

@@ -89,8 +89,7 @@ def train_prepare(
             return done
 
         one = Work(1, spec.resolution, trains=False, exact=True)  # encoding, one picture at a time
-        tell("load", 0, 1)
-        done = on_base(spec, device, memory, one, prepare, render.note)
+        done = on_base(spec, device, memory, one, prepare, render.note, tell)
     render.result({"path": out, "report": out / shards.REPORT, **asdict(done)}, str(out))
 
 
@@ -116,6 +115,7 @@ def train_bank(
     with render.progress() as tell:
         from hdbcli.model.base import on_base
         from hdbcli.training import bank
+        from hdbcli.training.people import tell_skipped
         from hdbcli.training.shards import open_people
         from registry.plugins import find_base
 
@@ -124,7 +124,7 @@ def train_bank(
 
         def build(loaded: Base) -> int:
             people = open_people(data, loaded, pattern, aligned, out / "people", tell)
-            render.show_skipped(people.skipped)
+            tell_skipped(people.skipped, render.note)
             start, made = time.perf_counter(), 0
             for shard in bank.build_bank(loaded, people, out, config, tell):
                 made += shard.people
@@ -138,8 +138,7 @@ def train_bank(
 
         fewer = f"take fewer people side by side than --at-once {at_once}"
         work = bank.work_of(spec, at_once)
-        tell("load", 0, 1)
-        people = on_base(spec, device, memory, work, build, render.note, advice=fewer)
+        people = on_base(spec, device, memory, work, build, render.note, tell, advice=fewer)
     render.result({"path": out, "people": people}, str(out))
 
 
@@ -266,6 +265,7 @@ def train_hypernetwork(
         from hdbcli.model.hypernetwork_file import targets_of
         from hdbcli.training.bank import read_bank
         from hdbcli.training.hypernetwork import new_hypernetwork
+        from hdbcli.training.people import tell_skipped
         from hdbcli.training.shards import open_people
         from registry.plugins import find_base
 
@@ -286,12 +286,11 @@ def train_hypernetwork(
             with workers.first():
                 people = open_people(data, loaded, pattern, aligned, cache, tell)
             if not workers.rank:
-                render.show_skipped(people.skipped)
+                tell_skipped(people.skipped, render.note)
             return _learn(loaded, model, people, config, known, out, tell, workers, track)
 
         work = _work_of(spec, config)
-        tell("load", 0, 1)
-        made = on_base(spec, device, memory, work, learn, render.note, targets_of(start))
+        made = on_base(spec, device, memory, work, learn, render.note, tell, targets_of(start))
     if made is not None:  # else another process says it
         render.result(made, str(out))
 
@@ -383,6 +382,7 @@ def train_evaluate(
         from hdbcli.model.base import load_predictor, on_base
         from hdbcli.model.hypernetwork_file import targets_of
         from hdbcli.training import evaluate
+        from hdbcli.training.people import tell_skipped
         from hdbcli.training.shards import open_people
         from registry.plugins import find_base
 
@@ -392,11 +392,10 @@ def train_evaluate(
             model, _ = load_predictor(loaded)  # before the photos are read, which takes hours
             with TemporaryDirectory(prefix="hdb-people-") as cache:
                 people = open_people(data, loaded, pattern, aligned, Path(cache) / "people", tell)
-                render.show_skipped(people.skipped)
+                tell_skipped(people.skipped, render.note)
                 return evaluate.evaluate(loaded, model, people, refined, tell)
 
         work = evaluate.work_of(spec, refined)
         digest = targets_of(spec.hypernetwork)
-        tell("load", 0, 1)
-        result = on_base(spec, device, memory, work, measure, render.note, digest)
+        result = on_base(spec, device, memory, work, measure, render.note, tell, digest)
     render.result(asdict(result), lambda: render.show_evaluation(result))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hdbcli.config import PLACEHOLDER
+from hdbcli.config import PLACEHOLDER, Tell
 from hdbcli.faces.embedding import embed_aligned
 from hdbcli.limits import loading
 from hdbcli.method.hypernet import Faces, HyperNetwork
@@ -28,7 +28,7 @@ from hdbcli.model.memory import NORMAL, MemoryPlan, Work, choose, run_within
 from hdbcli.model.quantise import quantise
 from hdbcli.model.tokens import Tokens
 from registry.checkpoints.ldm import canonical
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 from registry.plugins import find_base
 from registry.spec import Backbone, BaseSpec, Frugal
 
@@ -139,27 +139,33 @@ def load_base(
 
 
 def on_base(
-    spec: BaseSpec,
+    home: Base | BaseSpec,
     device: str | None,
     memory: str,
     work: Work,
     attempt: Callable[[Base], T],
     note: Callable[[str], None],
+    tell: Tell,
     targets_digest: str | None = None,
     **advice: str,
 ) -> T:
-    """Choose the memory plan on which some work fits, load the base by it with the targets of that
-    digest, and run the attempt on it: out of memory, once more by the next smaller plan, or
-    HdbError with the `advice`.
+    """Run an attempt at some work on a base that is loaded, or load one for it, with the targets of
+    that digest, by the memory plan on which the work fits: out of memory, once more by the next
+    smaller plan, or HdbError with the `advice`.
 
     What was chosen, and what of it cannot be done, is said by `note`.
     """
+    if isinstance(home, Base):
+        if device is not None and choose_device(device) != home.device:
+            raise UsageError(f"the base is loaded on {home.device}; load it on {device} instead")
+        return attempt(home)
+    tell("load", 0, 1)
     chosen = choose_device(device)
-    choice = choose(spec, chosen, memory, work)
+    choice = choose(home, chosen, memory, work)
     note(choice.line)
 
     def run(plan: MemoryPlan) -> T:
-        loaded = load_base(spec, chosen, plan, targets_digest)
+        loaded = load_base(home, chosen, plan, targets_digest)
         for each in loaded.notes:
             note(f"warning: {each}")
         return attempt(loaded)

@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -98,11 +98,10 @@ class Picture(NamedTuple):
     problem: str = ""
 
 
-def skipped_lines(skipped: Sequence[str]) -> list[str]:
-    """Say how many photos were left out, and why the first one was; nothing where none was."""
-    if not skipped:
-        return []
-    return [f"warning: {len(skipped)} photos were skipped, the first because: {skipped[0]}"]
+def tell_skipped(skipped: Sequence[str], note: Callable[[str], None]) -> None:
+    """Say how many photos were left out, if any, and why the first one was."""
+    if skipped:
+        note(f"warning: {len(skipped)} photos were skipped, the first because: {skipped[0]}")
 
 
 def read_people(folder: Path, spec: BaseSpec, pattern: str, aligned: bool, tell: Tell) -> People:
