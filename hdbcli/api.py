@@ -40,6 +40,7 @@ from hdbcli.training import personalise
 from hdbcli.training.personalise import Created
 from registry import store
 from registry.errors import HdbError, HdbWarning, UsageError
+from registry.files import write_kept
 from registry.plugins import find_base, load_metrics
 from registry.spec import BaseSpec
 
@@ -115,7 +116,7 @@ class Picture:
 
     def save(self, path: str | os.PathLike[str], new: bool = False) -> None:
         """Write it as PNG with how it was made inside; HdbError if it is to be `new` and is not."""
-        sample.save_picture(self.image, Path(path), self.parameters, new, self.settings)
+        write_kept(Path(path), lambda file: file.write_bytes(self.png()), new)
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,9 +45,7 @@ if TYPE_CHECKING:
     from hdbcli.method.lidb import Theta
     from hdbcli.model.base import Base
     from hdbcli.model.device import Workers
-    from hdbcli.model.memory import Work
     from hdbcli.training.people import People
-    from registry.spec import BaseSpec
 
 LearningRate = Annotated[
     float, typer.Option(min=0, callback=finite, help="Learning rate, at its highest.")
@@ -264,7 +262,7 @@ def train_hypernetwork(
         from hdbcli.model.device import join_workers
         from hdbcli.model.hypernetwork_file import targets_of
         from hdbcli.training.bank import read_bank
-        from hdbcli.training.hypernetwork import new_hypernetwork
+        from hdbcli.training.hypernetwork import new_hypernetwork, work_of
         from hdbcli.training.people import tell_skipped
         from hdbcli.training.shards import open_people
         from registry.plugins import find_base
@@ -289,22 +287,10 @@ def train_hypernetwork(
                 tell_skipped(people.skipped, render.note)
             return _learn(loaded, model, people, config, known, out, tell, workers, track)
 
-        work = _work_of(spec, config)
+        work = work_of(spec, config)
         made = on_base(spec, device, memory, work, learn, render.note, tell, targets_of(start))
     if made is not None:  # else another process says it
         render.result(made, str(out))
-
-
-def _work_of(spec: BaseSpec, config: PretrainConfig) -> Work:
-    """Say what a training asks of a base."""
-    from hdbcli.model.memory import Work
-    from hdbcli.training.likeness_loss import asked_of
-    from hdbcli.training.objective import DRAWS
-
-    drafts = asked_of(spec, DRAWS) * bool(config.likeness)  # of a person
-    samples = max(config.batch * DRAWS, -(-config.batch // config.share) * drafts)
-    least = max(DRAWS, drafts)
-    return Work(samples, spec.resolution, trains=True, exact=True, least=least)
 
 
 def _check_hypernetwork_out(out: Path, start: Path | None) -> None:

@@ -30,11 +30,11 @@ from hdbcli.method.hypernet import HyperNetwork
 from hdbcli.model.base import Base
 from hdbcli.model.contact_sheet import contact_sheet
 from hdbcli.model.device import machine
-from hdbcli.model.sample import save_picture
+from hdbcli.model.sample import png
 from hdbcli.training.people import People
 from registry.checkpoints.contents import read_checkpoint
 from registry.errors import HdbError
-from registry.files import write_beside
+from registry.files import write_beside, write_kept
 
 RATES = (1 / 30, 1 / 10, 1 / 3, 1.0, 3.0)  # times a rate, to choose from: large models want less
 AXES = Axes(
@@ -283,7 +283,8 @@ def save(
     rows = {"the photo": [photo]}
     rows |= {name: list(record.pictures[:, 0].numpy()) for name, record in records.items()}
     sheet = contact_sheet(list(rows.values()), PROMPTS, list(rows))
-    save_picture(sheet, paths[2], f"rows: {', '.join(rows)}")
+    content = png(sheet, f"rows: {', '.join(rows)}")
+    write_kept(paths[2], lambda file: file.write_bytes(content))
     return paths
 
 

@@ -19,7 +19,7 @@ from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from registry.checkpoints.ldm import canonical
 from registry.errors import HdbError
-from registry.stable_diffusion.loading import quiet
+from registry.stable_diffusion.uncompiled import quiet
 
 RUNS_IN = {"fp32": torch.float32, "fp16": torch.float16}
 # Largest |delta - U D| / (|U| |D|): what rounding in a format, of file or pipeline, can do.

@@ -158,17 +158,6 @@ def png(image: np.ndarray, text: str, settings: Settings | None = None) -> bytes
     return file.getvalue()
 
 
-def save_picture(
-    image: np.ndarray,
-    path: Path,
-    text: str,
-    new: bool = False,
-    settings: Settings | None = None,
-) -> None:
-    """Write such a PNG file."""
-    write_kept(path, lambda file: file.write_bytes(png(image, text, settings)), new)
-
-
 def save_crops(crops: Sequence[np.ndarray], path: Path) -> None:
     """Write crops (H, W, 3) of one size side by side as a PNG that says nothing else."""
     image = Image.fromarray(np.concatenate(list(crops), axis=1))

@@ -26,6 +26,7 @@ from hdbcli.method.hypernet import Faces, HyperConfig, HyperNetwork
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
 from hdbcli.model.device import ALONE, Workers, autocast, make_optimizer
+from hdbcli.model.memory import Work
 from hdbcli.training import objective
 from hdbcli.training.batch import Batch, draw_batch
 from hdbcli.training.likeness_loss import check_drafts
@@ -34,11 +35,20 @@ from hdbcli.training.objective import DRAWS, Portraits, weight_loss
 from hdbcli.training.people import People, Rows
 from hdbcli.training.questions import Samples
 from registry.errors import HdbError
+from registry.spec import BaseSpec, passes_of
 
 AVERAGE = 0.998
 
 # A caller that looks at the model now and then is told (step, training loss since, model).
 Watch = Callable[[int, float, HyperNetwork], object]
+
+
+def work_of(spec: BaseSpec, config: PretrainConfig) -> Work:
+    """Say what training asks of a base; all passes of a portrait are of one graph."""
+    drafts = DRAWS * passes_of(spec.guidance) * bool(config.likeness)  # of a person
+    samples = max(config.batch * DRAWS, -(-config.batch // config.share) * drafts)
+    least = max(DRAWS, drafts)
+    return Work(samples, spec.resolution, trains=True, exact=True, least=least)
 
 
 def new_hypernetwork(

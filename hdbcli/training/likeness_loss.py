@@ -30,7 +30,7 @@ from hdbcli.model.device import autocast
 from hdbcli.training.drafting import before_last, picture
 from hdbcli.training.questions import Question, Samples, pairs_at_once
 from registry.errors import HdbError
-from registry.spec import BaseSpec, Drafting, passes_of
+from registry.spec import Drafting
 
 STEPS = 4
 RENEWED, EARLY = 6, 5  # steps where noise is renewed, and after how many of them it looks
@@ -122,12 +122,6 @@ def portrait_likeness(
 def portraits_of(batch: int) -> int:
     """Return how many portraits of a person are drawn in a step of so many samples."""
     return max(1, batch // SHARE)
-
-
-def asked_of(spec: BaseSpec, portraits: int) -> int:
-    """Return of how many samples a question for so many portraits is: twice as many for guidance,
-    all of one graph."""
-    return portraits * passes_of(spec.guidance)
 
 
 def check_drafts(base: Base) -> Drafting:

@@ -32,11 +32,11 @@ from hdbcli.model.base import Base, load_predictor
 from hdbcli.model.contact_sheet import contact_sheet
 from hdbcli.model.device import wait_for
 from hdbcli.model.memory import Work
-from hdbcli.training.likeness_loss import asked_of, portraits_of
+from hdbcli.training.likeness_loss import portraits_of
 from hdbcli.training.refine import portrait_loss, refine, weight_of
 from registry.errors import HdbError
 from registry.identity_facts import Facts
-from registry.spec import BaseSpec
+from registry.spec import BaseSpec, passes_of
 
 LIKENESS_SEEDS = (1, 2, 3, 4)
 
@@ -79,7 +79,7 @@ def work_of(spec: BaseSpec, refines: bool, likeness: float | None) -> Work:
     count = min(len(LIKENESS_SEEDS), spec.batch)
     portraits = sample.work_of(count, spec.resolution, spec.sampling.guidance)
     alike = refines and weight_of(spec, likeness)
-    drawn = asked_of(spec, portraits_of(spec.batch)) if alike else 0
+    drawn = passes_of(spec.guidance) * portraits_of(spec.batch) if alike else 0
     samples = spec.batch + drawn + refines  # the last is of prior preservation
     return Work(samples, spec.resolution, trains=refines, least=max(1, drawn), then=portraits)
 

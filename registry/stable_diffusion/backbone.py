@@ -20,7 +20,7 @@ from registry.checkpoints.safetensors import read_tensors, save_tensors
 from registry.errors import HdbError, UsageError
 from registry.seeds import generator_of, noise_of
 from registry.spec import SampleSettings
-from registry.stable_diffusion.uncompiled import without_compiler
+from registry.stable_diffusion.uncompiled import quiet, without_compiler
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -121,8 +121,6 @@ class StableDiffusion:
                 self.pipeline.register_modules(vae=None)
 
     def unread(self, prompt: str) -> str:
-        from registry.stable_diffusion.loading import quiet
-
         tokenizer: Any = self.pipeline.tokenizer
         room = tokenizer.model_max_length - 2  # a token each says where a text starts and ends
         with quiet():
@@ -130,8 +128,6 @@ class StableDiffusion:
         return text_of(tokenizer, words[room:])
 
     def save_memory(self, recompute: bool) -> None:
-        from registry.stable_diffusion.loading import quiet
-
         _slice(self.pipeline.vae)
         if not recompute:
             return
@@ -273,8 +269,6 @@ class StableDiffusion:
         def told(_pipeline: Any, step: int, _t: Any, kept: dict[str, Any]) -> dict[str, Any]:
             progress(step + 1, settings.steps)
             return kept
-
-        from registry.stable_diffusion.loading import quiet
 
         # None where there is none: Stable Diffusion XL then reads zeros, not "".
         negative = [settings.negative] * len(prompts) if settings.negative else None

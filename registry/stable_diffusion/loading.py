@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -35,7 +34,7 @@ from registry.checkpoints.ldm import (
 from registry.checkpoints.safetensors import LARGEST, read_floats, read_header
 from registry.errors import HdbError
 from registry.stable_diffusion.backbone import StableDiffusion, last_states, two_encoders
-from registry.stable_diffusion.uncompiled import light_transformers, without_compiler
+from registry.stable_diffusion.uncompiled import quiet, without_compiler
 
 if TYPE_CHECKING:
     from registry.stable_diffusion.families import Family
@@ -222,26 +221,3 @@ def _reading(source: Path) -> Iterator[None]:
         raise HdbError(
             f"the model in {source} is missing or damaged ({reason}); install it again"
         ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' bars and advice off the terminal while a model loads; errors
-    still raise."""
-    light_transformers()
-    import diffusers.utils.logging as diffusers_log
-    import transformers.utils.logging as transformers_log
-
-    logs = (diffusers_log, transformers_log)
-    levels = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.set_verbosity(level)
-            log.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Import diffusers, transformers and bitsandbytes without torch's compiler, and what it brings.
+"""Use diffusers, transformers and bitsandbytes quietly, and without torch's compiler.
 
 They mark functions for `torch.compile`, and to do so load its two packages, `torch._dynamo` and
 `torch._inductor`, as much code as all of torch. hdb compiles nothing. While such a library is
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -54,6 +55,29 @@ def without_compiler() -> Iterator[None]:
             del sys.modules[NAME]
         if vars(torch).get("_dynamo") is stand_in:
             del torch._dynamo
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' bars and advice off the terminal while a model loads; errors
+    still raise."""
+    light_transformers()
+    import diffusers.utils.logging as diffusers_log
+    import transformers.utils.logging as transformers_log
+
+    logs = (diffusers_log, transformers_log)
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
+            log.enable_progress_bar()
 
 
 def light_transformers() -> None:

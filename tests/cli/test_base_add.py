@@ -228,7 +228,8 @@ def test_a_tensor_that_no_target_needs_is_missed_too(
     single = Path(shutil.copy(narrow.single("sd1"), tmp_path / "one.safetensors"))
     told("base", "add", "whole", single)
     edit(single, lambda t: t.pop("first_stage_model.decoder.mid.block_1.conv1.weight"))
-    refused("base", "add", "x", single, says="lacks tensors that the model needs")
+    gone = "decoder.mid_block.resnets.0.conv1.weight"
+    refused("base", "add", "x", single, says=f"lacks 1 tensors of vae, such as {gone}")
     edit(folder / UNET, lambda t: t.pop("mid_block.resnets.0.conv1.weight"))
     refused("base", "add", "x", folder, says="mid_block.resnets.0.conv1.weight")
 

@@ -36,7 +36,8 @@ from registry.errors import HdbError
 from registry.plugins import load_registry
 from registry.stable_diffusion.backbone import StableDiffusion
 from registry.stable_diffusion.families import FAMILIES
-from registry.stable_diffusion.loading import load_folder, quiet
+from registry.stable_diffusion.loading import load_folder
+from registry.stable_diffusion.uncompiled import quiet
 from registry.tiny import WEIGHTS
 
 if TYPE_CHECKING:
