@@ -3,7 +3,7 @@
 The packages are layers, and a module imports from its own layer or from one below:
 `cli -> api -> compare, bench -> training, identity, interop, measure -> model -> method, faces`,
 all above `registry`, which knows base models and stored identities and imports nothing from here.
-`config` holds the defaults of every stage, `errors` the one error; all may import both.
+`config` holds the defaults of every stage, `registry.errors` the one error; all may import both.
 """
 
 from hdbcli.limits import set_threads

@@ -1,5 +1,5 @@
-"""What all command modules share: option types, the boundary of errors, and ways to a base and
-its identities."""
+"""What all command modules share: option types, checks of their values, and ways to a base and its
+identities."""
 
 from __future__ import annotations
 
