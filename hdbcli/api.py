@@ -41,7 +41,7 @@ from hdbcli.training.personalise import Created
 from registry import store
 from registry.errors import HdbError, HdbWarning, UsageError
 from registry.files import write_kept
-from registry.plugins import find_base, load_metrics
+from registry.plugins import find_base
 from registry.spec import BaseSpec
 
 if TYPE_CHECKING:
@@ -723,6 +723,7 @@ def _timed(created: Created, cropped: float, start: float) -> Created:
 def _judges(spec: BaseSpec, fetch: bool, note: Note) -> Judges:
     """Load what can judge the pictures of a base, and say what cannot be had."""
     from hdbcli.measure.metrics import load_judges
+    from registry.plugins import load_metrics
 
     judges = load_judges(load_metrics(), spec.family, fetch)
     for line in judges.missing:
