@@ -133,53 +133,38 @@ def prepare(
         for part in missing:
             people = encoded(base, assemble(part.persons, pictures, base.spec))
             _write(part, people, facts)
-    headers = [_kept(part, base.spec.name, facts) for part in parts]
-    return _finish(data, out, parts, headers, facts, loose, len(missing), tell)
-
-
-def _finish(
-    data: Path,
-    out: Path,
-    parts: Sequence[Part],
-    headers: Sequence[Header | None],
-    facts: dict[str, Any],
-    loose: Sequence[str],
-    made: int,
-    tell: Tell,
-) -> Prepared:
-    """Write the report and, last, the index."""
-    listed, left_out = [], list(loose)
-    pictures = people = 0
-    for part, header in zip(parts, headers, strict=True):
+    listed = []
+    for part in parts:
+        header = _kept(part, base.spec.name, facts)
         if header is None:
             raise HdbError(f"{part.file} changed while it was prepared; run the command again")
-        who = _who(part.file, header)
-        left_out += who["left_out"]
-        pictures += header.tensors["crops"].shape[0]
-        people += len(who["names"])
-        listed.append(
-            {
-                "file": part.file.name,
-                "bytes": header.bytes,
-                "content": header.metadata["hdb.content"],
-            }
-        )
-    total = sum(len(files) for part in parts for files in part.persons.values())
-    check_people(data, total, people, left_out)
+        content = header.metadata["hdb.content"]
+        listed.append({"file": part.file.name, "bytes": header.bytes, "content": content})
     index = {"kind": KIND, "format": FORMAT, "base": facts, "files": listed}
     found = _opened(out, index)
+    left_out = (*loose, *found.skipped)
+    total = sum(len(files) for part in parts for files in part.persons.values())
+    check_people(data, total, len(found.names), left_out)
     alike = tuple(twins(found, tell))
+    _report(out / REPORT, found, left_out, alike)
+    with write_beside(out / INDEX) as beside:
+        beside.write_text(json.dumps(index, indent=1))
+    counts = len(found.names), len(found.crops), len(parts), len(parts) - len(missing)
+    return Prepared(*counts, left_out, alike)
+
+
+def _report(
+    path: Path, people: People, left_out: Sequence[str], alike: Sequence[tuple[str, str, float]]
+) -> None:
+    """Write what became of the photos, a line each."""
     lines = [
-        f"{people} people, {pictures} pictures; {len(left_out)} lines on what is left out, "
-        f"{len(alike)} pairs of names that look like one person",
+        f"{len(people.names)} people, {len(people.crops)} pictures; {len(left_out)} lines on what "
+        f"is left out, {len(alike)} pairs of names that look like one person",
         *left_out,
         *(f"{one} and {other} look like one person: {d:.2f} apart" for one, other, d in alike),
     ]
-    with write_beside(out / REPORT) as beside:
+    with write_beside(path) as beside:
         beside.write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
-    with write_beside(out / INDEX) as beside:
-        beside.write_text(json.dumps(index, indent=1))
-    return Prepared(people, pictures, len(parts), len(parts) - made, tuple(left_out), alike)
 
 
 def open_shards(folder: Path, base: Base) -> People:
@@ -353,15 +338,13 @@ def _probe(base: Base) -> Tensor:
 def _check_base(folder: Path, theirs: dict[str, Any], name: str, mine: dict[str, Any]) -> None:
     """Raise HdbError unless what was prepared for one base serves another: a fine-tune with the
     same autoencoder may use it."""
-    why = ""
-    for fact in ("resolution", "template", "latent"):
-        if theirs.get(fact) != mine[fact]:
-            why = f"{fact} {theirs.get(fact)}, not {mine[fact]}"
-            break
-    else:
+    facts = ("resolution", "template", "latent")
+    why = next(
+        (f"{f} {theirs.get(f)}, not {mine[f]}" for f in facts if theirs.get(f) != mine[f]), ""
+    )
+    if not why:
         far = (Tensor(theirs["probe"]) - Tensor(mine["probe"])).abs().max()
-        if not far <= CLOSE * mine["deviation"]:
-            why = "another autoencoder"
+        why = "" if far <= CLOSE * mine["deviation"] else "another autoencoder"
     if why:
         raise HdbError(
             f"{folder} was prepared for {theirs.get('name')}, which does not fit {name} ({why}); "
