@@ -23,11 +23,7 @@ from hdbcli.cli.options import (
     Pattern,
     refuse_given,
 )
-from hdbcli.config import (
-    MAIN_METHODS,
-    METHOD_NAMES,
-    PROMPTS,
-)
+from hdbcli.config import MAIN_METHODS, METHOD_NAMES, PROMPTS
 from registry.spec import SampleSettings
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,23 +28,13 @@ from hdbcli.cli.options import (
     one_of,
     refuse_given,
 )
-from hdbcli.config import (
-    PRECISIONS,
-    TRACKERS,
-    BankConfig,
-    PretrainConfig,
-    Tell,
-)
+from hdbcli.config import PRECISIONS, TRACKERS, BankConfig, PretrainConfig
 from registry import store
 from registry.checkpoints.safetensors import LARGEST, read_header
 from registry.errors import HdbError, UsageError
 
 if TYPE_CHECKING:
-    from hdbcli.method.hypernet import HyperNetwork
-    from hdbcli.method.lidb import Theta
     from hdbcli.model.base import Base
-    from hdbcli.model.device import Workers
-    from hdbcli.training.people import People
 
 LearningRate = Annotated[
     float, typer.Option(min=0, callback=finite, help="Learning rate, at its highest.")
@@ -260,9 +249,10 @@ def train_hypernetwork(
     with render.progress() as tell:
         from hdbcli.model.base import load_predictor, on_base
         from hdbcli.model.device import join_workers
-        from hdbcli.model.hypernetwork_file import targets_of
+        from hdbcli.model.hypernetwork_file import save_hypernetwork, targets_of
         from hdbcli.training.bank import read_bank
-        from hdbcli.training.hypernetwork import new_hypernetwork, work_of
+        from hdbcli.training.hypernetwork import new_hypernetwork, pretrain, work_of
+        from hdbcli.training.monitor import Watch, open_tracker, tracked
         from hdbcli.training.people import tell_skipped
         from hdbcli.training.shards import open_people
         from registry.plugins import find_base
@@ -285,7 +275,23 @@ def train_hypernetwork(
                 people = open_people(data, loaded, pattern, aligned, cache, tell)
             if not workers.rank:
                 tell_skipped(people.skipped, render.note)
-            return _learn(loaded, model, people, config, known, out, tell, workers, track)
+            people, held = people.hold_out(config.held_out)
+            tracker = watch = None
+            if track and not workers.rank:
+                tracker = open_tracker(track, out.with_name(f"{out.stem}-runs"), asdict(config))
+            if held and not workers.rank:
+                watch = Watch(loaded, held, out, tell, tracker)
+            look_at = watch.look if watch else None
+            steps = pretrain(loaded, model, people, config, tell, known, workers, look_at)
+            if workers.rank:  # the first process writes, and says what was made
+                deque(steps, maxlen=0)
+                return None
+            render.follow(tracked(steps, tracker) if tracker else steps, tell)
+            save_hypernetwork(model, out)
+            if watch:
+                render.note(f"curves and portraits of people held out: {watch.picture}")
+            counts = {"people": len(people.names), "held_out": len(held.names) if held else 0}
+            return {"path": out, **counts, "curves": watch.picture if watch else None}
 
         work = work_of(spec, config)
         made = on_base(spec, device, memory, work, learn, render.note, tell, targets_of(start))
@@ -309,43 +315,6 @@ def _check_hypernetwork_out(out: Path, start: Path | None) -> None:
         raise HdbError(
             f"{out} is there and is not a hypernetwork of hdb; give another file with -o"
         )
-
-
-def _learn(
-    loaded: Base,
-    model: HyperNetwork,
-    people: People,
-    config: PretrainConfig,
-    known: Mapping[str, Theta] | None,
-    out: Path,
-    tell: Tell,
-    workers: Workers,
-    track: str | None,
-) -> dict[str, Any] | None:
-    """Train, and write the hypernetwork, in the first process, if there are several; return what
-    that one says."""
-    from hdbcli.model.hypernetwork_file import save_hypernetwork
-    from hdbcli.training import hypernetwork as pretrain
-    from hdbcli.training.monitor import Watch, open_tracker, tracked
-
-    people, held = people.hold_out(config.held_out)
-    tracker = (
-        open_tracker(track, out.with_name(f"{out.stem}-runs"), asdict(config))
-        if (track and not workers.rank)
-        else None
-    )
-    watch = Watch(loaded, held, out, tell, tracker) if held and not workers.rank else None
-    look_at = watch.look if watch else None
-    steps = pretrain.pretrain(loaded, model, people, config, tell, known, workers, look_at)
-    if workers.rank:
-        deque(steps, maxlen=0)
-        return None
-    render.follow(tracked(steps, tracker) if tracker else steps, tell)
-    save_hypernetwork(model, out)
-    if watch:
-        render.note(f"curves and portraits of people held out: {watch.picture}")
-    counts = {"people": len(people.names), "held_out": len(held.names) if held else 0}
-    return {"path": out, **counts, "curves": watch.picture if watch else None}
 
 
 @train_app.command("evaluate")

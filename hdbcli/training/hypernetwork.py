@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,12 +120,6 @@ def pretrain(
         with base.short_attention(one):
             yield from _losses(base, model, material, config, workers, generator)
 
-    def look(*seen: Any) -> None:
-        assert watch is not None
-        watch(*seen)
-        if not config.likeness:
-            base.free_autoencoder()  # which drew the portraits, and serves nothing else
-
     steps = fit(
         parameters,
         losses,
@@ -137,14 +131,18 @@ def pretrain(
         writes=workers.rank == 0,
         agree=workers.agree,
     )
+    since: list[float] = []  # losses since the last look
     with base.injected.adapted(None):
-        yield from _watched(
-            steps,
-            lambda: _averaged(parameters, averages),
-            model,
-            config.look,
-            look if watch else None,
-        )
+        for step in steps:
+            since.append(step.loss)
+            if watch and (step.number % config.look == 0 or step.number == step.steps):
+                with _averaged(parameters, averages):
+                    watch(step.number, sum(since) / len(since), model.eval())
+                model.train()
+                since.clear()
+                if not config.likeness:
+                    base.free_autoencoder()  # which drew the portraits, and serves nothing else
+            yield step
     settle(parameters, averages)
     model.eval()
 
@@ -319,25 +317,6 @@ def share_out(batch: int, workers: Workers, share: int) -> tuple[int, float]:
     total = -(-batch * workers.count // share)
     mine = len(range(workers.rank, total, workers.count))
     return mine, mine * workers.count / total
-
-
-def _watched(
-    steps: Iterator[Step],
-    averaged: Callable[[], AbstractContextManager[None]],
-    model: HyperNetwork,
-    every: int,
-    watch: Watch | None,
-) -> Iterator[Step]:
-    """Let `watch` look at the average of the weights now and then, and at the end."""
-    losses = []
-    for step in steps:
-        losses.append(step.loss)
-        if watch and (step.number % every == 0 or step.number == step.steps):
-            with averaged():
-                watch(step.number, sum(losses) / len(losses), model.eval())
-            model.train()
-            losses.clear()
-        yield step
 
 
 @contextmanager
