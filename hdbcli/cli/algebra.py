@@ -25,7 +25,6 @@ from hdbcli.cli.options import (
     free_path,
     new_path,
     refuse_given,
-    weights_of,
 )
 from registry import store
 from registry.errors import HdbError, UsageError
@@ -43,6 +42,7 @@ def inspect(
     """Look inside an identity: energy by target, component and kind; whether its basis verifies."""
     from hdbcli.identity import inspection
     from hdbcli.identity.file import fit, load
+    from hdbcli.identity.verification import weights_of
 
     path = store.resolve(identity)
     loaded = load(path)

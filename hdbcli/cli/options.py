@@ -21,10 +21,8 @@ from registry.files import check_writable
 from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
-    from hdbcli.identity.file import Weights
     from registry.bases.settings import Added
     from registry.plugins import Registry
-    from registry.spec import BaseSpec
 
 FORMATS = "fp16, fp32 or int8"
 complete_format = complete.words("fp16", "fp32", "int8")
@@ -316,19 +314,6 @@ def bases() -> Registry:
     from registry.plugins import load_registry  # its importlib.metadata is slow, and `list` is not
 
     return load_registry()
-
-
-def weights_of(base: str, targets_digest: str) -> tuple[BaseSpec, Weights]:
-    """Return a base model's spec and its targets, of several sets those with that digest: read in
-    its files, which takes no memory, or loaded if it names none."""
-    from hdbcli.model.base import load_base
-    from hdbcli.model.files import open_checkpoint
-    from registry.plugins import find_base
-
-    spec = find_base(base)
-    if spec.files is None:
-        return spec, load_base(spec, "cpu", targets_digest=targets_digest).injected
-    return spec, open_checkpoint(spec, targets_digest)
 
 
 def added_of(base: str) -> Added | None:

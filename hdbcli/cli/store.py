@@ -12,7 +12,7 @@ import typer
 
 from hdbcli.cli import complete, render
 from hdbcli.cli.boundary import ask
-from hdbcli.cli.options import Force, Identity, Json, NewName, Yes, bases, new_path, weights_of
+from hdbcli.cli.options import Force, Identity, Json, NewName, Yes, bases, new_path
 from registry import orphans, store
 from registry.errors import HdbError
 
@@ -32,7 +32,7 @@ def import_identity(
 
     identity = verification.read_foreign(file)
     path = new_path(store.name_from_stem(file.stem) if name is None else name, force)
-    verified, warning = verification.fits_here(weights_of)(identity)
+    verified, warning = verification.fits_here()(identity)
     if warning:
         render.note(f"warning: {path.stem}: {warning}")
     verification.take_in(file, identity, path, new=not force)
@@ -110,7 +110,7 @@ def verify(
     paths = [store.resolve(name) for name in names or []]
     if not names:
         paths = [entry.path for entry in store.entries()]
-    verdicts = list(verification.verify(paths, weights_of))
+    verdicts = list(verification.verify(paths))
     if as_json:
         found = [asdict(verdict) for verdict in verdicts]
         render.document({"ok": all(verdict.ok for verdict in verdicts), "identities": found})

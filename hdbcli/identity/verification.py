@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hdbcli.identity.file import Identity, Weights, check_fits, load, terms_of
+from hdbcli.model.base import load_base
+from hdbcli.model.files import open_checkpoint
 from registry import store
 from registry.checkpoints.lora_formats import lora_style
 from registry.checkpoints.safetensors import LARGEST, read_header
 from registry.errors import HdbError
 from registry.identity_facts import Facts
+from registry.plugins import find_base
 from registry.spec import BaseSpec
-
-# (base model, digest of its targets) -> its spec and targets
-Open = Callable[[str, str], tuple[BaseSpec, Weights]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,16 @@ def take_in(file: Path, identity: Identity, path: Path, new: bool) -> None:
             raise HdbError(f"{file} changed while it was checked; nothing was taken in")
 
 
-def fits_here(weights_of: Open) -> Callable[[Identity], tuple[bool | None, str | None]]:
+def weights_of(base: str, targets_digest: str) -> tuple[BaseSpec, Weights]:
+    """Return a base model's spec and its targets, of several sets those with that digest: read in
+    its files, which takes no memory, or loaded if it names none."""
+    spec = find_base(base)
+    if spec.files is None:
+        return spec, load_base(spec, "cpu", targets_digest=targets_digest).injected
+    return spec, open_checkpoint(spec, targets_digest)
+
+
+def fits_here() -> Callable[[Identity], tuple[bool | None, str | None]]:
     """Return a check of identities against their base models, each of which is opened once for
     each of its target sets.
 
@@ -78,9 +87,9 @@ def fits_here(weights_of: Open) -> Callable[[Identity], tuple[bool | None, str |
     return check
 
 
-def verify(paths: Iterable[Path], weights_of: Open) -> Iterator[Verdict]:
+def verify(paths: Iterable[Path]) -> Iterator[Verdict]:
     """Check each file in full: header, numbers, digest, and its basis on its base model."""
-    fits = fits_here(weights_of)
+    fits = fits_here()
     for path in paths:
         known = (path.stem, str(path), path.stat().st_size if path.is_file() else 0)
         try:

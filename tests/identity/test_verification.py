@@ -226,8 +226,10 @@ def test_copies_and_renames_say_their_bytes(outside: Path) -> None:
     refused("mv", "Carol", "carol.safetensors", says="drop .safetensors")
 
 
-def test_verify_opens_each_base_once(identity: Identity, outside: Path) -> None:
-    from hdbcli.identity.verification import verify
+def test_verify_opens_each_base_once(
+    identity: Identity, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hdbcli.identity import verification
 
     opened = []
 
@@ -235,7 +237,8 @@ def test_verify_opens_each_base_once(identity: Identity, outside: Path) -> None:
         opened.append(name)
         raise HdbError("not here")
 
-    verdicts = list(verify([outside] * 3, weights_of))
+    monkeypatch.setattr(verification, "weights_of", weights_of)
+    verdicts = list(verification.verify([outside] * 3))
     assert opened == ["tiny"] and [(v.ok, v.basis) for v in verdicts] == [(True, None)] * 3
 
 
