@@ -20,6 +20,28 @@ from registry.errors import HdbError
 # How a file system says that it does not know an operation; a full or broken disk says otherwise.
 REFUSALS = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTTY, errno.EBADF}
 REFUSALS |= {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK}
+CHUNK = 2**22  # bytes hashed at a time
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError in the block into HdbError: a file or folder cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise HdbError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def sha256_of(path: Path, start: int = 0) -> str:
+    """Hash what a file holds from this byte on, some megabytes at a time."""
+    import hashlib  # loads OpenSSL, which a list never needs
+
+    digest = hashlib.sha256()
+    with reading(path), path.open("rb") as file:
+        file.seek(start)
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 class Taken(HdbError):

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from registry.checkpoints.safetensors import MAX_FILE, SHA256, Header, TensorInfo
 from registry.errors import HdbError
+from registry.files import reading
 
 T = TypeVar("T")
 
@@ -82,15 +83,11 @@ def read_facts(path: Path, header: Header) -> tuple[Facts, Layout]:
 
 def read_content(path: Path, header: Header) -> bytes:
     """Read an identity's tensor bytes; raise HdbError unless its content digest agrees."""
-    try:
-        with path.open("rb") as file:
-            file.seek(header.start)
-            content = file.read(MAX_FILE)
-    except OSError as error:
-        raise HdbError(f"cannot read {path}: {error.strerror or error}") from error
-    if content_digest(header.metadata, header.tensors, content) != header.metadata.get(
-        "hdb.content"
-    ):
+    with reading(path), path.open("rb") as file:
+        file.seek(header.start)
+        content = file.read(MAX_FILE)
+    digest = content_digest(header.metadata, header.tensors, content)
+    if digest != header.metadata.get("hdb.content"):
         raise HdbError(
             f"{path}: the content digest does not agree: the file was edited by hand or damaged; "
             "restore it from a copy or make it again with hdb new"

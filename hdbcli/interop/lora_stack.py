@@ -8,7 +8,6 @@ and the places where it keeps alpha.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from registry.checkpoints.ldm import canonical, original_layer
 from registry.checkpoints.lora_formats import PEFT, architecture, lora_style, other_adapter, split
 from registry.checkpoints.safetensors import SHA256, Header, read_header
 from registry.errors import HdbError, HdbWarning, UsageError
+from registry.files import sha256_of
 from registry.spec import BaseSpec, FewSteps, SampleSettings
 from registry.stable_diffusion.few_steps import few_steps
 from registry.store import shown
@@ -399,11 +399,4 @@ def _check_kind(path: Path, header: Header) -> str:
 def _digest(path: Path, header: Header) -> str:
     """Return A1111's hash: what kohya wrote, else sha256 of all that follows the header."""
     said = header.metadata.get("sshs_model_hash", "")
-    if SHA256.fullmatch(said):
-        return said[:12]
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(header.start)
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()[:12]
+    return (said if SHA256.fullmatch(said) else sha256_of(path, header.start))[:12]

@@ -43,7 +43,7 @@ from hdbcli.training.people import (
 )
 from registry.checkpoints.safetensors import LARGEST, Header, read_header, save_tensors
 from registry.errors import HdbError
-from registry.files import write_beside
+from registry.files import reading, write_beside
 from registry.orphans import WRITING, delete, temporaries
 from registry.spec import BaseSpec
 
@@ -276,12 +276,10 @@ class StoredRows:
             raise IndexError(row)
         place = bisect_right(self.first, row) - 1
         path = self.paths[place]
-        try:
+        with reading(path):
             file = self._open(path)
             file.seek(self.starts[place] + self.width * (row - self.first[place]))
             read = file.readinto(into.data.cast("B"))
-        except OSError as error:
-            raise HdbError(f"cannot read {path}: {error.strerror or error}") from error
         if read != self.width:
             raise HdbError(
                 f"{path} was cut off while it was in use; delete it and run hdb train prepare once "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,14 +18,13 @@ from registry.bases.settings import (
     write_settings,
 )
 from registry.errors import HdbError
+from registry.files import reading, sha256_of
 from registry.spec import BaseSpec
 from registry.stable_diffusion.families import FAMILIES
 from registry.stable_diffusion.few_steps import few_steps
 
 if TYPE_CHECKING:
     from registry.stable_diffusion.backbone import StableDiffusion
-
-CHUNK = 2**22  # bytes
 
 
 def added_bases() -> Iterator[BaseSpec | str]:
@@ -96,15 +94,9 @@ def check(added: Added) -> None:
 
 def mark(file: Path) -> Mark:
     """Read a file whole and say what it is; HdbError if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
+    with reading(file):
         state = file.stat()
-        with file.open("rb") as stream:
-            while chunk := stream.read(CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise HdbError(f"cannot read {file}: {error.strerror or error}") from error
-    return Mark(state.st_size, state.st_mtime_ns, digest.hexdigest())
+    return Mark(state.st_size, state.st_mtime_ns, sha256_of(file))
 
 
 def changed(added: Added, trust_times: bool) -> list[str]:

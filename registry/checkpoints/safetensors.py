@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.errors import HdbError
-from registry.files import flush
+from registry.files import flush, reading
 
 if TYPE_CHECKING:
     import torch
@@ -66,12 +66,9 @@ class Header:
         info = self.tensors[name]
         start, end = info.offsets
         content = bytearray(end - start)
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.start + start)
-                read = file.readinto(content)
-        except OSError as error:
-            raise HdbError(f"cannot read {self.path}: {error.strerror or error}") from error
+        with reading(self.path), self.path.open("rb") as file:
+            file.seek(self.start + start)
+            read = file.readinto(content)
         if read != len(content):
             raise HdbError(f"{self.path} became shorter while it was read; try again")
         try:
