@@ -457,10 +457,7 @@ def generate(
                 parts.append(Picture(each.image, name, prompt, seed, text, one))
             return tuple(parts)
 
-        def hand_on(drawn: Sequence[sample.Picture]) -> None:
-            if keep is not None:
-                keep(described(drawn))
-
+        hand_on = None if keep is None else lambda drawn: keep(described(drawn))
         drawn = sample.generate(loaded, theta, texts, seeds, settings, tell, hand_on)
         return Drawn(described(drawn), made, tuple(stacked))
 

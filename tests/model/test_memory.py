@@ -137,6 +137,7 @@ def test_guidance_alone_runs_a_sample_twice() -> None:
     assert (plain.samples, plain.least, guided.samples, guided.least) == (2, 1, 4, 2)
     tiny, other = (new_work_of(spec, True, None) for spec in (TINY, replace(TINY, guidance=3.0)))
     assert (tiny.least, other.least) == (1, 2)
+    assert new_work_of(TINY, False, None).samples == TINY.batch  # nothing is preserved
     assert tiny.then == work_of(1, 128, 1.0) and other.then == work_of(1, 128, 3.0)
 
 

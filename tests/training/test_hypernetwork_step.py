@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from identities import LATENT
 from torch import Tensor
 
 from hdbcli.config import PORTRAIT, PretrainConfig
@@ -17,8 +18,9 @@ from hdbcli.method.lidb import Theta, first_theta
 from hdbcli.model.base import Base
 from hdbcli.model.device import ALONE
 from hdbcli.training.hypernetwork import Material, _known, _losses
-from hdbcli.training.objective import DRAWS, weight_loss
+from hdbcli.training.objective import DRAWS, prior, weight_loss
 from hdbcli.training.people import People
+from hdbcli.training.questions import Samples
 
 STYLES = {2: "a [V] face with bark skin", 5: "A Pixar character of a [V] face"}
 
@@ -117,3 +119,17 @@ def test_the_bank_pulls_each_person_to_their_own(
 
     far = 0.5 * weight_loss(known[[1, 0]], known)
     assert abs(loss(False)) < 1e-5 and float(far.min()) <= loss(True) <= float(far.max())
+
+
+def test_others_are_held_to_answers_in_the_same_numbers(
+    tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So few latents are not cast to bfloat16 on any CPU, nor is what they are held to."""
+    monkeypatch.setattr("hdbcli.model.device.has_amx", lambda: True)
+    count = 2 * DRAWS
+    clean, noise = torch.randn(2, count, *LATENT, generator=torch.Generator().manual_seed(0))
+    samples = Samples(clean, ["a face"] * count, noise, torch.linspace(0.2, 0.8, count))
+    first = tiny.first_theta(people=2)
+    first.up.requires_grad_(True)
+    (part,) = prior(tiny, first, samples, 1.0, "auto")
+    assert float(part.detach()) < 1e-10  # theta_0 is the base
