@@ -17,8 +17,8 @@ from hdbcli.identity.derivation import theta_of
 from hdbcli.identity.file import Identity, facts_of, load, save
 from hdbcli.identity.interpolation import walk
 from hdbcli.measure.metrics import FaceMetric
+from hdbcli.method.algebra import stack
 from hdbcli.method.lidb import Theta
-from hdbcli.method.relax import stack
 from hdbcli.model.base import Base, load_predictor, open_base
 from hdbcli.model.sample import generate
 from hdbcli.training.evaluate import refine_all

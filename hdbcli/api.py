@@ -28,8 +28,8 @@ from hdbcli.faces.photo import Crop
 from hdbcli.faces.source import check_photos
 from hdbcli.identity import file as identities
 from hdbcli.identity.file import Identity
+from hdbcli.method.algebra import stack
 from hdbcli.method.lidb import Theta
-from hdbcli.method.relax import stack
 from hdbcli.model import sample
 from hdbcli.model.base import Base, load_base, on_base
 from hdbcli.model.contact_sheet import contact_sheet, in_rows

@@ -22,9 +22,9 @@ from hdbcli.compare.baselines import (
     trainable_lora,
 )
 from hdbcli.config import DIFFUSION_LR, RefineConfig, Tell
+from hdbcli.method.algebra import relax, stack
 from hdbcli.method.hypernet import Faces, HyperNetwork
 from hdbcli.method.lidb import Theta
-from hdbcli.method.relax import relax, stack
 from hdbcli.model.base import Base
 from hdbcli.training.personalise import settle
 from hdbcli.training.questions import Samples

@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hdbcli.identity.file import Identity, now
-from hdbcli.method.algebra import compose, shrink
+from hdbcli.method.algebra import compose, relax, shrink
 from hdbcli.method.lidb import Theta
-from hdbcli.method.relax import relax
 from registry.errors import HdbError, UsageError
 from registry.identity_facts import WORD
 from registry.store import shown

@@ -9,9 +9,8 @@ import numpy as np
 from PIL import Image
 
 from hdbcli.config import CAPTIONS, PORTRAIT, Tell
-from hdbcli.method.algebra import compose
+from hdbcli.method.algebra import compose, stack
 from hdbcli.method.lidb import Theta
-from hdbcli.method.relax import stack
 from hdbcli.model import sample
 from hdbcli.model.base import Base
 from hdbcli.model.contact_sheet import in_rows

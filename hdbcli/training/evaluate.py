@@ -12,9 +12,9 @@ from torch import Tensor
 from hdbcli.config import PORTRAIT, RefineConfig, Tell
 from hdbcli.faces.embedding import embed
 from hdbcli.measure.statistics import Interval, Retrieval, normal_interval, retrieval
+from hdbcli.method.algebra import relax, stack
 from hdbcli.method.hypernet import Faces, HyperNetwork
 from hdbcli.method.lidb import Theta
-from hdbcli.method.relax import relax, stack
 from hdbcli.model.base import Base
 from hdbcli.model.memory import Work
 from hdbcli.model.sample import generate

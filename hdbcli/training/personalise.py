@@ -24,9 +24,9 @@ from hdbcli.config import (
 from hdbcli.faces.embedding import embed, found
 from hdbcli.faces.photo import Crop, crop_face
 from hdbcli.identity.file import Identity, facts_of, moved, rank_within, theta_for
+from hdbcli.method.algebra import relax
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Theta
-from hdbcli.method.relax import relax
 from hdbcli.model import sample
 from hdbcli.model.base import Base, load_predictor
 from hdbcli.model.contact_sheet import contact_sheet

@@ -16,8 +16,8 @@ from PIL import Image
 from hdbcli.config import CAPTIONS, PORTRAIT
 from hdbcli.identity.file import save
 from hdbcli.identity.interpolation import COLUMNS, ROWS, SEED, walk, weights_of
+from hdbcli.method.algebra import stack
 from hdbcli.method.lidb import Theta
-from hdbcli.method.relax import stack
 from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
 from registry import store

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdbcli.method.algebra import compose, decompose, shrink
+from hdbcli.method.algebra import compose, decompose, relax, shrink
 from hdbcli.method.lidb import Theta
 from registry.errors import HdbError
 
@@ -64,8 +64,6 @@ def test_shrinking_is_the_closest_and_tells_what_it_costs() -> None:
 
 
 def test_a_relaxed_identity_shrinks_back_for_free() -> None:
-    from hdbcli.method.relax import relax
-
     x = theta(1, 3)
     back, lost = shrink(relax(x, 4), 1)
     torch.testing.assert_close(core(back), core(x), rtol=1e-5, atol=1e-6)

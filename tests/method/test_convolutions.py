@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hdbcli.method.algebra import relax
 from hdbcli.method.basis import down_basis, up_basis
 from hdbcli.method.inject import eject, inject
 from hdbcli.method.lidb import LiDBConv2d, Theta, first_theta
-from hdbcli.method.relax import relax
 from registry.errors import HdbError
 
 N, C, A, B = 10, 7, 6, 4  # outputs, input channels, widths of the basis

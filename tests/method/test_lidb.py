@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from hdbcli.method.algebra import relax
 from hdbcli.method.basis import down_basis, up_basis
 from hdbcli.method.lidb import LiDBLinear, Theta, first_theta, pack, unpack
-from hdbcli.method.relax import relax
 
 A, B, N, M = 12, 6, 20, 16
 

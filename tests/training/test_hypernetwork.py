@@ -21,8 +21,8 @@ from hdbcli.config import PORTRAIT, RefineConfig
 from hdbcli.faces.embedding import embed
 from hdbcli.identity.file import theta_for
 from hdbcli.measure.metrics import FaceMetric
+from hdbcli.method.algebra import relax
 from hdbcli.method.lidb import Theta
-from hdbcli.method.relax import relax
 from hdbcli.model.base import Base, load_predictor
 from hdbcli.model.sample import generate
 from hdbcli.training import objective

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hdbcli.config import CAPTIONS, RefineConfig
 from hdbcli.faces.photo import crop_face
+from hdbcli.method.algebra import relax
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Factors, Theta
-from hdbcli.method.relax import relax
 from hdbcli.model.base import Base, load_predictor
 from hdbcli.training import preservation as prior
 from hdbcli.training.personalise import settle
