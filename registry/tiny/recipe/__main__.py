@@ -79,6 +79,22 @@ def autoencoder(options: argparse.Namespace) -> Iterator[str]:
     )
 
 
+def decoder(options: argparse.Namespace) -> Iterator[str]:
+    from hdbcli.training.loop import Plan
+    from registry.tiny.recipe.decoder import train_decoder
+
+    plan = Plan(options.steps, options.lr, warmup=100, average=0.998, seed=options.seed)
+    return _report(train_decoder(options.build, plan, options.batch, options.device))
+
+
+def sharpen(options: argparse.Namespace) -> Iterator[str]:
+    from hdbcli.training.loop import Plan
+    from registry.tiny.recipe.sharpen import train_sharper
+
+    plan = Plan(options.steps, options.lr, warmup=100, average=0.995, seed=options.seed)
+    return _report(train_sharper(options.build, plan, options.batch, options.device))
+
+
 def base(options: argparse.Namespace) -> Iterator[str]:
     from hdbcli.training.loop import Plan
     from registry.tiny.recipe.base import train_base
@@ -213,6 +229,10 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--side", type=int, default=128, help="of the pictures, in pixels")
     step.add_argument("--from", dest="start", type=Path, help="pipeline of a run before")
     step.add_argument("--steady", action="store_true", help="keep the rate to the end")
+    step = steps.add_parser("decoder", help="train the decoder on what the base draws")
+    _trains(step, decoder, count=4000, lr=2e-4, batch=32)
+    step = steps.add_parser("sharpen", help="train the base on what it draws in its last steps")
+    _trains(step, sharpen, count=1000, lr=5e-5, batch=8)
     step = steps.add_parser("clip", help="train the in-domain CLIP that measures style")
     _trains(step, clip, count=800, lr=2e-3, batch=128)
     step = steps.add_parser("selfies", help="fetch selfies of people who do not exist, to show")

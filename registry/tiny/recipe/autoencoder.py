@@ -61,6 +61,14 @@ def new_autoencoder() -> AutoencoderTiny:
     return model.to(memory_format=torch.channels_last)
 
 
+def reconstruction(made: Tensor, true: Tensor) -> Tensor:
+    """Return how far windows (B, 3, S, S) in -1..1 are from the true ones: the decoder's loss."""
+    far = F.l1_loss(made, true) + FEATURES * feature_distance(made, true)
+    for axis in (2, 3):
+        far = far + SHARP * F.l1_loss(made.diff(dim=axis), true.diff(dim=axis))
+    return far
+
+
 def feature_distance(made: Tensor, true: Tensor) -> Tensor:
     """Return how far the recogniser's first features of two batches of windows (B, 3, S, S) lie
     apart: mean |made - true| / mean |true|, summed over `BLOCKS`."""
@@ -104,10 +112,7 @@ def train_autoencoder(
             level = NOISE * torch.rand(batch, 1, 1, 1, generator=generator)
             noise = level * torch.randn(seen.shape, generator=generator)
             made = model.decode(seen + noise.to(device)).sample
-            far = far + F.l1_loss(made, true)
-            for axis in (2, 3):
-                far = far + SHARP * F.l1_loss(made.diff(dim=axis), true.diff(dim=axis))
-        yield far + FEATURES * feature_distance(made.float(), true)
+        yield far + reconstruction(made.float(), true)
 
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=plan.lr, weight_decay=0.0, betas=(0.9, 0.99)

@@ -177,7 +177,7 @@ def train_base(
                 feature_extractor=None,
                 requires_safety_checker=False,
             )
-            _show(pipeline, side, build)
+            show(pipeline, side, build)
             pipeline.save_pretrained(build / "pipeline")
             settle(parameters, kept)
 
@@ -192,6 +192,11 @@ def _texts(group: str) -> tuple[str, ...]:
     few = {"portrait": PORTRAIT_WORDS, "cinematic": CINEMATIC_WORDS, "render": RENDER_WORDS}
     texts = few.get(group) or (CAPTIONS[group],)
     return texts * (len(PORTRAIT_WORDS) // len(texts))
+
+
+def prompt_of(group: int) -> str:
+    """Return the first caption of a group, an index into GROUPS, as the base reads it."""
+    return _texts(GROUPS[group])[0].replace("[V]", IDENTIFIER)
 
 
 def _tokens(tokenizer: CLIPTokenizer) -> Tensor:
@@ -227,12 +232,12 @@ def _captions(tokens: Tensor, groups: Tensor, generator: torch.Generator) -> Ten
 
 
 @torch.no_grad()
-def _show(pipeline: StableDiffusionPipeline, side: int, build: Path) -> None:
+def show(pipeline: StableDiffusionPipeline, side: int, build: Path) -> None:
     """Draw every group of captions with the same seeds."""
     backbone, settings = StableDiffusion(pipeline, shift=SHIFT), replace(SAMPLING, size=side)
     rows = []
-    for group in GROUPS:
-        prompts = [_texts(group)[0].replace("[V]", IDENTIFIER)] * SHOWN
+    for group in range(len(GROUPS)):
+        prompts = [prompt_of(group)] * SHOWN
         drawn = backbone.sample(prompts, settings, range(SHOWN), lambda *_: None)
         rows.append(torch.from_numpy(drawn).permute(0, 3, 1, 2))
     sheet(rows, build / f"sheets/base-{side}.png")

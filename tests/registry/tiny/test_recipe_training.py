@@ -3,23 +3,30 @@ draws brightness anew."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
-from hdbcli.faces.photo import read_photo
+from hdbcli.faces.photo import crop_face, read_photo
+from registry.checkpoints.ldm import canonical
 from registry.errors import HdbError
-from registry.tiny import WEIGHTS
-from registry.tiny.recipe.autoencoder import feature_distance, new_autoencoder
+from registry.spec import SampleSettings
+from registry.tiny import TEMPLATE, WEIGHTS
+from registry.tiny.recipe.__main__ import main
+from registry.tiny.recipe.autoencoder import feature_distance, new_autoencoder, reconstruction
 from registry.tiny.recipe.base import go_on_from, new_scheduler, new_unet
+from registry.tiny.recipe.decoder import BALANCE, Discriminator, hinge, portraits_of, pull
 from registry.tiny.recipe.latents import GROUPS, Latents
-from registry.tiny.recipe.photographs import KINDS
+from registry.tiny.recipe.photographs import KINDS, Photographs
 from registry.tiny.recipe.pictures import STYLES
 from registry.tiny.recipe.teacher import CHANNELS, load_teacher
 
@@ -55,6 +62,113 @@ def test_features_miss_what_a_blur_takes_more_than_a_shade(astronaut: Path) -> N
     assert feature_distance(true, true).item() == 0
     far, near = feature_distance(blurred, true).item(), feature_distance(darker, true).item()
     assert far > 2 * near > 0
+
+
+def windows_of(photo: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return windows (4, 3, 64, 64) of a photograph, and the same blurred."""
+    rgb = torch.from_numpy(read_photo(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    whole = F.interpolate(rgb, size=(128, 128), mode="area")
+    true = torch.cat([part for half in whole.chunk(2, 2) for part in half.chunk(2, 3)])
+    return true, F.avg_pool2d(true, 5, 1, 2, count_include_pad=False)
+
+
+def test_the_discriminator_learns_what_a_blur_takes_and_pulls_towards_it(astronaut: Path) -> None:
+    true, blurred = windows_of(astronaut)
+    torch.manual_seed(0)
+    judge = Discriminator()
+    optimizer = torch.optim.AdamW(judge.parameters(), 1e-3)
+
+    def gap() -> float:
+        return sum(
+            (a.mean() - b.mean()).item() for a, b in zip(judge(true), judge(blurred), strict=True)
+        )
+
+    assert abs(gap()) < 0.5
+    for _ in range(30):
+        optimizer.zero_grad()
+        hinge(judge(true), judge(blurred)).backward()
+        optimizer.step()
+    assert gap() > 3
+    # Both halves of a gradient are there, the second BALANCE times as long as the first.
+    gradient, far = pull(judge, blurred, true)
+    picture = blurred.clone().requires_grad_()
+    reconstruction(picture, true).backward()
+    rest = gradient - picture.grad
+    assert far.item() == pytest.approx(reconstruction(blurred, true).item(), rel=1e-5)
+    assert rest.norm().item() == pytest.approx(BALANCE * picture.grad.norm().item(), rel=1e-3)
+    before = sum(each.mean().item() for each in judge(blurred))
+    after = sum(each.mean().item() for each in judge(blurred - 0.1 * rest / rest.abs().max()))
+    assert after > before
+
+
+@pytest.fixture
+def photographed(astronaut: Path, tmp_path: Path) -> Path:
+    """A work folder of the recipe, with the autoencoder that ships and eight pictures of two
+    people, who look like each other in a mirror."""
+    crop = crop_face(astronaut, np.array(TEMPLATE), 128).image
+    pixels = torch.from_numpy(np.stack([crop, crop[:, ::-1]] * 4))
+    styles = torch.tensor([STYLES.index("portrait")] * 4 + [STYLES.index("marble")] * 4)
+    tensors = {
+        "pixels": pixels,
+        "styles": styles.to(torch.uint8),
+        "people": torch.tensor([1, 2] * 4, dtype=torch.int32),
+        "kinds": torch.full((8,), KINDS.index("person"), dtype=torch.uint8),
+        "photos": torch.zeros(8, dtype=torch.int32),
+        "points": torch.zeros(8, 5, 2),
+    }
+    (tmp_path / "photographs").mkdir()
+    for part in ("train-000", "heldout-000"):
+        save_file(tensors, tmp_path / f"photographs/{part}.safetensors")
+    shutil.copytree(WEIGHTS / "vae", tmp_path / "vae")
+    return tmp_path
+
+
+def test_decoder_and_base_train_on_alone(
+    photographed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = photographed
+    monkeypatch.setattr("registry.tiny.recipe.decoder.DRAWN", 8)
+    monkeypatch.setattr("registry.tiny.recipe.base.SHOWN", 1)
+    monkeypatch.setattr("registry.tiny.recipe.base.SAMPLING", SampleSettings(1, 1.0))
+    few = ("--lr", "1e-3", "--batch", "4", "--seed", "1")
+    assert main(["--build", str(build), "decoder", "--steps", "2", *few]) == 0
+    assert changed(build / "vae", WEIGHTS / "vae") == {"decoder"}  # so latents stay
+    drawn = load_file(build / "drawn.safetensors")
+    true = load_file(build / "latents-128.safetensors")["values"][0, drawn["rows"]]
+    far, spread = (drawn["latents"] - true).float().std(), true.float().std()
+    assert 0.05 * spread < far < spread  # another picture, and near that one
+    assert main(["--build", str(build), "sharpen", "--steps", "2", *few]) == 0
+    assert "step 2/2" in capsys.readouterr().out
+    assert main(["--build", str(build), "sharpen", "--steps", "2", *few]) == 0
+    assert "step" not in capsys.readouterr().out  # it goes on from its last one
+    unet, shipped = build / "pipeline/unet", WEIGHTS / "unet"
+    assert "mid_block" in changed(unet, shipped)
+    assert not changed(build / "pipeline/text_encoder", WEIGHTS / "text_encoder")
+
+
+def changed(folder: Path, other: Path) -> set[str]:
+    """Return the first words of the names of tensors that differ, as float16 tells them; both
+    folders hold the same names."""
+    mine, theirs = (load_file(next(each.glob("*.safetensors"))) for each in (folder, other))
+    theirs = {canonical(other.name, name): value for name, value in theirs.items()}
+    mine = {canonical(folder.name, name): value for name, value in mine.items()}
+    assert mine.keys() == theirs.keys()
+    return {n.split(".")[0] for n in mine if not torch.equal(mine[n].half(), theirs[n].half())}
+
+
+def test_a_person_is_predicted_from_portraits_of_theirs() -> None:
+    portrait, marble = STYLES.index("portrait"), STYLES.index("marble")
+    styles = torch.tensor([portrait, portrait, marble, portrait, marble])
+    people = torch.tensor([7, 7, 7, 9, 9])
+    count = len(people)
+    pictures = Photographs(
+        *(torch.zeros(count, 3, 2, 2), styles, people),
+        *(torch.zeros(count), torch.zeros(count), torch.zeros(count, 5, 2)),
+    )
+    rows = torch.tensor([2, 4] * 20)
+    chosen = portraits_of(pictures, rows, torch.Generator().manual_seed(0))
+    assert set(chosen[::2].tolist()) == {0, 1}
+    assert set(chosen[1::2].tolist()) == {3}
 
 
 def test_the_base_attends_on_every_grid_and_fits_the_budget() -> None:
