@@ -161,7 +161,7 @@ def test_quantised_bases_refine_as_whole_ones_do(
 ) -> None:
     dtype, latents, known = whole
     start, end = losses(tiny_in(MemoryPlan(kind, dtype, kind)), latents)
-    assert end < 0.98 * start  # something was learnt
+    assert end < 0.97 * start  # something was learnt
     assert abs(end / known - 1) < (0.08 if kind == "nf4" else 0.03), (end, known)
 
 
