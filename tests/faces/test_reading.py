@@ -507,7 +507,6 @@ import sys
 from pathlib import Path
 from registry.errors import HdbError
 from hdbcli.faces.embedding import embed_aligned
-from hdbcli.identity.file import Identity
 from hdbcli.faces.photo import crop_face
 from hdbcli.faces.reading import read_photo
 from registry.tiny import TEMPLATE
