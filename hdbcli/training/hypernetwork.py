@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from hdbcli.model.memory import Work
 from hdbcli.training import objective
 from hdbcli.training.batch import Batch, draw_batch
 from hdbcli.training.likeness_loss import check_drafts
-from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
+from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit, settle
 from hdbcli.training.objective import DRAWS, Portraits, weight_loss
 from hdbcli.training.people import People, Rows
 from hdbcli.training.questions import Samples
@@ -136,7 +135,7 @@ def pretrain(
         for step in steps:
             since.append(step.loss)
             if watch and (step.number % config.look == 0 or step.number == step.steps):
-                with _averaged(parameters, averages):
+                with averaged(parameters, averages):
                     watch(step.number, sum(since) / len(since), model.eval())
                 model.train()
                 since.clear()
@@ -317,19 +316,6 @@ def share_out(batch: int, workers: Workers, share: int) -> tuple[int, float]:
     total = -(-batch * workers.count // share)
     mine = len(range(workers.rank, total, workers.count))
     return mine, mine * workers.count / total
-
-
-@contextmanager
-def _averaged(parameters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put the averages in the place of the parameters inside the block."""
-    own = {name: parameter.data for name, parameter in parameters.items()}
-    try:
-        for name, parameter in parameters.items():
-            parameter.data = averages[name]
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
 
 
 def _known(bank: Mapping[str, Theta], people: People, device: str) -> Theta:

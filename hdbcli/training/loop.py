@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,19 @@ def fit(
 def averages_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Start the moving averages that `fit` keeps: a copy of every parameter."""
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@contextmanager
+def averaged(parameters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put the averages in the place of the parameters inside the block."""
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = averages[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from torch import Tensor, nn
 
 from hdbcli.faces.embedding import load_embedding
-from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
+from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit
 from registry.tiny.recipe.latents import PORTRAIT, read_taught
 from registry.tiny.recipe.photographs import read_photographs
 from registry.tiny.recipe.pictures import half, sheet, to_pixels, to_unit
@@ -121,11 +121,9 @@ def train_autoencoder(
     for step in fit(parameters, losses, optimizer, plan, averages, file):
         yield step
         if step.number % SHOWN_EVERY == 0 or step.number == step.steps:
-            kept = {name: p.detach().clone() for name, p in parameters.items()}
-            settle(parameters, averages)
-            show(model, build)
-            model.save_pretrained(build / "vae")
-            settle(parameters, kept)
+            with averaged(parameters, averages):
+                show(model, build)
+                model.save_pretrained(build / "vae")
 
 
 @torch.no_grad()

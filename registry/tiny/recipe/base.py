@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hdbcli.model.device import join_workers
-from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
+from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit
 from registry.errors import HdbError
 from registry.stable_diffusion.backbone import StableDiffusion, shifted
 from registry.tiny import SAMPLING, SHIFT
@@ -165,21 +165,19 @@ def train_base(
             continue
         yield step
         if step.number % SHOWN_EVERY == 0 or step.number == step.steps:
-            kept = {name: p.detach().clone() for name, p in parameters.items()}
-            settle(parameters, averages)
-            pipeline = StableDiffusionPipeline(
-                vae=read_autoencoder(build),
-                text_encoder=text_encoder,
-                tokenizer=tokenizer,
-                unet=unet,
-                scheduler=new_scheduler(),
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
-            show(pipeline, side, build)
-            pipeline.save_pretrained(build / "pipeline")
-            settle(parameters, kept)
+            with averaged(parameters, averages):
+                pipeline = StableDiffusionPipeline(
+                    vae=read_autoencoder(build),
+                    text_encoder=text_encoder,
+                    tokenizer=tokenizer,
+                    unet=unet,
+                    scheduler=new_scheduler(),
+                    safety_checker=None,
+                    feature_extractor=None,
+                    requires_safety_checker=False,
+                )
+                show(pipeline, side, build)
+                pipeline.save_pretrained(build / "pipeline")
 
 
 def _words() -> set[str]:

@@ -11,7 +11,7 @@ as the photograph, whatever the sizes of the losses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from hdbcli.faces.embedding import load_embedding
 from hdbcli.model.base import load_predictor, open_base
 from hdbcli.training.likeness_loss import check_drafts
-from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
+from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit
 from registry.checkpoints.safetensors import save_tensors
+from registry.spec import Drafting
 from registry.tiny import SAMPLING
 from registry.tiny.recipe.autoencoder import (
     NOISE,
@@ -125,11 +126,9 @@ def train_decoder(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
     for step in fit(parameters, losses, optimizer, plan, averages, file):
         yield step
         if step.number % SHOWN_EVERY == 0 or step.number == step.steps:
-            kept = {name: p.detach().clone() for name, p in decoder.items()}
-            settle(decoder, averages)
-            show(model, build)
-            model.save_pretrained(build / "vae")
-            settle(decoder, kept)
+            with averaged(decoder, averages):
+                show(model, build)
+                model.save_pretrained(build / "vae")
 
 
 def pull(judge: Discriminator, made: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,14 +182,26 @@ def read_drawn(build: Path, pictures: Photographs, latents: Latents, device: str
             prompts = [prompt_of(group) for group in latents.captions(part, generator)]
             last = int(torch.randint(1, LAST + 1, (), generator=generator))
             with base.adapted(theta), half(torch.device(device)):
-                for t in times[-last:]:
-                    noise = torch.randn(clean.shape, generator=generator).to(device)
-                    time = t.expand(len(part)).to(device)
-                    answer = backbone.predict(clean, prompts, noise, time)
-                    clean = backbone.split(clean, noise, time, answer)[0]
+                clean = brought_back(backbone, clean, prompts, times[-last:], generator)
             parts.append(clean.half().cpu())
         save_tensors({"latents": torch.cat(parts), "rows": rows}, kept, {"format": "pt"})
     return Drawn(**load_file(kept))
+
+
+def brought_back(
+    backbone: Drafting,
+    clean: Tensor,
+    prompts: Sequence[str],
+    times: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Put fresh noise of each of the `times` (K,) on latents (B, c, h, w) in turn, as drawing does,
+    and return what the network makes of them at last."""
+    for t in times.to(clean.device):
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        t = t.expand(len(clean))
+        clean = backbone.split(clean, noise, t, backbone.predict(clean, prompts, noise, t))[0]
+    return clean
 
 
 def portraits_of(pictures: Photographs, rows: Tensor, generator: torch.Generator) -> Tensor:

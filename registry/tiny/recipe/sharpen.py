@@ -22,11 +22,18 @@ from torch import Tensor
 
 from hdbcli.method.inject import eject
 from hdbcli.model.base import load_predictor, open_base
-from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
+from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit, settle
 from registry.stable_diffusion.backbone import StableDiffusion, shifted
 from registry.tiny import SAMPLING
 from registry.tiny.recipe.base import TIMES_SHIFT, prompt_of, show
-from registry.tiny.recipe.decoder import Discriminator, hinge, portraits_of, pull, pulled
+from registry.tiny.recipe.decoder import (
+    Discriminator,
+    brought_back,
+    hinge,
+    portraits_of,
+    pull,
+    pulled,
+)
 from registry.tiny.recipe.latents import read_autoencoder, read_latents
 from registry.tiny.recipe.photographs import read_photographs
 from registry.tiny.recipe.pictures import half, to_unit
@@ -77,13 +84,12 @@ def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
                 theta = model(base.faces(list(portraits.numpy())))
         last = len(times) - int(torch.randint(SHARPENED, (), generator=generator))
         first = int(torch.randint(1, last, (), generator=generator))  # before is nothing but noise
-        with base.adapted(theta), half(torch.device(device)):
-            for k in range(first, last):
-                t = times[k].expand(batch).to(device)
-                noise = torch.randn(clean.shape, generator=generator).to(device)
-                with torch.set_grad_enabled(k == last - 1):
-                    answer = backbone.predict(clean, prompts, noise, t)
-                clean = backbone.split(clean, noise, t, answer)[0]
+        before, at_last = times[first : last - 1], times[last - 1 : last]
+        with base.adapted(theta):  # in two casts, since one keeps weights that have no gradient
+            with torch.no_grad(), half(torch.device(device)):
+                clean = brought_back(backbone, clean, prompts, before, generator)
+            with half(torch.device(device)):
+                clean = brought_back(backbone, clean, prompts, at_last, generator)
         x, y = torch.randint(clean.shape[-1] - WINDOW + 1, (2,), generator=generator).tolist()
         with half(torch.device(device)):
             made = vae.decode(clean[:, :, y : y + WINDOW, x : x + WINDOW]).sample.float()
@@ -106,10 +112,8 @@ def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
     for step in fit(parameters, losses, optimizer, plan, averages, file):
         yield step
         if step.number % SHOWN_EVERY == 0 or step.number == step.steps:
-            kept = {name: p.detach().clone() for name, p in drawing.items()}
-            settle(drawing, averages)
-            show(backbone.pipeline, side, build)
-            settle(drawing, kept)
+            with averaged(drawing, averages):
+                show(backbone.pipeline, side, build)
     settle(drawing, averages)
     eject(base.backbone.components)
     backbone.pipeline.save_pretrained(build / "pipeline")
