@@ -96,11 +96,11 @@ class Choice:
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.5625}
 LATENT = 8  # pixels of a latent position's side, in every family
 SHARE = 0.9  # of the free memory that a plan may take: the rest is for what is not counted
-# Numbers of working memory for a sample, latent position and channel of the UNet's first layer:
-# peaks of Stable Diffusion 1.5's shape at 512 px, in bfloat16 on a CPU, were 419, 230 and 79.
-# Residuals on its convolutions as well add 10 to the first: a convolution keeps its input anyway.
-# The last, of each residual block of the first level, was 25 with `tiny`, which has one.
-KEPT, RECOMPUTED, DRAWN = 450, 250, 50
+# Numbers of working memory for a sample, latent position, channel of the UNet's first layer and
+# residual block of its first level. Peaks of Stable Diffusion 1.5's shape, which has two of those,
+# at 512 px in bfloat16 on a CPU were 210, 115 and 40; of `tiny`, which has one, 219, 109 and 25.
+# Residuals on convolutions as well add 5 to the first: a convolution keeps its input anyway.
+KEPT, RECOMPUTED, DRAWN = 225, 125, 50
 # Numbers for a pixel and channel of what the decoder's last layer reads: AutoencoderKL keeps more
 # of them than AutoencoderTiny, which has no norms.
 DECODED = {"decoder.conv_out.weight": 10.5, "decoder.layers.": 3.0}
@@ -229,9 +229,8 @@ def estimate(size: Size, plan: MemoryPlan, work: Work) -> float:
     weights += (size.others + size.autoencoder) * number
     samples = max(work.least, min(work.samples, plan.at_once or work.samples))
     positions = samples * (work.side / LATENT) ** 2
-    drawn = DRAWN * size.depth
-    passing = drawn if not work.trains else RECOMPUTED if plan.recompute else KEPT
-    working = max(passing * positions * size.width, size.decoded * work.side**2)
+    passing = DRAWN if not work.trains else RECOMPUTED if plan.recompute else KEPT
+    working = max(passing * size.depth * positions * size.width, size.decoded * work.side**2)
     need = OVERHEAD + LEARNING * work.trains + weights + number * working
     return max(need, estimate(size, plan, work.then)) if work.then else need
 

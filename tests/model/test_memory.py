@@ -90,15 +90,14 @@ def test_size_is_read_from_headers(narrow: Narrow) -> None:
 
 def peak_of(*words: object) -> int:
     """Run a command in a process of its own; return the most bytes that it held."""
-    code = (
-        "from hdbcli.__main__ import main\n"
-        "from hdbcli.model.device import peak_memory\n"
-        "try:\n"
-        "    main()\n"
-        "finally:\n"
-        "    print('PEAK', peak_memory('cpu'))\n"
-    )
-    command = [sys.executable, "-c", code, *map(str, words)]
+    return peak_after("from hdbcli.__main__ import main\nmain()", *words)
+
+
+def peak_after(code: str, *words: object) -> int:
+    lines = ["try:", *(f"    {line}" for line in code.splitlines()), "finally:"]
+    lines += ["    from hdbcli.model.device import peak_memory"]
+    lines += ["    print('PEAK', peak_memory('cpu'))"]
+    command = [sys.executable, "-c", "\n".join(lines), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.rpartition("PEAK")[2])
@@ -130,6 +129,32 @@ def test_the_estimate_of_an_identity_is_near_the_peak(
     size, work = measure(TINY), new_work_of(TINY, "--no-refine" not in options, None)
     assert size is not None
     assert peak / 1.5 < estimate(size, plan, work) < 1.5 * peak
+
+
+def test_what_the_network_keeps_goes_by_the_blocks_of_its_first_level() -> None:
+    for plan in (NORMAL, PLANS[2]):
+        for work in (REFINING, replace(REFINING, side=1024, trains=False)):
+            sizes = (replace(SD15, depth=n, decoded=0) for n in range(3))
+            none, one, two = (estimate(size, plan, work) for size in sizes)
+            assert two - one == pytest.approx(one - none) and one > none
+
+
+@pytest.mark.slow  # the test before this one sees the same rule, without any peak
+def test_the_estimate_of_a_large_batch_is_near_the_peak(astronaut: Path) -> None:
+    """The network's part is the largest here."""
+    large = replace(TINY, batch=32)
+    code = (
+        "from dataclasses import replace\n"
+        "from hdbcli import api\n"
+        "from hdbcli.model.base import load_base\n"
+        "from registry.plugins import load_registry\n"
+        "spec = replace(load_registry().get('tiny'), batch=32)\n"
+        f"api.new({str(astronaut)!r}, base=load_base(spec, 'cpu'), steps=1)"
+    )
+    peak, size, work = peak_after(code), measure(large), new_work_of(large, True, None)
+    assert size is not None
+    assert peak / 1.5 < estimate(size, NORMAL, work) < 1.5 * peak
+    assert estimate(replace(size, depth=2), NORMAL, work) > 1.5 * peak  # the control
 
 
 def test_guidance_alone_runs_a_sample_twice() -> None:
