@@ -19,7 +19,7 @@ from registry.errors import HdbError
 
 # How a file system says that it does not know an operation; a full or broken disk says otherwise.
 REFUSALS = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTTY, errno.EBADF}
-REFUSALS |= {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK}
+REFUSALS |= {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ESPIPE}
 CHUNK = 2**22  # bytes hashed at a time
 
 

@@ -21,7 +21,7 @@ from registry.checkpoints.contents import INDEX, PREDICTS_V, ZERO_SNR, read_conf
 from registry.checkpoints.ldm import architecture_of
 from registry.checkpoints.safetensors import NUMBERS, Item, write_tensors
 from registry.errors import HdbError, UsageError
-from registry.files import write_beside
+from registry.files import REFUSALS, check_writable, write_beside
 from registry.spec import BaseSpec
 
 FORMATS = ("diffusers", "single-file")
@@ -119,7 +119,25 @@ def check_folder(out: Path, force: bool) -> None:
             raise HdbError(
                 f"{out} holds no model, so --force does not replace it; give another folder"
             )
-    check_parent(out)
+    _rehearse(out)
+
+
+def _rehearse(out: Path) -> None:
+    """Do beside `out` with a small folder what is done with the model at the end."""
+    parent = out.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".hdb-", dir=parent) as room:
+            new, place = Path(room, "new"), Path(room, "model")
+            new.mkdir()
+            (new / INDEX).write_bytes(b"{}")
+            if out.exists():
+                place.mkdir()
+            _take_place(new, place)
+    except OSError as error:
+        raise HdbError(
+            f"cannot write {out}: {error.strerror or error}; give another --out"
+        ) from error
 
 
 def check_file(out: Path, force: bool) -> None:
@@ -130,7 +148,7 @@ def check_file(out: Path, force: bool) -> None:
         raise HdbError(f"{out} is a folder; give a file")
     if out.exists() and not force:
         raise HdbError(f"{out} exists already; give another name, or --force to replace it")
-    check_parent(out)
+    check_writable(out)
 
 
 def check_apart(out: Path, root: Path) -> None:
@@ -138,17 +156,6 @@ def check_apart(out: Path, root: Path) -> None:
     mine, theirs = out.resolve(), root.resolve()
     if mine == theirs or theirs in mine.parents or mine in theirs.parents:
         raise HdbError(f"{out} and the base's own files in {root} overlap; give another --out")
-
-
-def check_parent(out: Path) -> None:
-    parent = out.resolve().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise HdbError(
-            f"{parent} cannot be written to ({error.strerror}); give another --out"
-        ) from None
 
 
 @contextmanager
@@ -192,29 +199,62 @@ def _check_space(out: Path, size: int) -> None:
 
 @contextmanager
 def _folder_beside(out: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `out` at the end; any error removes it."""
+    """Yield an empty folder that takes the place of `out` at the end; any error removes it, but a
+    finished model that cannot take its place is kept, and the HdbError says where."""
     out = out.resolve()  # a link stays, and what it leads to is replaced
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    before = beside.with_name(f"{beside.name}-before")
+    beside, finished = None, False
     try:
+        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         yield beside
         with suppress(OSError):  # not every file system has permissions
             beside.chmod(0o755)
-        if out.exists():  # is moved away, and back if the new one does not take its place
-            os.replace(out, before)
-        try:
-            os.replace(beside, out)
-        except BaseException:
-            if before.exists():
-                os.replace(before, out)
-            raise
-        shutil.rmtree(before, ignore_errors=True)
+        finished = True
+        _take_place(beside, out)
     except OSError as error:
+        advice = f"the model is kept in {beside}" if finished else "free space or go elsewhere"
         raise HdbError(
-            f"{out} could not be written ({error.strerror or error}); free space or go elsewhere"
+            f"{out} could not be written ({error.strerror or error}); {advice}"
         ) from error
+    except BaseException:
+        finished = False
+        raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if beside is not None and not finished:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _take_place(folder: Path, out: Path) -> None:
+    """Rename a folder, also where there is one; copy it where the file system cannot rename."""
+    before = folder.with_name(f"{folder.name}-before")
+    if out.exists():  # is moved away, and back if the new one does not take its place
+        os.replace(out, before)
+    try:
+        os.replace(folder, out)
+    except BaseException as error:
+        if before.exists():
+            os.replace(before, out)
+        refused = isinstance(error, OSError) and error.errno in REFUSALS
+        if not refused or out.exists():
+            raise
+        try:
+            _copy(folder, out)
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(2):  # the first try fails where the folder got another number as it was renamed
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _copy(folder: Path, out: Path) -> None:
+    """Copy a folder without permissions and times, which `shutil.copytree` does not do without."""
+    out.mkdir()
+    for source in sorted(folder.rglob("*")):  # a folder before what is in it
+        target = out / source.relative_to(folder)
+        if source.is_dir():
+            target.mkdir()
+        else:
+            shutil.copyfile(source, target)
 
 
 def _model_spec(checkpoint: Checkpoint, title: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.errors import HdbError
-from registry.files import flush, reading
+from registry.files import REFUSALS, flush, reading
 
 if TYPE_CHECKING:
     import torch
@@ -180,14 +180,15 @@ def write_tensors(
     of its tensors, which also goes into the header.
 
     The header comes first and the hash is known last: its place is kept, and filled in at the end.
-    `tell` hears how many bytes were written.
+    Where a file system writes from front to back alone, as those of object stores do, all is
+    written a second time. `tell` hears how many bytes were written.
     """
     import hashlib  # loads OpenSSL, which a list never needs
 
     infos = laid_out((item.key, item.dtype, tuple(item.shape)) for item in items)
-    header = header_bytes({**metadata, HASH: f"0x{'0' * 64}"}, infos)
-    digest = hashlib.sha256()
-    with path.open("r+b" if path.exists() else "wb") as file:
+    digest, unknown = hashlib.sha256(), "0" * 64
+    header = header_bytes({**metadata, HASH: f"0x{unknown}"}, infos)
+    with path.open("wb") as file:
         file.write(header)
         for item in items:
             written = 0
@@ -197,10 +198,20 @@ def write_tensors(
                 written += len(chunk)
                 tell(len(chunk))
             assert written == item.bytes, f"{item.key}: {written} bytes, {item.bytes} announced"
-        file.seek(header.index(b"0x" + b"0" * 64) + 2)
-        file.write(digest.hexdigest().encode())
+    place, found = header.index(f"0x{unknown}".encode()) + 2, digest.hexdigest().encode()
+    try:
+        with path.open("rb+") as file:
+            file.seek(place)
+            file.write(found)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        with path.open("wb") as file:
+            file.write(header[:place] + found + header[place + len(found) :])
+            for item in items:
+                file.writelines(item.chunks())
     flush(path)
-    return digest.hexdigest()
+    return found.decode()
 
 
 def laid_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, TensorInfo]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -296,13 +297,59 @@ def test_a_folder_that_cannot_be_replaced_stays(
         patched.setattr(
             "hdbcli.interop.merged_files.os.replace", lambda *paths: next(moves)(*paths)
         )
-        with pytest.raises(HdbError, match="could not be written"):
+        with pytest.raises(HdbError, match=r"could not be written .*is kept in ") as error:
             merged_files.write_folder(merge, out, "x", quiet)
-    assert [path.name for path in tmp_path.iterdir()] == ["m"] and not list(moves)
+    kept = Path(str(error.value).rpartition(" is kept in ")[2])
+    assert {path.name for path in tmp_path.iterdir()} == {"m", kept.name} and not list(moves)
     assert (out / "model_index.json").read_text() == "mine"
+    assert (kept / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    shutil.rmtree(kept)
     merged_files.write_folder(merge, out, "x", quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert (out / "model_index.json").read_text() != "mine"
+
+
+@pytest.mark.parametrize("number", [errno.ESPIPE, errno.EPERM, errno.EIO])
+def test_a_file_is_the_same_where_it_is_written_from_front_to_back_alone(
+    number: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, out = open_checkpoint(spec_of("sd1", small)), tmp_path / "m.safetensors"
+    merge, path_open = Merge(checkpoint, theta_for(checkpoint), None), Path.open
+    merged_files.write_single(merge, out, "x", quiet)
+    wanted = out.read_bytes()
+
+    def from_the_front(path: Path, mode: str = "r", **options: Any) -> Any:
+        if mode == "rb+":
+            raise OSError(number, os.strerror(number))
+        return path_open(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", from_the_front)
+    if number == errno.EIO:  # the control: a broken disk is not tried again
+        with pytest.raises(HdbError, match=f"cannot write {out}: {os.strerror(number)}"):
+            merged_files.write_single(merge, out, "x", quiet)
+    else:
+        merged_files.write_single(merge, out, "x", quiet)
+    assert out.read_bytes() == wanted and os.listdir(tmp_path) == [out.name]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
+def test_a_folder_is_copied_where_none_can_be_renamed(
+    number: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    checkpoint, out = open_checkpoint(spec_of("sd1", small)), tmp_path / "m"
+    merge = Merge(checkpoint, theta_for(checkpoint), None)
+    monkeypatch.setattr("hdbcli.interop.merged_files.os.replace", refused)
+    merged_files.check_folder(out, False)
+    merged_files.write_folder(merge, out, "x", quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert (out / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    reason = f"cannot write {out}: {os.strerror(number)}; give another --out"
+    with pytest.raises(HdbError, match=reason):  # half a copy over the older one could cost both
+        merged_files.check_folder(out, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_a_damaged_base_is_noticed(small: Path, tmp_path: Path) -> None:
