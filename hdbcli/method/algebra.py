@@ -61,7 +61,8 @@ def shrink(theta: Theta, rank: int) -> tuple[Theta, Tensor]:
     """
     u, s, v = decompose(theta)
     if not 1 <= rank <= theta.rank:
-        raise HdbError(f"cannot shrink from rank {theta.rank} to {rank}; give 1 to {theta.rank}")
+        instead = "hdb relax gives more ranks" if rank > theta.rank else f"give 1 to {theta.rank}"
+        raise HdbError(f"cannot shrink from rank {theta.rank} to {rank}; {instead}")
     energy = s.square().sum((1, 2))
     kept = s[..., :rank].square().sum((1, 2))
     lost = (1 - kept / energy.clamp(min=1e-30)).clamp(min=0) * (energy > 0)

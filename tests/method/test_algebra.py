@@ -58,8 +58,8 @@ def test_shrinking_is_the_closest_and_tells_what_it_costs() -> None:
     assert (lost < 1e-12).all()
     nothing, lost = shrink(Theta(x.down, x.up * 0), 1)
     assert (lost == 0).all() and (core(nothing) == 0).all()
-    for rank in (0, 6):
-        with pytest.raises(HdbError, match=f"from rank 5 to {rank}"):
+    for rank, instead in ((0, "give 1 to 5"), (6, "hdb relax gives more ranks")):
+        with pytest.raises(HdbError, match=f"from rank 5 to {rank}; {instead}"):
             shrink(x, rank)
 
 
