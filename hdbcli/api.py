@@ -540,7 +540,7 @@ def export(
     target = Path(out) if out is not None else Path(f"{stem}-lora.safetensors")
     if target.exists() and not force:
         raise HdbError(f"{target} exists already; give another with -o, or --force to replace it")
-    store.check_output(target, *sources)
+    store.check_weights(target, *sources)
     if check:
         require_peft()
     facts = identity.facts

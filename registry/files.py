@@ -15,12 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from registry.errors import HdbError
+from registry.errors import HdbError, UsageError
 
 # How a file system says that it does not know an operation; a full or broken disk says otherwise.
 REFUSALS = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTTY, errno.EBADF}
 REFUSALS |= {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ESPIPE}
 CHUNK = 2**22  # bytes hashed at a time
+
+# Names of files of weights and of other kinds, none of which a folder is called.
+WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5"}
+OTHER_FILES = {".html", ".htm", ".txt", ".md", ".json", ".csv", ".pdf", ".svg", ".zip", ".mp4"}
 
 
 @contextmanager
@@ -141,6 +145,12 @@ def check_writable(path: Path) -> None:
     finally:
         with suppress(OSError):
             rehearsal.unlink()
+
+
+def refuse_name_of_file(out: Path, instead: str) -> None:
+    """Refuse a folder of results that is called as a file is: its name was to be a file's."""
+    if out.suffix.casefold() in WEIGHTS | OTHER_FILES and not out.is_dir():
+        raise UsageError(f"{out} is named like a file, and would be a folder; {instead}")
 
 
 def temporary_beside(path: Path) -> Path:

@@ -18,7 +18,13 @@ from typing import Any
 
 from registry.checkpoints.safetensors import read_header
 from registry.errors import HdbError, UsageError
-from registry.files import check_writable, move_to_new, write_beside
+from registry.files import (
+    WEIGHTS,
+    check_writable,
+    move_to_new,
+    refuse_name_of_file,
+    write_beside,
+)
 from registry.identity_facts import Facts, Layout, read_content, read_facts
 from registry.spec import NAME_PATTERN
 
@@ -251,6 +257,14 @@ def check_output(out: Path, *inputs: Path) -> None:
     check_writable(out)
 
 
+def check_weights(out: Path, *inputs: Path) -> None:
+    """Refuse what `check_output` refuses, and weights that are called as another tool's are, which
+    would take them for a pickle."""
+    if out.suffix.casefold() in WEIGHTS - {SUFFIX}:
+        raise UsageError(f"{out} is not named {SUFFIX}, the kind of weights that hdb writes")
+    check_output(out, *inputs)
+
+
 def check_picture(out: Path, *inputs: Path) -> None:
     """Refuse what `check_output` refuses, and a picture that is not called .png."""
     check_output(out, *inputs)
@@ -265,6 +279,7 @@ def check_folder(out: Path) -> None:
         place = place.parent
     if not place.is_dir():
         raise HdbError(f"{place} is a file; give a folder")
+    refuse_name_of_file(out, "give a folder")
     check_among(out)
     check_output(place / "results")
 

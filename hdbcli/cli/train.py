@@ -304,7 +304,7 @@ def _check_hypernetwork_out(out: Path, start: Path | None) -> None:
     one is replaced, since a run that is interrupted goes on with the same command."""
     if out.is_dir():
         raise HdbError(f"{out} is a folder; give a file in it, such as hyper.safetensors")
-    store.check_output(out, *([start] if start else []))
+    store.check_weights(out, *([start] if start else []))
     if not out.exists():
         return
     try:

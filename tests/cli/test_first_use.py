@@ -63,6 +63,19 @@ def test_a_file_of_another_kind_is_no_folder(tmp_path: Path) -> None:
     check_folder(tmp_path / "m.ckpt", False)  # a folder that is there
 
 
+def test_results_are_not_called_what_they_are_not(alice: Path, tmp_path: Path) -> None:
+    for name in ("page.html", "m.CKPT", "sheet.pdf"):
+        refused("gen", "alice", "a [V] face", "-o", tmp_path / name, says=f"{name} is named like")
+        refused("compare", tmp_path, "-o", tmp_path / name, says=f"{name} is named like a file")
+    for name in ("l.ckpt", "l.PT", "l.bin"):
+        refused("export", "alice", "-o", tmp_path / name, says=f"{name} is not named .safetensors")
+        train = "train", "hypernetwork", tmp_path, "-o", tmp_path / name
+        refused(*train, says=f"{name} is not named .safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"hdb-home"}
+    ok("export", "alice", "-o", tmp_path / "l.v1.5.safetensors")  # the control
+    ok("gen", "alice", "a [V] face", "-n", 1, "--steps", 1, "-o", tmp_path / "v1.5")
+
+
 def test_forgetting_a_base_names_who_needs_it(hdb_home: Path, tmp_path: Path) -> None:
     def add(name: str) -> None:
         added = Added(name, str(tmp_path), "sd1", "epsilon", 512, "", {}, "org/model@0123")
