@@ -299,6 +299,8 @@ def _numbers(image: Image.Image) -> np.ndarray | None:
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        if image.mode == "I" and tags.get(_KIND, (1,))[0] == 1:
+            values = values.view(np.uint32)  # Pillow takes the upper half for negative numbers
         values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
         top = float(values.max(initial=0))
         ranges = [1, 255, 65535] if image.mode == "F" else [255, 65535]

@@ -428,6 +428,8 @@ def test_tiffs_of_other_numbers_are_read_right_or_named(
         (picture, 1, True, picture),
         (deep, 1, False, picture),
         ((deep[..., :1] // 2).astype(np.int16), 2, False, grey),
+        (picture[..., :1].astype(np.uint32) * 0x01010101, 1, False, grey),
+        (picture[..., :1].astype(np.int32), 2, False, grey),  # the control: no upper half
     ):
         path.write_bytes(tiff(pixels, kind, apart))
         assert np.array_equal(read_photo(path, silent), expected), (pixels.dtype, kind, apart)
