@@ -58,6 +58,7 @@ from hdbcli.cli.options import (
     new_path,
     photos_of,
     prompts_in,
+    refuse_file_as_prompt,
     refuse_given,
 )
 from hdbcli.cli.store import cp, gc, import_identity, mv, rm, verify
@@ -264,6 +265,8 @@ def gen(
     if picture and given(ctx, "identity") and not given(ctx, "base"):
         base = None  # another identity may be of another base
     texts = list(dict.fromkeys([*(prompts or []), *prompts_in(file)]))
+    if given(ctx, "prompts"):
+        refuse_file_as_prompt(prompts or [])
     if not texts:
         raise typer.BadParameter('say what to draw, such as "a [V] face"', param_hint="PROMPT")
     stems = [

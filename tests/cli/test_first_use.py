@@ -76,6 +76,14 @@ def test_results_are_not_called_what_they_are_not(alice: Path, tmp_path: Path) -
     ok("gen", "alice", "a [V] face", "-n", 1, "--steps", 1, "-o", tmp_path / "v1.5")
 
 
+def test_the_name_of_a_file_is_no_prompt(alice: Path, tmp_path: Path) -> None:
+    words = "gen", "alice", "-n", 1, "--steps", 1, "-o", tmp_path / "drawn"
+    for name in ("page.html", "drawn/Prompts.TXT", "photo.jpg"):
+        refused(*words, "a [V] face", "--html", name, says=f"'{name}' is named like a file")
+    assert not (tmp_path / "drawn").exists()
+    ok(*words, "a poster of v.html by [V]")  # the control
+
+
 def test_forgetting_a_base_names_who_needs_it(hdb_home: Path, tmp_path: Path) -> None:
     def add(name: str) -> None:
         added = Added(name, str(tmp_path), "sd1", "epsilon", 512, "", {}, "org/model@0123")
