@@ -198,8 +198,8 @@ def found(embeddings: Tensor) -> Tensor:
 
 
 def embed_aligned(images: Tensor, template: np.ndarray) -> Tensor:
-    """Embed crops (B, 3, S, S) in -1..1 whose five points lie where `template` (5, 2) in 0..1 says:
-    (B, 128). Nothing is looked for, which takes time, and gradients pass."""
+    """Embed crops (B, 3, S, S) in -1..1 whose five points lie where `template` (5, 2) in 0..1 says,
+    or (B, 5, 2) of each: (B, 128). Nothing is looked for, which takes time, and gradients pass."""
     home = images.device
     if home.type == "mps":  # which knows no bicubic sampling in some versions, nor its gradient
         images = images.cpu()
@@ -214,12 +214,15 @@ def aligned_chips(images: Tensor, template: np.ndarray) -> Tensor:
     if images.shape[-1] > CHIP:  # the sampling below reads four pixels by four and no more
         images = F.interpolate(images, size=CHIP, mode="bilinear", antialias=True)
     side = images.shape[-1]
-    turn, shift = similarity(template * side, _TEMPLATE)
-    # torch counts from -1 to 1: the chip's point w shows the crop's point slope * w + start.
-    half = 1 + 1j
-    slope, start = CHIP / side / turn, (CHIP * half - 2 * shift) / (turn * side) - half
-    matrix = [[slope.real, -slope.imag, start.real], [slope.imag, slope.real, start.imag]]
-    where = torch.tensor(matrix, device=images.device).expand(len(images), 2, 3)
+    matrices = []
+    for points in np.reshape(template, (-1, 5, 2)):
+        turn, shift = similarity(points * side, _TEMPLATE)
+        # torch counts from -1 to 1: the chip's point w shows the crop's point slope * w + start.
+        half = 1 + 1j
+        slope, start = CHIP / side / turn, (CHIP * half - 2 * shift) / (turn * side) - half
+        matrix = [[slope.real, -slope.imag, start.real], [slope.imag, slope.real, start.imag]]
+        matrices.append(matrix)
+    where = torch.tensor(matrices, device=images.device).expand(len(images), 2, 3)
     with torch.autocast(images.device.type, enabled=False):  # in bfloat16 points would move
         grid = F.affine_grid(where, [len(images), 3, CHIP, CHIP], align_corners=False)
     chips = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)

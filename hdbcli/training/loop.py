@@ -73,7 +73,8 @@ def fit(
     taken before the next is asked for: no two of them are held in memory, and whatever the backward
     pass of a part needs stays open. With `checkpoint`, a run that was cut off continues from the
     last one saved. Of several processes each calls `share`, which averages the gradients in place,
-    one `writes`, and all `agree` on the run and its first step before they start.
+    one `writes`, and all `agree` on the run and its first step before they start. A group of the
+    optimizer learns `times` as fast, where it says so.
     """
     generator = generator_of(plan.seed)
     first = 0
@@ -84,7 +85,7 @@ def fit(
     start = saved = time.perf_counter()
     for number in range(first, plan.steps):
         for group in optimizer.param_groups:
-            group["lr"] = plan.rate(number)
+            group["lr"] = plan.rate(number) * group.get("times", 1.0)
         optimizer.zero_grad(set_to_none=True)
         value = 0.0
         for part in losses(generator):

@@ -97,3 +97,13 @@ def test_a_step_is_the_rate_times_the_clipped_gradient() -> None:
         mean = keep * mean + (1 - keep) * now
         torch.testing.assert_close(weight.detach(), now)
         torch.testing.assert_close(averages["w"], mean)
+
+
+def test_a_group_learns_as_many_times_as_fast_as_it_says() -> None:
+    slow, fast = (torch.ones(3).requires_grad_() for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [slow]}, {"params": [fast], "times": 4.0}], 0.1)
+    plan = Plan(steps=2, lr=0.1, clip=None)
+    for _ in fit({"slow": slow, "fast": fast}, lambda _: [slow.sum(), fast.sum()], optimizer, plan):
+        pass
+    assert torch.allclose(1 - slow, torch.tensor(0.15))  # 0.1 and half of it
+    assert torch.allclose(1 - fast, torch.tensor(0.6))

@@ -11,7 +11,7 @@ as the photograph, whatever the sizes of the losses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -45,9 +45,10 @@ from registry.tiny.recipe.latents import (
     read_latents,
 )
 from registry.tiny.recipe.photographs import Photographs, read_photographs
-from registry.tiny.recipe.pictures import half, to_unit
+from registry.tiny.recipe.pictures import STYLES, half, to_unit
 
 BALANCE = 0.5  # how hard the discriminator pulls at a pixel, over how hard the photograph does
+ALIKE = 0.5  # and how hard likeness does
 JUDGED = {2: 32, 6: 64, 9: 128}  # blocks of the recogniser that the discriminator sees, channels
 LAST = 4  # steps of drawing that the base has taken, at most
 DRAWN = 8000  # pictures
@@ -55,8 +56,8 @@ SHARE = 0.6  # of windows that are of those
 
 
 class Discriminator(nn.Module):
-    """Say of windows (B, 3, S, S) in -1..1 how much each place looks like a photograph's: a few
-    maps of logits (B, h, w), from frozen features."""
+    """Say of windows (B, 3, S, S) in -1..1 how much each place looks like a photograph's of its
+    style (B,), an index into STYLES: a few maps of logits (B, h, w), from frozen features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,12 +74,20 @@ class Discriminator(nn.Module):
                 for block, width in JUDGED.items()
             }
         )
+        self.styles = nn.ModuleDict(
+            {str(block): nn.Embedding(len(STYLES), width) for block, width in JUDGED.items()}
+        )
 
-    def forward(self, windows: Tensor) -> list[Tensor]:
+    def forward(self, windows: Tensor, styles: Tensor) -> list[Tensor]:
         pictures = F.interpolate(windows, scale_factor=SCALE, mode="bilinear")
         model = load_embedding(str(windows.device))
         features = enumerate(islice(model.features((pictures + 1) * 127.5), max(JUDGED) + 1))
-        return [self.heads[str(k)](x)[:, 0] for k, x in features if k in JUDGED]
+        told = []
+        for block, x in features:
+            if block in JUDGED:
+                style = self.styles[str(block)](styles)[:, :, None, None]
+                told.append(self.heads[str(block)](x + style)[:, 0])
+        return told
 
 
 def train_decoder(build: Path, plan: Plan, batch: int, device: str) -> Iterator[Step]:
@@ -95,8 +104,8 @@ def train_decoder(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
     parameters = decoder | {f"judge.{k}": p for k, p in judge.named_parameters()}
     averages = averages_of(parameters)
 
-    def windows(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Choose windows of latents, some drawn and some with noise, and the true pixels."""
+    def windows(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose windows of latents, some drawn and some with noise; true pixels, styles."""
         some = torch.randint(len(drawn.rows), (round(batch * SHARE),), generator=generator)
         plain = latents.draw(batch - len(some), generator)
         rows = torch.cat([plain, drawn.rows[some]])
@@ -109,15 +118,15 @@ def train_decoder(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
         seen = torch.cat([own, drawn.latents[some].float()])
         seen = seen[:, :, y : y + WINDOW, x : x + WINDOW]
         true = pixels[rows, :, 8 * y : 8 * (y + WINDOW), 8 * x : 8 * (x + WINDOW)]
-        return seen.to(device), to_unit(true.to(device))
+        return seen.to(device), to_unit(true.to(device)), latents.styles[rows].to(device)
 
     def losses(generator: torch.Generator) -> Iterator[Tensor]:
-        seen, true = windows(generator)
+        seen, true, styles = windows(generator)
         with half(torch.device(device)):
             made = model.decode(seen).sample
         made = made.float()
-        yield pulled(made, *pull(judge, made, true))
-        yield hinge(judge(true), judge(made.detach()))
+        yield pulled(made, *pull(judge, made, true, styles))
+        yield hinge(judge(true, styles), judge(made.detach(), styles))
 
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=plan.lr, weight_decay=0.0, betas=(0.5, 0.99)
@@ -131,15 +140,26 @@ def train_decoder(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
                 model.save_pretrained(build / "vae")
 
 
-def pull(judge: Discriminator, made: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient at the pixels `made` (B, 3, S, S), of the distance from the true ones and
-    of what the discriminator misses; and the distance."""
+def pull(
+    judge: Discriminator,
+    made: Tensor,
+    true: Tensor,
+    styles: Tensor,
+    left: float = 1.0,
+    alike: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient at the pixels `made` (B, 3, S, S), of the distance from the true ones,
+    `left` of it, of what the discriminator misses, and of the loss `alike`; and the distance."""
     picture = made.detach().requires_grad_()
     far = reconstruction(picture, true)
     (wanted,) = torch.autograd.grad(far, picture)
-    told = torch.stack([each.mean() for each in judge(picture)]).mean()
-    (missed,) = torch.autograd.grad(-told, picture)
-    return wanted + BALANCE * wanted.norm() / missed.norm().clamp(min=1e-12) * missed, far.detach()
+    told = torch.stack([each.mean() for each in judge(picture, styles)]).mean()
+    others = [(-told, BALANCE)] + ([] if alike is None else [(alike(picture), ALIKE)])
+    gradient = left * wanted
+    for loss, weight in others:
+        (other,) = torch.autograd.grad(loss, picture)
+        gradient = gradient + weight * wanted.norm() / other.norm().clamp(min=1e-12) * other
+    return gradient, far.detach()
 
 
 def pulled(made: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:

@@ -1,28 +1,43 @@
-"""Train the UNet of `tiny` further on what it draws itself: its last steps, seen as pictures.
+"""Train `tiny` further on what it draws itself, seen as pictures: UNet, decoder and hypernetwork
+together.
 
 A network that learned from noised photographs answers with the middle of what might be, which is
 soft, and has never seen its own answers, which are what all steps but the first start from. So
-photographs are noised, brought back in one to five steps as the base draws, and the last of these
-is compared, decoded, as the decoder's windows are: with the photograph, and by the discriminator
-(`decoder.pull`). The base does so half of the time by itself, and half of the time adapted to the
-person by a prediction. As many samples have the plain loss of the base's training, which keeps the
-rest of it where it is.
+pictures are drawn here as the base draws them, from nothing but noise or from a photograph with
+noise on it, up to one of the later steps, and what that makes of them is decoded and pulled in
+three ways (`decoder.pull`): towards the photograph, the less of it was left; by the discriminator,
+towards photographs of this style; and, where the base is adapted to a person by a prediction,
+towards their face, as a recogniser sees it (`alike`). That gradient reaches the hypernetwork too.
+So who is drawn and how well it is drawn are learned at once: the likeness loss alone draws people
+in a haze, and a base that learned without people is no use to them.
+
+As many samples have the plain loss of the base's training, which keeps the rest of it where it is,
+and where the base is adapted, prompts that do not name the person are answered as by the base alone
+(prior preservation).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors.torch import load_file
 from torch import Tensor
 
+from hdbcli.config import PretrainConfig
+from hdbcli.faces.embedding import embed_aligned, landmarks
+from hdbcli.method.hypernet import Faces
 from hdbcli.method.inject import eject
+from hdbcli.method.lidb import Theta
 from hdbcli.model.base import load_predictor, open_base
+from hdbcli.model.hypernetwork_file import save_hypernetwork
+from hdbcli.training.drafting import NOISIEST
+from hdbcli.training.likeness_loss import mosaic
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit, settle
+from hdbcli.training.questions import Samples, diffusion, distance
 from registry.stable_diffusion.backbone import StableDiffusion, shifted
 from registry.tiny import SAMPLING
 from registry.tiny.recipe.base import TIMES_SHIFT, prompt_of, show
@@ -36,84 +51,150 @@ from registry.tiny.recipe.decoder import (
 )
 from registry.tiny.recipe.latents import read_autoencoder, read_latents
 from registry.tiny.recipe.photographs import read_photographs
-from registry.tiny.recipe.pictures import half, to_unit
+from registry.tiny.recipe.pictures import half, to_pixels, to_unit
 
-SHARPENED = 2  # of the steps of drawing, the last, which learn
-ADAPTED = 0.5  # share of steps in which the base is adapted to the people it draws
-WINDOW = 12  # latents of a window's side: most of a face
+UNSEEN = 2  # steps of drawing, the first, whose answers are still too open to be pictures
+ADAPTED = 0.6  # share of steps in which the base is adapted to the people it draws
+FREE = 0.5  # share of steps that draw from nothing but noise
+LEFT = 3.0  # times the share of a photograph that noise has left: how hard that pulls, at most once
+FASTER = 4.0  # times the rate of the UNet, that of the discriminator and of the hypernetwork
 SHOWN_EVERY = 150  # steps
+MIRRORED = [1, 0, 2, 4, 3]  # the five points of a face in a mirror: left and right change
 
 
 def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[Step]:
-    """Train the UNet of `tiny` as it ships, seen through the decoder in `BUILD/vae` and by the
-    discriminator of its training; resumable. Write a sheet now and then, `pipeline/` at the end."""
+    """Train the UNet, the decoder and the hypernetwork of `tiny` as they ship; resumable. Write a
+    sheet now and then, `pipeline/`, `vae/` and `hypernetwork.safetensors` at the end."""
     pictures = read_photographs(build)
     pixels, side = pictures.pixels, pictures.pixels.shape[-1]
     latents = read_latents(build, side, device)
     base = open_base("tiny", device)
     (model, _), backbone = load_predictor(base), base.backbone
     assert isinstance(backbone, StableDiffusion)
-    unet, vae = backbone.pipeline.unet, read_autoencoder(build).to(device)
-    backbone.pipeline.register_modules(vae=vae)
+    pipeline, where = backbone.pipeline, torch.device(device)
+    unet, vae = pipeline.unet, read_autoencoder(build).to(where)
+    vae.decoder.load_state_dict(pipeline.vae.decoder.state_dict())
+    pipeline.register_modules(vae=vae)
     unet.to(memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())
     torch.manual_seed(plan.seed)
-    judge = Discriminator().to(device)
-    learned = load_file(build / "decoder.safetensors")
-    judge.load_state_dict({k: learned[f"average.judge.{k}"] for k in judge.state_dict()})
+    judge, model = Discriminator().to(where), model.requires_grad_().train()
     drawing = {
         f"unet.{name.replace('.base.', '.')}": parameter.requires_grad_()
         for name, parameter in unet.named_parameters()
     }
-    parameters = drawing | {f"judge.{k}": p for k, p in judge.named_parameters()}
+    drawing |= {f"decoder.{k}": p.requires_grad_() for k, p in vae.decoder.named_parameters()}
+    people = {f"hypernetwork.{k}": p for k, p in model.named_parameters()}
+    kept = drawing | people
+    parameters = kept | {f"judge.{k}": p for k, p in judge.named_parameters()}
     averages = averages_of(parameters)
-    times = backbone.times(SAMPLING.steps)[:-1].float()
-
-    def chosen(generator: torch.Generator) -> tuple[Tensor, list[str], Tensor]:
-        """Choose latents, their prompts, and which pictures they are of."""
-        pick = latents.draw(batch, generator)
-        prompts = [prompt_of(group) for group in latents.captions(pick, generator)]
-        return latents.values[0, pick].to(device).float(), prompts, pick
+    times = backbone.times(SAMPLING.steps).float().clamp(max=NOISIEST)
 
     def losses(generator: torch.Generator) -> Iterator[Tensor]:
-        clean, prompts, pick = chosen(generator)
-        theta = None
-        if torch.rand((), generator=generator) < ADAPTED:
-            portraits = pixels[portraits_of(pictures, pick, generator)].permute(0, 2, 3, 1)
-            with torch.no_grad():
-                theta = model(base.faces(list(portraits.numpy())))
-        last = len(times) - int(torch.randint(SHARPENED, (), generator=generator))
-        first = int(torch.randint(1, last, (), generator=generator))  # before is nothing but noise
-        before, at_last = times[first : last - 1], times[last - 1 : last]
-        with base.adapted(theta):  # in two casts, since one keeps weights that have no gradient
-            with torch.no_grad(), half(torch.device(device)):
-                clean = brought_back(backbone, clean, prompts, before, generator)
-            with half(torch.device(device)):
-                clean = brought_back(backbone, clean, prompts, at_last, generator)
-        x, y = torch.randint(clean.shape[-1] - WINDOW + 1, (2,), generator=generator).tolist()
-        with half(torch.device(device)):
-            made = vae.decode(clean[:, :, y : y + WINDOW, x : x + WINDOW]).sample.float()
-        true = pixels[pick, :, 8 * y : 8 * (y + WINDOW), 8 * x : 8 * (x + WINDOW)]
-        true = to_unit(true.to(device))
-        yield pulled(made, *pull(judge, made, true))
-        yield hinge(judge(true), judge(made.detach()))
-        clean, prompts, _ = chosen(generator)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        share = torch.rand(batch, generator=generator)
-        t = shifted(share, TIMES_SHIFT).clamp(max=1 - 2**-20).to(device)
-        with half(torch.device(device)):
-            answer = backbone.predict(clean, prompts, noise, t)
-        yield F.mse_loss(answer.float(), backbone.target(clean, noise, t))
+        """Yield the pulls at what is drawn, the discriminator's loss, and what holds the rest."""
 
+        def chance() -> float:
+            return float(torch.rand((), generator=generator))
+
+        pick, turned = latents.draw(batch, generator), int(chance() < 0.5)
+        clean = latents.values[turned, pick].to(where).float()
+        true = to_unit(pixels[pick].flip(-1) if turned else pixels[pick]).to(where)
+        styles = pictures.styles[pick]
+        theta = leaf = None
+        groups = styles
+        if chance() < ADAPTED:
+            of = portraits_of(pictures, pick, generator)
+            crops = to_unit(pixels[of].flip(-1) if turned else pixels[of]).to(where)
+            with torch.no_grad():
+                traits = base.embed(crops)
+            read = latents.values[turned, of].to(where).float()
+            theta = model(Faces(crops, traits, read))
+            cores = (theta.down, theta.up)
+            leaf = Theta(*(core.detach().requires_grad_() for core in cores))
+        else:
+            groups = latents.captions(pick, generator)
+        prompts = [prompt_of(group) for group in groups.tolist()]
+
+        last = UNSEEN + int(chance() * (len(times) - UNSEEN))
+        first = 0 if chance() < FREE else 1 + int(chance() * last)
+        with base.adapted(leaf):  # in two casts, since one keeps weights that have no gradient
+            with torch.no_grad(), half(where):
+                drawn = brought_back(backbone, clean, prompts, times[first:last], generator)
+            with half(where):
+                drawn = brought_back(backbone, drawn, prompts, times[last : last + 1], generator)
+        with half(where):
+            made = vae.decode(drawn).sample.float()
+        places = pictures.points[pick].numpy() / side
+        if turned:
+            places = (places * [-1, 1] + [1, 0])[:, MIRRORED]
+        person = None if leaf is None else alike(true, places, made, free=first == 0)
+        left = min(1.0, LEFT * (1 - float(times[first])))
+        yield pulled(made, *pull(judge, made, true, styles, left, person))
+        yield hinge(judge(true, styles), judge(made.detach(), styles))
+
+        def asked(
+            clean: Tensor, prompts: list[str], adapter: Theta | None, held: bool = False
+        ) -> Tensor:
+            noise = torch.randn(clean.shape, generator=generator).to(where)
+            share = torch.rand(len(clean), generator=generator)
+            t = shifted(share, TIMES_SHIFT).clamp(max=NOISIEST).to(where)
+            samples = Samples(clean, prompts, noise, t)
+            question = diffusion(backbone, samples)
+            if held:
+                with torch.no_grad(), base.adapted(None), half(where):
+                    question = distance(samples, backbone.predict(*samples))
+            with base.adapted(adapter), half(where):
+                return question.answered(backbone).mean()
+
+        yield asked(clean, prompts, leaf)
+        if theta is None or leaf is None:
+            return
+        some = slice(0, -(-batch // 2))
+        others = [prompt.replace(f"{base.spec.identifier} ", "") for prompt in prompts[some]]
+        part = Theta(leaf.down[some], leaf.up[some])
+        yield PretrainConfig.prior * asked(clean.roll(1, 0)[some], others, part, held=True)
+        torch.autograd.backward((theta.down, theta.up), (leaf.down.grad, leaf.up.grad))
+
+    slow: dict[str, Any] = {"params": list(drawing.values())}
+    fast = {"params": [*people.values(), *judge.parameters()], "times": FASTER}
     optimizer = torch.optim.AdamW(
-        parameters.values(), lr=plan.lr, weight_decay=0.0, betas=(0.5, 0.99), fused=True
+        [slow, fast],
+        lr=plan.lr,
+        weight_decay=0.0,
+        betas=(0.5, 0.99),
+        fused=True,
     )
     file = build / "sharper.safetensors"
     for step in fit(parameters, losses, optimizer, plan, averages, file):
         yield step
         if step.number % SHOWN_EVERY == 0 or step.number == step.steps:
-            with averaged(drawing, averages):
-                show(backbone.pipeline, side, build)
-    settle(drawing, averages)
+            with averaged(kept, averages):
+                show(pipeline, side, build)
+    settle(kept, averages)
     eject(base.backbone.components)
-    backbone.pipeline.save_pretrained(build / "pipeline")
+    pipeline.save_pretrained(build / "pipeline")
+    vae.save_pretrained(build / "vae")
+    save_hypernetwork(model, build / "hypernetwork.safetensors")
+
+
+def alike(true: Tensor, places: np.ndarray, made: Tensor, free: bool) -> Callable[[Tensor], Tensor]:
+    """Return how far pictures like those `made` (B, 3, S, S) are from the people on the true ones,
+    by faces and by colours: see `hdbcli.training.likeness_loss`.
+
+    The true faces lie at `places` (B, 5, 2). Those that were drawn from nothing but noise lie where
+    they are found, or else there too.
+    """
+    with torch.no_grad():
+        wanted, colours = embed_aligned(true, places), mosaic(true)
+    if free:
+        found = [landmarks(picture) for picture in to_pixels(made).permute(0, 2, 3, 1).numpy()]
+        side = made.shape[-1]
+        places = np.stack(
+            [own if new is None else new / side for own, new in zip(places, found, strict=True)]
+        )
+
+    def far(images: Tensor) -> Tensor:
+        faces = (embed_aligned(images, places) - wanted).square().sum(1)
+        return (faces + (mosaic(images) - colours).square().mean((2, 3)).sum(1)).mean()
+
+    return far

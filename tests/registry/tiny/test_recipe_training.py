@@ -24,11 +24,21 @@ from registry.tiny import TEMPLATE, WEIGHTS
 from registry.tiny.recipe.__main__ import main
 from registry.tiny.recipe.autoencoder import feature_distance, new_autoencoder, reconstruction
 from registry.tiny.recipe.base import go_on_from, new_scheduler, new_unet
-from registry.tiny.recipe.decoder import BALANCE, Discriminator, hinge, portraits_of, pull
+from registry.tiny.recipe.decoder import (
+    ALIKE,
+    BALANCE,
+    Discriminator,
+    hinge,
+    portraits_of,
+    pull,
+)
 from registry.tiny.recipe.latents import GROUPS, Latents
 from registry.tiny.recipe.photographs import KINDS, Photographs
 from registry.tiny.recipe.pictures import STYLES
+from registry.tiny.recipe.sharpen import alike
 from registry.tiny.recipe.teacher import CHANNELS, load_teacher
+
+STYLE = torch.zeros(4, dtype=torch.int64)  # of the windows of a photograph
 
 
 def gflop(call: object, *inputs: torch.Tensor) -> float:
@@ -72,32 +82,41 @@ def windows_of(photo: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return true, F.avg_pool2d(true, 5, 1, 2, count_include_pad=False)
 
 
+def gap(judge: Discriminator, one: torch.Tensor, other: torch.Tensor, style: torch.Tensor) -> float:
+    """Return how much more the discriminator makes of some windows than of others."""
+    pairs = zip(judge(one, style), judge(other, style), strict=True)
+    return sum((a.mean() - b.mean()).item() for a, b in pairs)
+
+
 def test_the_discriminator_learns_what_a_blur_takes_and_pulls_towards_it(astronaut: Path) -> None:
     true, blurred = windows_of(astronaut)
     torch.manual_seed(0)
     judge = Discriminator()
     optimizer = torch.optim.AdamW(judge.parameters(), 1e-3)
 
-    def gap() -> float:
-        return sum(
-            (a.mean() - b.mean()).item() for a, b in zip(judge(true), judge(blurred), strict=True)
-        )
-
-    assert abs(gap()) < 0.5
+    assert abs(gap(judge, true, blurred, STYLE)) < 0.5
     for _ in range(30):
         optimizer.zero_grad()
-        hinge(judge(true), judge(blurred)).backward()
+        hinge(judge(true, STYLE), judge(blurred, STYLE)).backward()
         optimizer.step()
-    assert gap() > 3
+    assert gap(judge, true, blurred, STYLE) > 3
     # Both halves of a gradient are there, the second BALANCE times as long as the first.
-    gradient, far = pull(judge, blurred, true)
+    gradient, far = pull(judge, blurred, true, STYLE)
     picture = blurred.clone().requires_grad_()
     reconstruction(picture, true).backward()
     rest = gradient - picture.grad
     assert far.item() == pytest.approx(reconstruction(blurred, true).item(), rel=1e-5)
     assert rest.norm().item() == pytest.approx(BALANCE * picture.grad.norm().item(), rel=1e-3)
-    before = sum(each.mean().item() for each in judge(blurred))
-    after = sum(each.mean().item() for each in judge(blurred - 0.1 * rest / rest.abs().max()))
+    # Likeness adds a third, ALIKE times as long; a photograph that noise hides pulls less.
+    third = pull(judge, blurred, true, STYLE, 1.0, torch.mean)[0] - gradient
+    assert third.std() < 1e-3 * third.mean()
+    assert third.norm().item() == pytest.approx(ALIKE * picture.grad.norm().item(), rel=1e-3)
+    half = pull(judge, blurred, true, STYLE, left=0.5)[0]
+    assert torch.allclose(gradient - half, picture.grad / 2, atol=1e-6 * picture.grad.abs().max())
+    before = sum(each.mean().item() for each in judge(blurred, STYLE))
+    after = sum(
+        each.mean().item() for each in judge(blurred - 0.1 * rest / rest.abs().max(), STYLE)
+    )
     assert after > before
 
 
@@ -114,7 +133,7 @@ def photographed(astronaut: Path, tmp_path: Path) -> Path:
         "people": torch.tensor([1, 2] * 4, dtype=torch.int32),
         "kinds": torch.full((8,), KINDS.index("person"), dtype=torch.uint8),
         "photos": torch.zeros(8, dtype=torch.int32),
-        "points": torch.zeros(8, 5, 2),
+        "points": torch.tensor(TEMPLATE).mul(128).repeat(8, 1, 1),
     }
     (tmp_path / "photographs").mkdir()
     for part in ("train-000", "heldout-000"):
@@ -123,13 +142,46 @@ def photographed(astronaut: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_the_discriminator_asks_for_the_style_that_was_asked_for(astronaut: Path) -> None:
+    true, blurred = windows_of(astronaut)
+    plain, other = STYLE, STYLE + 1
+    torch.manual_seed(0)
+    judge = Discriminator()
+    optimizer = torch.optim.AdamW(judge.parameters(), 1e-3)
+    for _ in range(60):  # sharp is right in one style, soft in the other
+        optimizer.zero_grad()
+        hinge(judge(true, plain), judge(blurred, plain)).backward()
+        hinge(judge(blurred, other), judge(true, other)).backward()
+        optimizer.step()
+    gaps = [gap(judge, true, blurred, style) for style in (plain, other)]
+    assert gaps[0] > 1 and gaps[1] < -1, gaps
+
+
+def test_likeness_is_looked_for_where_the_face_is(astronaut: Path) -> None:
+    """One drawn from noise alone may lie elsewhere than on the photograph; its colours, which are
+    compared in place, say so both times."""
+    crop = crop_face(astronaut, np.array(TEMPLATE), 128).image
+    true = torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 127.5 - 1
+    moved = F.pad(true, (16, 0, 12, 0), mode="replicate")[..., :128, :128]
+    places = np.array(TEMPLATE)[None]
+    there, here = (alike(true, places, moved, free)(moved).item() for free in (True, False))
+    assert alike(true, places, true, False)(true).item() < 1e-6
+    assert here - there > 0.2  # squared distances of embeddings: two people are 0.35 apart
+
+
 def test_decoder_and_base_train_on_alone(
-    photographed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    photographed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     build = photographed
+    monkeypatch.setattr("registry.tiny.recipe.sharpen.ADAPTED", 1.0)
     monkeypatch.setattr("registry.tiny.recipe.decoder.DRAWN", 8)
     monkeypatch.setattr("registry.tiny.recipe.base.SHOWN", 1)
     monkeypatch.setattr("registry.tiny.recipe.base.SAMPLING", SampleSettings(1, 1.0))
+    for folder in ("new", "old"):
+        (tmp_path / folder).mkdir()
     few = ("--lr", "1e-3", "--batch", "4", "--seed", "1")
     assert main(["--build", str(build), "decoder", "--steps", "2", *few]) == 0
     assert changed(build / "vae", WEIGHTS / "vae") == {"decoder"}  # so latents stay
@@ -143,6 +195,10 @@ def test_decoder_and_base_train_on_alone(
     assert "step" not in capsys.readouterr().out  # it goes on from its last one
     unet, shipped = build / "pipeline/unet", WEIGHTS / "unet"
     assert "mid_block" in changed(unet, shipped)
+    assert changed(build / "vae", WEIGHTS / "vae") == {"decoder"}
+    shutil.copy(build / "hypernetwork.safetensors", tmp_path / "new/hypernetwork.safetensors")
+    shutil.copy(WEIGHTS / "hypernetwork.safetensors", tmp_path / "old")
+    assert {"heads", "encoder"} < changed(tmp_path / "new", tmp_path / "old")
     assert not changed(build / "pipeline/text_encoder", WEIGHTS / "text_encoder")
 
 
