@@ -57,6 +57,7 @@ UNSEEN = 2  # steps of drawing, the first, whose answers are still too open to b
 ADAPTED = 0.6  # share of steps in which the base is adapted to the people it draws
 FREE = 0.5  # share of steps that draw from nothing but noise
 LEFT = 3.0  # times the share of a photograph that noise has left: how hard that pulls, at most once
+DRAWN = 40.0  # how much more what is drawn weighs for the people: likeness as much as it is, about
 FASTER = 4.0  # times the rate of the UNet, that of the discriminator and of the hypernetwork
 SHOWN_EVERY = 150  # steps
 MIRRORED = [1, 0, 2, 4, 3]  # the five points of a face in a mirror: left and right change
@@ -130,6 +131,10 @@ def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
         person = None if leaf is None else alike(true, places, made, free=first == 0)
         left = min(1.0, LEFT * (1 - float(times[first])))
         yield pulled(made, *pull(judge, made, true, styles, left, person))
+        if leaf is not None:
+            for core in (leaf.down, leaf.up):
+                assert core.grad is not None
+                core.grad *= DRAWN
         yield hinge(judge(true, styles), judge(made.detach(), styles))
 
         def asked(
