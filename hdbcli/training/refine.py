@@ -23,7 +23,7 @@ from hdbcli.model.device import make_optimizer
 from hdbcli.model.tokens import Tokens
 from hdbcli.training.drafting import NOISIEST
 from hdbcli.training.likeness_loss import portrait_likeness
-from hdbcli.training.loop import Plan, Step, fit
+from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
 from hdbcli.training.preservation import preservation
 from hdbcli.training.questions import Question, Samples, answers, ask, diffusion, joined
 from registry.errors import HdbError
@@ -32,6 +32,7 @@ from registry.spec import BaseSpec
 # (generator, batch, step) -> what a step of P people asks besides the diffusion loss
 MoreQuestions: TypeAlias = Callable[[torch.Generator, int, int], Iterator[Question]]
 
+AVERAGE = 0.9  # of a LiDB: a step learns from one portrait and two noises, and sways with them
 PAIRS = 8  # times a step's batch: (timestep, noise) pairs that the loss is reported on
 PAIRS_SEED = 0
 
@@ -49,6 +50,7 @@ class Trainable:
     numbers: int
     more_questions: MoreQuestions | None = None
     prior: Callable[[torch.Generator, int], Samples] | None = None  # as many more, one person's
+    average: float = 0.0  # decay of the moving average that is kept at the end; 0 keeps the last
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def trainable_lidb(base: Base, theta: Theta) -> Trainable:
     def adapter() -> Theta:
         return unpack(flat, targets, spec.a, spec.b)
 
-    return Trainable(len(flat), {"theta": flat}, adapter, flat.shape[1])
+    return Trainable(len(flat), {"theta": flat}, adapter, flat.shape[1], average=AVERAGE)
 
 
 def weight_of(spec: BaseSpec, likeness: float | None) -> float:
@@ -155,7 +157,8 @@ def train(
     config: RefineConfig,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Iterator[Step]:
-    """Run the iterations on "a [V] face", yielding after each; the optimizer is the config's."""
+    """Run the iterations on "a [V] face", yielding after each; the optimizer is the config's. At
+    the end a method that keeps its moving average has it."""
     _check(trainable, latents)
     optimizer = optimizer or optimizer_of(trainable, config)[0]
     batch = config.batch or base.spec.batch
@@ -178,8 +181,15 @@ def train(
             asked.append(diffusion(base.backbone, samples).weighed(1 / batch))
         yield from ask(base, trainable.adapter, asked)
 
-    plan = Plan(config.steps, config.lr, warmup=3, decay=0.5, clip=None, seed=config.seed)
-    yield from fit(trainable.parameters, losses, optimizer, plan)
+    keep, parameters = trainable.average, trainable.parameters
+    averages = averages_of(parameters) if keep else None
+    plan = Plan(
+        config.steps, config.lr, warmup=3, decay=0.5, clip=None, average=keep, seed=config.seed
+    )
+    for step in fit(parameters, losses, optimizer, plan, averages):
+        if averages is not None and step.number == step.steps:
+            settle(parameters, averages)
+        yield step
 
 
 def draw_times(count: int, generator: torch.Generator) -> Tensor:

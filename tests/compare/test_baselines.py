@@ -25,7 +25,7 @@ from hdbcli.faces.photo import crop_face
 from hdbcli.model.base import Base
 from hdbcli.model.sample import generate
 from hdbcli.model.tokens import Tokens, own_tokens
-from hdbcli.training.refine import Trainable, portrait_loss, train, trainable_lidb
+from hdbcli.training.refine import AVERAGE, Trainable, portrait_loss, train, trainable_lidb
 from registry.errors import HdbError
 from registry.spec import SampleSettings
 
@@ -136,6 +136,27 @@ def test_every_photo_of_a_person_is_learned_from(tiny: Base, latents: list[Tenso
 
     assert torch.equal(learned(own, 1), learned(other, 1))  # photos 1 and 2: the control
     assert not torch.equal(learned(own, 2), learned(other, 2))  # 2 and 3
+
+
+def test_a_lidb_ends_as_the_moving_average_of_its_iterations(
+    tiny: Base, latents: list[Tensor]
+) -> None:
+    """What it trains is the same; the last iteration alone is the control."""
+
+    def rows(average: float) -> list[Tensor]:
+        trainable = replace(trainable_lidb(tiny, tiny.first_theta()), average=average)
+        found = [numbers(trainable).clone()]
+        for _ in train(tiny, trainable, latents[:1], replace(CONFIG, steps=4, lr=5e-3)):
+            found.append(numbers(trainable).clone())
+        return found
+
+    plain, kept = rows(0.0), rows(AVERAGE)
+    assert all(torch.equal(mine, own) for mine, own in zip(kept[1:-1], plain[1:-1], strict=True))
+    wanted = plain[0]
+    for number, row in enumerate(plain[1:]):
+        wanted = torch.lerp(row, wanted, min(AVERAGE, (number + 1) / (number + 10)))
+    assert torch.allclose(kept[-1], wanted, atol=1e-6)
+    assert (plain[-1] - wanted).abs().mean() > 1e-4
 
 
 def test_relaxation_outside_the_basis_starts_where_the_prediction_is(
