@@ -85,7 +85,7 @@ def register(add: Callable[[BaseSpec], None]) -> None:
             batch=2,
             guidance=SAMPLING.guidance,
             steps=SAMPLING.steps,
-            likeness=0.5,
+            likeness=0.35,
             captions=CAPTIONS,
         )
     )

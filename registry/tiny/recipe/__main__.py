@@ -155,7 +155,7 @@ def publish(options: argparse.Namespace) -> Iterator[str]:
     from registry.tiny.recipe.publish import check_finite
     from registry.tiny.recipe.publish import publish as copy
 
-    size = copy(options.build, options.weights)
+    size = copy(options.build, options.weights, options.halfway)
     check_finite(options.weights)
     yield f"{options.weights}: {size:,} bytes"
 
@@ -231,8 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--steady", action="store_true", help="keep the rate to the end")
     step = steps.add_parser("decoder", help="train the decoder on what the base draws")
     _trains(step, decoder, count=4000, lr=2e-4, batch=32)
-    step = steps.add_parser("sharpen", help="train the base on what it draws in its last steps")
-    _trains(step, sharpen, count=1000, lr=5e-5, batch=8)
+    step = steps.add_parser(
+        "sharpen", help="train base, decoder and hypernetwork on what they draw"
+    )
+    _trains(step, sharpen, count=1200, lr=5e-5, batch=8)
     step = steps.add_parser("clip", help="train the in-domain CLIP that measures style")
     _trains(step, clip, count=800, lr=2e-3, batch=128)
     step = steps.add_parser("selfies", help="fetch selfies of people who do not exist, to show")
@@ -281,6 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
     step = steps.add_parser("publish", help="copy what was trained to the folder that ships")
     step.set_defaults(run=publish)
     step.add_argument("--weights", type=Path, default=Path("registry/tiny/weights"))
+    step.add_argument(
+        "--halfway", action="store_true", help="write the means of these weights and those there"
+    )
     options = parser.parse_args(arguments)
     try:
         for line in options.run(options):

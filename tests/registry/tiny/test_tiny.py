@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from hdbcli.model.base import Base
+from registry.checkpoints.safetensors import read_header, save_tensors
 from registry.errors import HdbError
 from registry.tiny import WEIGHTS
 from registry.tiny.recipe.pictures import read_pictures, sheet, to_pixels, to_unit
@@ -113,3 +115,33 @@ def test_publish_refuses_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(HdbError, match="base step"):
         publish(tmp_path, tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
+
+
+def test_publish_meets_what_ships_halfway(tmp_path: Path) -> None:
+    """Or replaces it; what was not trained anew stays, and no path of a work folder is written."""
+    build, weights = tmp_path / "build", tmp_path / "weights"
+
+    def write(folder: Path, number: float, shape: int = 2) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"w": torch.full((shape,), number)}
+        save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    def read() -> list[float]:
+        files = (weights / f"{name}/model.safetensors" for name in ("unet", "vae"))
+        return [load_file(file)["w"].mean().item() for file in files]
+
+    for part, mine, theirs in (("pipeline/unet", 1.0, 3.0), ("vae", 4.0, 0.0)):
+        write(build / part, mine)
+        write(weights / Path(part).name, theirs)
+    (build / "pipeline/model_index.json").write_text('{"_name_or_path": "/somewhere", "a": 1}')
+    save_tensors({"w": torch.ones(1)}, weights / "clip.safetensors", {"format": "pt", "kind": "c"})
+    publish(build, weights, halfway=True)
+    assert read() == [2.0, 2.0]
+    assert json.loads((weights / "model_index.json").read_text()) == {"a": 1}
+    assert read_header(weights / "clip.safetensors", 10_000).metadata["kind"] == "c"
+    publish(build, weights)
+    assert read() == [1.0, 4.0]
+    write(build / "pipeline/unet", 1.0, shape=3)
+    with pytest.raises(HdbError, match="another network"):
+        publish(build, weights, halfway=True)
+    assert read() == [1.0, 4.0]
