@@ -75,8 +75,7 @@ def _compared(
         drawn = picture(backbone, last, answer, guidance)
         with autocast(base.device, precision):
             images = backbone.decode(drawn)
-            far = (base.embed(images) - traits).square().sum(1)
-            far = far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
+            far = apart(images, base.embed(images), true, traits)
             if backbone.renews:
                 return far
             return far + CONTRAST * (contrast(images) - contrast(true)).square().mean((1, 2, 3))
@@ -131,6 +130,13 @@ def check_drafts(base: Base) -> Drafting:
             f"base model {base.spec.name} cannot draw with gradients; leave --likeness out"
         )
     return base.backbone
+
+
+def apart(images: Tensor, seen: Tensor, true: Tensor, traits: Tensor) -> Tensor:
+    """Return how far the people on pictures (B, 3, S, S), with embeddings `seen` (B, 128), are from
+    those on the true ones, with `traits`: squared distances (B,) of embeddings and of colours."""
+    far = (seen - traits).square().sum(1)
+    return far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
 
 
 def mosaic(images: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from hdbcli.method.lidb import Theta
 from hdbcli.model.base import load_predictor, open_base
 from hdbcli.model.hypernetwork_file import save_hypernetwork
 from hdbcli.training.drafting import NOISIEST
-from hdbcli.training.likeness_loss import mosaic
+from hdbcli.training.likeness_loss import apart
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit, settle
 from hdbcli.training.questions import Samples, diffusion, distance
 from registry.stable_diffusion.backbone import StableDiffusion, shifted
@@ -98,17 +98,20 @@ def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
             return float(torch.rand((), generator=generator))
 
         pick, turned = latents.draw(batch, generator), int(chance() < 0.5)
-        clean = latents.values[turned, pick].to(where).float()
-        true = to_unit(pixels[pick].flip(-1) if turned else pixels[pick]).to(where)
+
+        def chosen(rows: Tensor) -> tuple[Tensor, Tensor]:
+            """Return pictures and their latents, mirrored or not."""
+            own = pixels[rows].flip(-1) if turned else pixels[rows]
+            return to_unit(own).to(where), latents.values[turned, rows].to(where).float()
+
+        true, clean = chosen(pick)
         styles = pictures.styles[pick]
         theta = leaf = None
         groups = styles
         if chance() < ADAPTED:
-            of = portraits_of(pictures, pick, generator)
-            crops = to_unit(pixels[of].flip(-1) if turned else pixels[of]).to(where)
+            crops, read = chosen(portraits_of(pictures, pick, generator))
             with torch.no_grad():
                 traits = base.embed(crops)
-            read = latents.values[turned, of].to(where).float()
             theta = model(Faces(crops, traits, read))
             cores = (theta.down, theta.up)
             leaf = Theta(*(core.detach().requires_grad_() for core in cores))
@@ -190,7 +193,7 @@ def alike(true: Tensor, places: np.ndarray, made: Tensor, free: bool) -> Callabl
     they are found, or else there too.
     """
     with torch.no_grad():
-        wanted, colours = embed_aligned(true, places), mosaic(true)
+        traits = embed_aligned(true, places)
     if free:
         found = [landmarks(picture) for picture in to_pixels(made).permute(0, 2, 3, 1).numpy()]
         side = made.shape[-1]
@@ -199,7 +202,6 @@ def alike(true: Tensor, places: np.ndarray, made: Tensor, free: bool) -> Callabl
         )
 
     def far(images: Tensor) -> Tensor:
-        faces = (embed_aligned(images, places) - wanted).square().sum(1)
-        return (faces + (mosaic(images) - colours).square().mean((2, 3)).sum(1)).mean()
+        return apart(images, embed_aligned(images, places), true, traits).mean()
 
     return far
