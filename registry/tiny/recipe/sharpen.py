@@ -105,7 +105,7 @@ def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
             return to_unit(own).to(where), latents.values[turned, rows].to(where).float()
 
         true, clean = chosen(pick)
-        styles = pictures.styles[pick]
+        styles = pictures.styles[pick].to(where)
         theta = leaf = None
         groups = styles
         if chance() < ADAPTED:
