@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -147,10 +147,18 @@ def check_writable(path: Path) -> None:
             rehearsal.unlink()
 
 
-def refuse_name_of_file(out: Path, instead: str) -> None:
+def refuse_file_as_folder(out: Path, instead: str) -> None:
     """Refuse a folder of results that is called as a file is: its name was to be a file's."""
-    if out.suffix.casefold() in WEIGHTS | OTHER_FILES and not out.is_dir():
-        raise UsageError(f"{out} is named like a file, and would be a folder; {instead}")
+    if not out.is_dir():
+        refuse_file_as("a folder", out, WEIGHTS | OTHER_FILES, instead)
+
+
+def refuse_file_as(use: str, name: Path | str, kinds: Collection[str], instead: str) -> None:
+    """Refuse a path, or a text, that is called as a file of these kinds is, but would be used as
+    something else."""
+    if Path(name).suffix.casefold() in kinds:
+        said = name if isinstance(name, Path) else repr(name)
+        raise UsageError(f"{said} is named like a file, and would be {use}; {instead}")
 
 
 def temporary_beside(path: Path) -> Path:

@@ -22,7 +22,7 @@ from registry.files import (
     WEIGHTS,
     check_writable,
     move_to_new,
-    refuse_name_of_file,
+    refuse_file_as_folder,
     write_beside,
 )
 from registry.identity_facts import Facts, Layout, read_content, read_facts
@@ -279,7 +279,7 @@ def check_folder(out: Path) -> None:
         place = place.parent
     if not place.is_dir():
         raise HdbError(f"{place} is a file; give a folder")
-    refuse_name_of_file(out, "give a folder")
+    refuse_file_as_folder(out, "give a folder")
     check_among(out)
     check_output(place / "results")
 

@@ -17,7 +17,7 @@ from hdbcli.config import DEVICES, LARGEST_SEED, MEMORIES, OPTIMIZERS, PICTURES,
 from hdbcli.faces.source import KINDS, STDIN, check_photos
 from registry import store
 from registry.errors import HdbError, UsageError
-from registry.files import OTHER_FILES, check_writable
+from registry.files import OTHER_FILES, check_writable, refuse_file_as
 from registry.spec import SampleSettings
 
 if TYPE_CHECKING:
@@ -281,13 +281,10 @@ def photos_of(photo: Path, more: Sequence[Path] | None) -> list[Path]:
 def refuse_file_as_prompt(texts: Sequence[str]) -> None:
     """Refuse a prompt that is the name of a file: --html takes none, and --prompts stands before
     its own."""
+    instead = "--prompts FILE reads prompts, and -o says where pictures and page go"
     for text in texts:
-        suffix = Path(text).suffix.casefold()
-        if len(text.split()) == 1 and suffix in {*PICTURES, *OTHER_FILES}:
-            raise UsageError(
-                f"{text!r} is named like a file, and would be a prompt; --prompts FILE reads "
-                "prompts, and -o says where pictures and page go"
-            )
+        if len(text.split()) == 1:
+            refuse_file_as("a prompt", text, {*PICTURES, *OTHER_FILES}, instead)
 
 
 def prompts_in(file: Path | None) -> list[str]:

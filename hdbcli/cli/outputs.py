@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hdbcli.cli.options import free_path
 from hdbcli.config import PICTURES
 from registry.errors import HdbError, UsageError
-from registry.files import Taken, check_writable, refuse_name_of_file, write_kept
+from registry.files import Taken, check_writable, refuse_file_as_folder, write_kept
 
 if TYPE_CHECKING:
     from hdbcli.api import Drawn, Picture
@@ -61,7 +61,7 @@ def plan_outputs(out: Path | None, stems: Sequence[str], grid: bool, page: bool 
         beside = free_path(out.parent, out.stem, suffix=".html") if page else None
         return Outputs((), out, beside) if grid else Outputs((out,), None, beside, named=True)
     folder = out or Path()
-    refuse_name_of_file(folder, "give a folder, or a name that ends in .png")
+    refuse_file_as_folder(folder, "give a folder, or a name that ends in .png")
     if folder.exists() and not folder.is_dir():
         raise HdbError(f"{folder} is a file; give a folder or a name that ends in .png")
     paths: list[Path] = []

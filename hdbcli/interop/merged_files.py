@@ -21,7 +21,7 @@ from registry.checkpoints.contents import INDEX, PREDICTS_V, ZERO_SNR, read_conf
 from registry.checkpoints.ldm import architecture_of
 from registry.checkpoints.safetensors import NUMBERS, Item, write_tensors
 from registry.errors import HdbError, UsageError
-from registry.files import REFUSALS, WEIGHTS, check_writable, refuse_name_of_file, write_beside
+from registry.files import REFUSALS, WEIGHTS, check_writable, refuse_file_as_folder, write_beside
 from registry.spec import BaseSpec
 
 FORMATS = ("diffusers", "single-file")
@@ -102,7 +102,7 @@ def check_folder(out: Path, force: bool) -> None:
     """Raise HdbError now if the merged model could not be written to `out`."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder")
-    refuse_name_of_file(out, "one file is named .safetensors, the one kind that hdb writes")
+    refuse_file_as_folder(out, "one file is named .safetensors, the one kind that hdb writes")
     if out.resolve() == Path.cwd() or os.path.ismount(out):  # cannot be renamed away
         raise HdbError(f"{out} cannot be replaced as a whole; give a folder inside it")
     if out.exists() and any(out.iterdir()):
