@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--from", dest="start", type=Path, help="pipeline of a run before")
     step.add_argument("--steady", action="store_true", help="keep the rate to the end")
     step = steps.add_parser("decoder", help="train the decoder on what the base draws")
-    _trains(step, decoder, count=4000, lr=2e-4, batch=32)
+    _trains(step, decoder, count=3000, lr=3e-4, batch=32)
     step = steps.add_parser(
         "sharpen", help="train base, decoder and hypernetwork on what they draw"
     )
