@@ -45,6 +45,16 @@ class Theta:
         """Scale dW by `strength`, exactly: dW is linear in `up`."""
         return Theta(self.down, self.up * strength)
 
+    def as_leaves(self) -> Theta:
+        """Return the same numbers cut off from what made them, for gradients to gather at."""
+        return Theta(*(core.detach().requires_grad_() for core in (self.down, self.up)))
+
+    def backward(self, leaves: Theta) -> None:
+        """Send the gradients that gathered at the leaves through what made this theta, all at
+        once."""
+        gathered = leaves.down.grad, leaves.up.grad
+        torch.autograd.backward((self.down, self.up), gathered)
+
 
 @dataclass(frozen=True)
 class Factors:

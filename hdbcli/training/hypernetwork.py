@@ -282,7 +282,7 @@ def _part_losses(
             batch.t[:count].T.flatten().to(device),
         )
 
-    leaf = Theta(*(core.detach().requires_grad_(True) for core in (theta.down, theta.up)))
+    leaf = theta.as_leaves()
     own = samples(batch.drawn, material.people.caption(batch.drawn))
     yield from objective.diffusion(base, leaf, own, counts, precision)
     if some and config.prior:
@@ -307,7 +307,7 @@ def _part_losses(
     if material.known is not None:
         far = weight_loss(leaf, material.known[batch.person.to(device)])
         yield counts * config.beta * far.mean()
-    torch.autograd.backward((theta.down, theta.up), (leaf.down.grad, leaf.up.grad))
+    theta.backward(leaf)
 
 
 def share_out(batch: int, workers: Workers, share: int) -> tuple[int, float]:

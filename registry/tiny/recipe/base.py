@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hdbcli.model.device import join_workers
+from hdbcli.training.drafting import NOISIEST
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit
 from registry.errors import HdbError
 from registry.stable_diffusion.backbone import StableDiffusion, shifted
@@ -136,10 +137,8 @@ def train_base(
         randomness.manual_seed(seed + workers.rank)
         mirrored = torch.randint(2, (batch,), generator=randomness, device=device)
         clean = clean_of[mirrored, pick.to(device)].float()
-        noise = torch.randn(clean.shape, generator=randomness, device=device)
-        share = torch.rand(batch, generator=randomness, device=device)
-        late = shifted(share, TIMES_SHIFT)  # float32 may round it up to 1
-        t = (late * len(signal)).long().clamp(max=len(signal) - 1)
+        noise, late = noise_and_times(clean, randomness)
+        t = (late * len(signal)).long()
         a, s = signal[t].sqrt().view(-1, 1, 1, 1), (1 - signal[t]).sqrt().view(-1, 1, 1, 1)
         with half(unet.device):
             states = text_encoder(ids).last_hidden_state
@@ -178,6 +177,16 @@ def train_base(
                 )
                 show(pipeline, side, build)
                 pipeline.save_pretrained(build / "pipeline")
+
+
+def noise_and_times(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw what the diffusion loss puts on latents (B, c, h, w): noise, and times (B,) that lie
+    towards the noise. They are drawn on the generator's device."""
+    drawn_on = generator.device
+    noise = torch.randn(clean.shape, generator=generator, device=drawn_on)
+    share = torch.rand(len(clean), generator=generator, device=drawn_on)
+    late = shifted(share, TIMES_SHIFT).clamp(max=NOISIEST)
+    return noise.to(clean.device), late.to(clean.device)
 
 
 def _words() -> set[str]:

@@ -38,9 +38,9 @@ from hdbcli.training.drafting import NOISIEST
 from hdbcli.training.likeness_loss import apart
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit, settle
 from hdbcli.training.questions import Samples, diffusion, distance
-from registry.stable_diffusion.backbone import StableDiffusion, shifted
+from registry.stable_diffusion.backbone import StableDiffusion
 from registry.tiny import SAMPLING
-from registry.tiny.recipe.base import TIMES_SHIFT, prompt_of, show
+from registry.tiny.recipe.base import noise_and_times, prompt_of, show
 from registry.tiny.recipe.decoder import (
     Discriminator,
     brought_back,
@@ -113,8 +113,7 @@ def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
             with torch.no_grad():
                 traits = base.embed(crops)
             theta = model(Faces(crops, traits, read))
-            cores = (theta.down, theta.up)
-            leaf = Theta(*(core.detach().requires_grad_() for core in cores))
+            leaf = theta.as_leaves()
         else:
             groups = latents.captions(pick, generator)
         prompts = [prompt_of(group) for group in groups.tolist()]
@@ -143,10 +142,7 @@ def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
         def asked(
             clean: Tensor, prompts: list[str], adapter: Theta | None, held: bool = False
         ) -> Tensor:
-            noise = torch.randn(clean.shape, generator=generator).to(where)
-            share = torch.rand(len(clean), generator=generator)
-            t = shifted(share, TIMES_SHIFT).clamp(max=NOISIEST).to(where)
-            samples = Samples(clean, prompts, noise, t)
+            samples = Samples(clean, prompts, *noise_and_times(clean, generator))
             question = diffusion(backbone, samples)
             if held:
                 with torch.no_grad(), base.adapted(None), half(where):
@@ -159,9 +155,8 @@ def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
             return
         some = slice(0, -(-batch // 2))
         others = [prompt.replace(f"{base.spec.identifier} ", "") for prompt in prompts[some]]
-        part = Theta(leaf.down[some], leaf.up[some])
-        yield PretrainConfig.prior * asked(clean.roll(1, 0)[some], others, part, held=True)
-        torch.autograd.backward((theta.down, theta.up), (leaf.down.grad, leaf.up.grad))
+        yield PretrainConfig.prior * asked(clean.roll(1, 0)[some], others, leaf[some], held=True)
+        theta.backward(leaf)
 
     slow: dict[str, Any] = {"params": list(drawing.values())}
     fast = {"params": [*people.values(), *judge.parameters()], "times": FASTER}
