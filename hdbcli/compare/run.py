@@ -27,7 +27,7 @@ from hdbcli.method.hypernet import HyperNetwork
 from hdbcli.model.base import Adapter, Base
 from hdbcli.model.sample import generate
 from hdbcli.training import preservation
-from hdbcli.training.likeness_loss import CONTRAST, EARLY, RENEWED, STEPS
+from hdbcli.training.likeness_loss import BLOCKS, CELLS, CONTRAST, EARLY, RENEWED, STEPS
 from hdbcli.training.people import People
 from hdbcli.training.refine import train, weight_of
 from registry.checkpoints.safetensors import read_tensors, save_tensors
@@ -106,7 +106,8 @@ def run_method(setup: Setup, method: Method, folder: Path) -> Record:
         weight = weight_of(setup.base.spec, method.likeness)
         settings = f"{method.name}-{method.steps}-{method.lr:g}-{weight:g}"
         if weight and method.steps:  # what another loss made is not taken for its own
-            settings += f"-{CONTRAST:g}-{STEPS}-{RENEWED}.{EARLY}"
+            features = ".".join(map(str, (*BLOCKS.values(), CELLS)))
+            settings += f"-{CONTRAST:g}-{features}-{STEPS}-{RENEWED}.{EARLY}"
         if method.preserves and method.steps:
             settings += f"-{preservation.WEIGHT:g}-{STEPS}"
         stem = f"{settings}-{key}-{start:04d}-{len(persons)}"

@@ -99,6 +99,10 @@ class FaceEmbedding(nn.Module):
         if chips.shape[1:] != (3, CHIP, CHIP):
             raise ValueError(f"chips are (B, 3, {CHIP}, {CHIP}), not {tuple(chips.shape)}")
         (last,) = deque(self.features(chips), maxlen=1)
+        return self.embedding(last)
+
+    def embedding(self, last: Tensor) -> Tensor:
+        """Return the embeddings (B, 128) that the last block's features say."""
         return last.mean((2, 3)) @ self.fc
 
     def features(self, pictures: Tensor) -> Iterator[Tensor]:
@@ -201,15 +205,16 @@ def embed_aligned(images: Tensor, template: np.ndarray) -> Tensor:
     """Embed crops (B, 3, S, S) in -1..1 whose five points lie where `template` (5, 2) in 0..1 says,
     or (B, 5, 2) of each: (B, 128). Nothing is looked for, which takes time, and gradients pass."""
     home = images.device
-    if home.type == "mps":  # which knows no bicubic sampling in some versions, nor its gradient
-        images = images.cpu()
     chips = aligned_chips(images, template)
-    model = load_embedding(str(images.device))
+    model = load_embedding(str(chips.device))
     return torch.cat([model(part) for part in chips.split(_BATCH)]).to(home)
 
 
 def aligned_chips(images: Tensor, template: np.ndarray) -> Tensor:
-    """Cut chips (B, 3, 150, 150) from 0 to 255 out of such crops, differentiably."""
+    """Cut chips (B, 3, 150, 150) from 0 to 255 out of such crops, differentiably; on the CPU where
+    a device cannot."""
+    if images.device.type == "mps":  # which knows no bicubic sampling in some versions
+        images = images.cpu()
     images = images.float()  # a CPU resizes no bfloat16
     if images.shape[-1] > CHIP:  # the sampling below reads four pixels by four and no more
         images = F.interpolate(images, size=CHIP, mode="bilinear", antialias=True)

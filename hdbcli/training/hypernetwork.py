@@ -300,7 +300,6 @@ def _part_losses(
             [base.prompt(caption) for caption in material.people.caption(drawn)],
             noise[:some].transpose(0, 1).flatten(0, 1).to(device),
             seen(rows, mirrored[:some].repeat(DRAWS)),
-            material.traits(rows).to(device),
         )
         weight = share * config.likeness
         yield from objective.likeness(base, leaf[:some], portraits, weight, precision)

@@ -1,8 +1,13 @@
 """The likeness loss: draw the person in a few steps, and ask a face recogniser how far they are
 from the true picture.
 
-The recogniser hardly sees colours: alone it gave all people one complexion and blue eyes. So the
-middle of the picture, coarse as a mosaic, is compared too. And faces in a haze please it: with half
+    loss = | e(x) - e(y) |^2  +  mean_b | f_b(x) - f_b(y) |^2 / | f_b(y) |^2  +  | m(x) - m(y) |^2
+
+of a drawn picture x and the true one y: embeddings e; features f of the recogniser's blocks BLOCKS
+on the way to them, in coarse cells; and the colours m of the middle of the picture, coarse as a
+mosaic. An embedding alone can be met by marks that no person takes for a likeness, features hardly
+can, and another recogniser sees more of the person where they are compared. Neither sees colours:
+alone they gave all people one complexion and blue eyes. And faces in a haze please them: with half
 the contrast of true ones, eyes and glasses gone. So contrast is compared in the same cells.
 
 Where every step of drawing starts from fresh noise, the first ones decide who is drawn, and the
@@ -17,12 +22,15 @@ a distilled model (Guo et al. 2024, §3.3).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hdbcli.config import PORTRAIT
+from hdbcli.faces.embedding import aligned_chips, load_embedding
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Factors, Theta
 from hdbcli.model.base import Base
@@ -36,6 +44,8 @@ STEPS = 4
 RENEWED, EARLY = 6, 5  # steps where noise is renewed, and after how many of them it looks
 AHEAD = 4  # steps of refinement whose drafts are begun together, in half the time
 SHARE = 4  # one sample in SHARE of a step is drawn from noise too, which costs several passes
+BLOCKS = {"early": 6, "middle": 9, "late": 12}  # the recogniser's last of 64, 128, 256 channels
+CELLS = 4  # a side of a face's features
 CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
 
 
@@ -44,17 +54,15 @@ def likeness(
     prompts: Sequence[str],
     noise: Tensor,
     true: Tensor,
-    traits: Tensor,
     precision: str = "auto",
 ) -> Question:
-    """Draw faces up to the last step, and ask for the squared distances (B,) from the true ones, of
-    embeddings, colours and contrast.
+    """Draw faces up to the last step, and ask for the losses (B,).
 
     `noise` (B, c, h, w) is what they are drawn from, `true` (B, 3, S, S) the aligned pictures in
-    -1..1 and `traits` (B, 128) the embeddings of their faces; B is a multiple of the people whom
-    the base is adapted to, who lie fastest.
+    -1..1; B is a multiple of the people whom the base is adapted to, who lie fastest.
     """
-    return _compared(base, _begun(base, prompts, noise, precision), true, traits, precision)
+    last = _begun(base, prompts, noise, precision)
+    return _compared(base, last, _seen(base, true, precision), precision)
 
 
 def _begun(base: Base, prompts: Sequence[str], noise: Tensor, precision: str = "auto") -> Samples:
@@ -65,22 +73,26 @@ def _begun(base: Base, prompts: Sequence[str], noise: Tensor, precision: str = "
         return before_last(backbone, prompts, noise, steps, guidance, taken)
 
 
-def _compared(
-    base: Base, last: Samples, true: Tensor, traits: Tensor, precision: str = "auto"
-) -> Question:
+def _compared(base: Base, last: Samples, true: Sight, precision: str = "auto") -> Question:
     """Ask how far the pictures are that the last step leads to, finished ones in contrast too."""
     backbone, guidance = check_drafts(base), base.spec.guidance
 
     def far(answer: Tensor) -> Tensor:
         drawn = picture(backbone, last, answer, guidance)
         with autocast(base.device, precision):
-            images = backbone.decode(drawn)
-            far = apart(images, base.embed(images), true, traits)
+            seen = sight(backbone.decode(drawn), np.array(base.spec.template))
             if backbone.renews:
-                return far
-            return far + CONTRAST * (contrast(images) - contrast(true)).square().mean((1, 2, 3))
+                return apart(seen, true)
+            hazy = (seen.contrast - true.contrast).square().mean((1, 2, 3))
+            return apart(seen, true) + CONTRAST * hazy
 
     return Question(last, far)
+
+
+@torch.no_grad()
+def _seen(base: Base, true: Tensor, precision: str = "auto") -> Sight:
+    with autocast(base.device, precision):
+        return sight(true, np.array(base.spec.template))
 
 
 def portrait_likeness(
@@ -94,6 +106,7 @@ def portrait_likeness(
     """
     check_drafts(base)
     shape, prompt = faces[0].latents.shape[1:], base.prompt(PORTRAIT)
+    seen = [_seen(base, each.crops) for each in faces]
     begun: list[Samples] = []  # of this step and the next ones
 
     def question(
@@ -109,10 +122,10 @@ def portrait_likeness(
                 drafts = _begun(base, [prompt] * len(noise), noise)
             rows = torch.arange(len(drafts.clean)).view(-1, ahead, count * len(faces))
             begun.extend(drafts.part(rows[:, k].flatten().tolist()) for k in range(ahead))
-        own = [(each, (turn + k) % len(each.crops)) for k in range(count) for each in faces]
-        true = torch.stack([each.crops[k] for each, k in own])
-        traits = torch.stack([each.traits[k] for each, k in own])
-        far = _compared(base, begun.pop(0), true, traits)
+        own = [(each, (turn + k) % len(each.colours)) for k in range(count) for each in seen]
+        each_part = zip(*([part[k] for part in each] for each, k in own), strict=True)
+        true = Sight(*(torch.stack(part) for part in each_part))
+        far = _compared(base, begun.pop(0), true)
         return far.weighed(weight / count)
 
     return question
@@ -132,11 +145,42 @@ def check_drafts(base: Base) -> Drafting:
     return base.backbone
 
 
-def apart(images: Tensor, seen: Tensor, true: Tensor, traits: Tensor) -> Tensor:
-    """Return how far the people on pictures (B, 3, S, S), with embeddings `seen` (B, 128), are from
-    those on the true ones, with `traits`: squared distances (B,) of embeddings and of colours."""
-    far = (seen - traits).square().sum(1)
-    return far + (mosaic(images) - mosaic(true)).square().mean((2, 3)).sum(1)
+class Sight(NamedTuple):
+    """What is compared of B pictures: the embeddings (B, 128) of the faces on them, the features of
+    the recogniser on the way to these (B, c, CELLS, CELLS), and colours (B, 3, 8, 8) and contrast
+    (B, 1, 8, 8) of the pictures' middle."""
+
+    embedding: Tensor
+    early: Tensor
+    middle: Tensor
+    late: Tensor
+    colours: Tensor
+    contrast: Tensor
+
+
+def sight(images: Tensor, places: np.ndarray) -> Sight:
+    """See pictures (B, 3, S, S) in -1..1, with gradients, whose faces' five points lie at `places`
+    (5, 2) or (B, 5, 2) in 0..1."""
+    chips = aligned_chips(images, places)
+    model = load_embedding(str(chips.device))
+    made = list(model.features(chips))
+    early, middle, late = (
+        F.adaptive_avg_pool2d(made[block].float(), CELLS).to(images.device)
+        for block in BLOCKS.values()
+    )
+    embedding = model.embedding(made[-1]).to(images.device)
+    return Sight(embedding, early, middle, late, mosaic(images), contrast(images))
+
+
+def apart(mine: Sight, true: Sight) -> Tensor:
+    """Return how far the people on B pictures are from those on the true ones (B,), the contrast
+    aside."""
+    far = (mine.embedding - true.embedding).square().sum(1)
+    for name in BLOCKS:
+        own, theirs = getattr(mine, name), getattr(true, name)
+        away = (own - theirs).square().mean((1, 2, 3)) / theirs.square().mean((1, 2, 3))
+        far = far + away / len(BLOCKS)
+    return far + (mine.colours - true.colours).square().mean((2, 3)).sum(1)
 
 
 def mosaic(images: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ class Portraits(NamedTuple):
     prompts: Sequence[str]
     noise: Tensor  # (P DRAWS, c, h, w)
     true: Tensor  # (P DRAWS, 3, S, S)
-    traits: Tensor  # (P DRAWS, 128) embeddings of those pictures, mirrored or not
 
 
 def diffusion(
@@ -61,13 +60,11 @@ def likeness(
     base: Base, theta: Theta, portraits: Portraits, weight: float, precision: str
 ) -> Iterator[Tensor]:
     """Yield, likewise, the weighted mean likeness loss."""
-    prompts, noise, true, traits = portraits
+    prompts, noise, true = portraits
     for some, rows in _parts(base, theta):
         theirs = [prompts[row] for row in rows]
         with base.injected.adapted(theta[some]):
-            question = likeness_loss.likeness(
-                base, theirs, noise[rows], true[rows], traits[rows], precision
-            )
+            question = likeness_loss.likeness(base, theirs, noise[rows], true[rows], precision)
         yield from _asked(base, theta[some], question, weight / len(noise), precision)
 
 

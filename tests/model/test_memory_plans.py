@@ -160,12 +160,11 @@ def test_likeness_has_its_weight_whole_or_in_parts(tiny: Base) -> None:
     prompts = [tiny.prompt("a [V] face")] * count
     noise = torch.randn((count, *LATENT), generator=generator)
     true = torch.rand((count, 3, 128, 128), generator=generator)
-    traits = torch.randn((count, 128), generator=generator)
     first = tiny.first_theta(people=2)
     theta = Theta(first.down, 0.2 * torch.randn(first.up.shape, generator=generator))
-    portraits = objective.Portraits(prompts, noise, true, traits)
+    portraits = objective.Portraits(prompts, noise, true)
     with torch.no_grad(), tiny.injected.adapted(theta):
-        far = likeness(tiny, prompts, noise, true, traits, "fp32").answered(tiny.backbone).mean()
+        far = likeness(tiny, prompts, noise, true, "fp32").answered(tiny.backbone).mean()
         for plan in (NORMAL, PLANS[2]):
             base = replace(tiny, plan=plan)
             parts = list(objective.likeness(base, theta, portraits, 3.0, "fp32"))

@@ -84,7 +84,6 @@ def test_a_step_learns_each_face_from_pictures_of_that_person(
     told = [tiny.prompt(STYLES.get(abs(int(k)) - 1, PORTRAIT)) for k in drawn]
     assert seen["diffusion"].prompts == seen["likeness"].prompts == told and len(set(told)) == 3
     assert torch.equal(shown(seen["likeness"].true), drawn)
-    assert torch.equal(seen["likeness"].traits[:, 0], drawn.abs() - 1)
     prior = seen["prior"].prompts
     assert "" in prior and "a face" in prior and not any("sks" in text for text in prior)
 
