@@ -28,14 +28,14 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from hdbcli.config import PretrainConfig
-from hdbcli.faces.embedding import embed_aligned, landmarks
+from hdbcli.faces.embedding import landmarks
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.inject import eject
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import load_predictor, open_base
 from hdbcli.model.hypernetwork_file import save_hypernetwork
 from hdbcli.training.drafting import NOISIEST
-from hdbcli.training.likeness_loss import apart
+from hdbcli.training.likeness_loss import apart, sight
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit, settle
 from hdbcli.training.questions import Samples, diffusion, distance
 from registry.stable_diffusion.backbone import StableDiffusion
@@ -51,15 +51,18 @@ from registry.tiny.recipe.decoder import (
 )
 from registry.tiny.recipe.latents import read_autoencoder, read_latents
 from registry.tiny.recipe.photographs import read_photographs
-from registry.tiny.recipe.pictures import half, to_pixels, to_unit
+from registry.tiny.recipe.pictures import STYLES, half, to_pixels, to_unit
 
 UNSEEN = 2  # steps of drawing, the first, whose answers are still too open to be pictures
-ADAPTED = 0.6  # share of steps in which the base is adapted to the people it draws
+ADAPTED = 0.8  # share of steps in which the base is adapted to the people it draws
 FREE = 0.5  # share of steps that draw from nothing but noise
 LEFT = 3.0  # times the share of a photograph that noise has left: how hard that pulls, at most once
 DRAWN = 40.0  # how much more what is drawn weighs for the people: likeness as much as it is, about
-FASTER = 4.0  # times the rate of the UNet, that of the discriminator and of the hypernetwork
+FASTER = 10.0  # times the rate of the UNet, that of the discriminator and of the hypernetwork
 SHOWN_EVERY = 150  # steps
+# Styles whose colours are chance: the mean of all stage lights, which is what drawing from nothing
+# but noise would learn to hit, is no light at all.
+ANY_COLOURS = [STYLES.index(style) for style in ("rockstar", "popart")]
 MIRRORED = [1, 0, 2, 4, 3]  # the five points of a face in a mirror: left and right change
 
 
@@ -130,7 +133,9 @@ def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
         places = pictures.points[pick].numpy() / side
         if turned:
             places = (places * [-1, 1] + [1, 0])[:, MIRRORED]
-        person = None if leaf is None else alike(true, places, made, free=first == 0)
+        person = None
+        if leaf is not None:
+            person = alike(true, places, made, styles, free=first == 0)
         left = min(1.0, LEFT * (1 - float(times[first])))
         yield pulled(made, *pull(judge, made, true, styles, left, person))
         if leaf is not None:
@@ -180,15 +185,17 @@ def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
     save_hypernetwork(model, build / "hypernetwork.safetensors")
 
 
-def alike(true: Tensor, places: np.ndarray, made: Tensor, free: bool) -> Callable[[Tensor], Tensor]:
+def alike(
+    true: Tensor, places: np.ndarray, made: Tensor, styles: Tensor, free: bool
+) -> Callable[[Tensor], Tensor]:
     """Return how far pictures like those `made` (B, 3, S, S) are from the people on the true ones,
     by faces and by colours: see `hdbcli.training.likeness_loss`.
 
     The true faces lie at `places` (B, 5, 2). Those that were drawn from nothing but noise lie where
-    they are found, or else there too.
+    they are found, or else there too, and their colours are their own in styles (B,) of any.
     """
     with torch.no_grad():
-        traits = embed_aligned(true, places)
+        theirs = sight(true, places)
     if free:
         found = [landmarks(picture) for picture in to_pixels(made).permute(0, 2, 3, 1).numpy()]
         side = made.shape[-1]
@@ -196,7 +203,12 @@ def alike(true: Tensor, places: np.ndarray, made: Tensor, free: bool) -> Callabl
             [own if new is None else new / side for own, new in zip(places, found, strict=True)]
         )
 
+    own = torch.tensor([free and style in ANY_COLOURS for style in styles.tolist()])
+    own = own.to(true.device)[:, None, None, None]
+
     def far(images: Tensor) -> Tensor:
-        return apart(images, embed_aligned(images, places), true, traits).mean()
+        mine = sight(images, places)
+        colours = torch.where(own, theirs.colours, mine.colours)
+        return apart(mine._replace(colours=colours), theirs).mean()
 
     return far

@@ -32,7 +32,7 @@ from registry.tiny.recipe.decoder import (
     portraits_of,
     pull,
 )
-from registry.tiny.recipe.latents import GROUPS, Latents
+from registry.tiny.recipe.latents import GROUPS, PORTRAIT, Latents
 from registry.tiny.recipe.photographs import KINDS, Photographs
 from registry.tiny.recipe.pictures import STYLES
 from registry.tiny.recipe.sharpen import alike
@@ -164,9 +164,24 @@ def test_likeness_is_looked_for_where_the_face_is(astronaut: Path) -> None:
     true = torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 127.5 - 1
     moved = F.pad(true, (16, 0, 12, 0), mode="replicate")[..., :128, :128]
     places = np.array(TEMPLATE)[None]
-    there, here = (alike(true, places, moved, free)(moved).item() for free in (True, False))
-    assert alike(true, places, true, False)(true).item() < 1e-6
+    style = torch.tensor([PORTRAIT])
+    there, here = (alike(true, places, moved, style, free)(moved).item() for free in (True, False))
+    assert alike(true, places, true, style, False)(true).item() < 1e-6
     assert here - there > 0.2  # squared distances of embeddings: two people are 0.35 apart
+
+
+def test_stage_light_of_another_colour_is_no_other_person(astronaut: Path) -> None:
+    """Nobody can guess it from nothing but noise; from the photograph with noise on it one can."""
+    crop = crop_face(astronaut, np.array(TEMPLATE), 128).image
+    true = torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 127.5 - 1
+    lit = (true + torch.tensor([-0.4, 0.0, 0.4])[:, None, None]).clamp(-1, 1)
+    rock, portrait = (torch.tensor([STYLES.index(each)]) for each in ("rockstar", "portrait"))
+
+    def far(styles: torch.Tensor, free: bool) -> float:
+        return alike(true, np.array(TEMPLATE)[None], lit, styles, free)(lit).item()
+
+    assert far(rock, True) < far(portrait, True) - 0.1
+    assert far(rock, False) == far(portrait, False)
 
 
 def test_decoder_and_base_train_on_alone(
