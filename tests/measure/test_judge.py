@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -284,6 +285,18 @@ def test_a_base_that_draws_its_training_faces_is_found_out(
     assert "some must be held out" in capsys.readouterr().err
 
 
+def test_a_base_is_judged_by_portraits_of_seeds_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "_DRAWN_AT_ONCE", 2)
+    first, second, third = (
+        picture.astype(int) for picture in judge._portraits(VAE.parent, "a face", 3, 1)
+    )
+    (again,) = judge._portraits(VAE.parent, "a face", 1, 1)
+    assert np.abs(again - first).mean() < 1
+    assert np.abs(first - second).mean() > 5 < np.abs(first - third).mean()
+    (styled,) = judge._portraits(VAE.parent, "a face with bark skin", 1, 1)
+    assert np.abs(styled - first).mean() > 5
+
+
 def test_a_trial_tells_what_each_setting_learns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -294,10 +307,12 @@ def test_a_trial_tells_what_each_setting_learns(
     words = ["trial", str(VAE.parent), str(HELD_OUT), "--people", "2", "--drawings", "1"]
     words += ["--side", "64", "--targets", "blocks", "--steps", "2", "--lr", "0", "3e-2"]
     assert main(words) == 0
-    _, _, photo, still, fast = capsys.readouterr().out.splitlines()
+    heads, _, photo, still, fast = capsys.readouterr().out.splitlines()
+    assert heads.split("|")[-3:-1] == [" alike ", " a face "]
     assert float(photo.split()[-3]) > 0.5  # one person on two photos
     cells = [[cell.strip() for cell in row.split("|")] for row in (still, fast)]
     count = int(cells[0][1].removeprefix("blocks (").removesuffix(")"))
     assert count > 10 and all(row[3] == f"{count * 4 * (64 + 32):,}" for row in cells)
+    assert all(re.fullmatch(r"face \d\.\d{3}", told) for row in cells for told in row[6:8])
     (before, after), (same, better) = (row[5].split(" to ") for row in cells)
     assert before == after == same > better

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import cv2
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hdbcli.config import PROMPTS
 from registry.spec import SampleSettings
 from registry.tiny.clip import load_clip
 from registry.tiny.recipe.__main__ import main
@@ -32,6 +35,7 @@ from registry.tiny.recipe.pictures import Pictures, read_pictures
 from registry.tiny.recipe.styles import CAPTIONS
 from registry.tiny.recipe.teacher import new_teacher
 
+ROOT = Path(__file__).parents[3]
 SLIDERS = {"nose/nose-scale-horiz-incr": True, "head/head-oval": False, "head/head-round": False}
 
 
@@ -49,7 +53,7 @@ def test_a_seed_is_a_person() -> None:
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
     """Use the assets of an earlier run of the recipe, or fetch them once (HDB_FETCH_ASSETS=1)."""
-    cache = Path(__file__).parents[3] / "build/tiny/assets"
+    cache = ROOT / "build/tiny/assets"
     here = all((cache / f"{p.name}-{p.version}").is_dir() for p in (MESHES, MATERIALS))
     if not here and not os.environ.get("HDB_FETCH_ASSETS"):
         pytest.skip("the recipe's assets (137 MB) are not here; HDB_FETCH_ASSETS=1 fetches them")
@@ -163,19 +167,46 @@ def test_every_step_from_renders_to_weights(
         "base-64.png",
         "base-128.png",
     }
-    drawn, photo = tmp_path / "drawn", tmp_path / "data/alice.png"
-    for path in (drawn / "0/alice-a-v-face-7.png", drawn / "1/alice-bark-7.png", photo):
-        path.parent.mkdir(exist_ok=True, parents=True)
-        path.write_bytes((build / "people/000000/portrait-0.png").read_bytes())
-    out = tmp_path / "sheet.png"
-    assert step("contact", photo, "--drawn", drawn, "--out", out) == 0
+
+
+def test_a_sheet_has_a_row_a_photo_and_a_column_a_prompt(tmp_path: Path) -> None:
+    drawn, shades = tmp_path / "drawn", {}
+    for row, name in enumerate(("ann", "anna")):  # the one's pictures are not the other's
+        places = f"{name}.png", f"drawn/0/{name}-a-7.png", f"drawn/1/{name}-b-7.png"
+        for column, place in enumerate(places):
+            path, shade = tmp_path / place, 40 + 60 * row + 20 * column
+            path.parent.mkdir(exist_ok=True, parents=True)
+            cv2.imwrite(str(path), np.full((64, 64, 3), shade, np.uint8))
+            shades[row, column] = shade
+    photos, out = (tmp_path / "ann.png", tmp_path / "anna.png"), tmp_path / "sheet.png"
+    assert step("contact", *photos, "--drawn", drawn, "--out", out) == 0
     plain = read_image(out, cv2.IMREAD_COLOR)
-    assert plain.shape == (128, 3 * 128, 3)
-    assert step("contact", photo, "--drawn", drawn, "--titles", "photo", "bark", "--out", out) == 0
+    assert plain.shape == (2 * 128, 3 * 128, 3)
+    middles = {(row, column): plain[64 + 128 * row, 64 + 128 * column, 0] for row, column in shades}
+    assert middles == shades
+    titles = "--titles", "photo", "bark"
+    assert step("contact", *photos, "--drawn", drawn, *titles, "--out", out) == 0
     titled = read_image(out, cv2.IMREAD_COLOR)
-    head = titled[: len(titled) - 128]
-    assert (titled[-128:] == plain).all() and len(head) and (head[:, 256:] == 255).all()
+    head = titled[: len(titled) - 256]
+    assert (titled[-256:] == plain).all() and len(head) and (head[:, 256:] == 255).all()
     assert (head[:, :128] < 128).any() and (head[:, 128:256] < 128).any()
+
+
+def test_the_sheet_of_readme_is_what_make_draws() -> None:
+    """A row for the astronaut and for each selfie, and a column for the photo and for each of the
+    page's prompts, under a title that says it."""
+    told = subprocess.run(["make", "-n", "sheet"], cwd=ROOT, capture_output=True, text=True)
+    said = told.stdout.replace("\\\n", " ")
+    prompts, titles = (
+        shlex.split(re.search(pattern, said)[1])  # type: ignore[index]  # or the test fails here
+        for pattern in (r"for prompt in (.+?); do", r"--titles (.+?) --out")
+    )
+    assert tuple(prompts) == PROMPTS
+    assert titles[:2] == ["photo", "portrait"]
+    for title, prompt in zip(titles[2:], prompts[1:], strict=True):
+        assert title.lower() in prompt.lower()
+    height, width, _ = read_image(ROOT / "docs/sheet.png", cv2.IMREAD_COLOR).shape
+    assert (width, height // 128) == (128 * len(titles), 1 + 6)
 
 
 def test_selfies_are_of_people_who_do_not_exist(tmp_path: Path) -> None:
