@@ -17,6 +17,11 @@ the network makes of the picture earlier on, which is blurred, and leaves contra
 Not in HyperDreamBooth. The diffusion loss never sees a picture drawn from noise, where small errors
 of every step add up to another person; this one goes through the drawing itself, as PuLID does with
 a distilled model (Guo et al. 2024, §3.3).
+
+Pictures are drawn by DDIM's deterministic steps (Song et al. 2021, eq. 12), or by fresh noise in
+every step where the base's own scheduler renews it, as that of consistency models does. Gradients
+pass through the last step alone: what lies before it changes the picture as much, but its gradient
+adds nothing but seconds (Clark et al. 2024, DRaFT-1).
 """
 
 from __future__ import annotations
@@ -35,10 +40,9 @@ from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Factors, Theta
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
-from hdbcli.training.drafting import before_last, picture
-from hdbcli.training.questions import Question, Samples, pairs_at_once
+from hdbcli.training.questions import Question, Samples, joined, pairs_at_once
 from registry.errors import HdbError
-from registry.spec import Drafting
+from registry.spec import Drafting, passes_of
 
 STEPS = 4
 RENEWED, EARLY = 6, 5  # steps where noise is renewed, and after how many of them it looks
@@ -46,6 +50,7 @@ AHEAD = 4  # steps of refinement whose drafts are begun together, in half the ti
 SHARE = 4  # one sample in SHARE of a step is drawn from noise too, which costs several passes
 BLOCKS = {"early": 6, "middle": 9, "late": 12}  # the recogniser's last of 64, 128, 256 channels
 CELLS = 4  # a side of a face's features
+NOISIEST = 1 - 2**-20  # of times: float32 rounds what lies closer up to 1, where no timestep is
 CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
 
 
@@ -197,3 +202,52 @@ def contrast(images: Tensor) -> Tensor:
     reach = images.shape[-1] // 64
     blurred = F.avg_pool2d(F.pad(bright, (reach,) * 4, mode="replicate"), 2 * reach + 1, 1)
     return 0.5 * (mosaic((bright - blurred).square()) + 1e-4).log()  # -4.6 where there is none
+
+
+@torch.no_grad()
+def before_last(
+    backbone: Drafting,
+    prompts: Sequence[str],
+    noise: Tensor,
+    steps: int,
+    guidance: float,
+    taken: int | None = None,
+) -> Samples:
+    """Take all steps but the last, from noise (B, c, h, w), or but the last of those `taken`, and
+    return what that one asks: B samples, or twice as many with guidance, "" first."""
+    clean, rest = torch.zeros_like(noise), noise
+    times = backbone.times(steps).clamp(max=NOISIEST).to(noise)
+    for number, t in enumerate(times[: taken or steps], 1):
+        samples = Samples(clean, prompts, rest, t.expand(len(noise)))
+        if passes_of(guidance) == 2:
+            samples = joined([samples._replace(prompts=[""] * len(noise)), samples])
+        if number < (taken or steps):
+            clean, rest = _split(backbone, samples, backbone.predict(*samples), guidance)
+            rest = noise.roll(number, 1) if backbone.renews else rest
+    return samples
+
+
+def picture(backbone: Drafting, last: Samples, answer: Tensor, guidance: float) -> Tensor:
+    """Return the latents (B, c, h, w) that the network holds for the picture when it answers the
+    last step."""
+    return _split(backbone, last, answer, guidance)[0]
+
+
+def draft(
+    backbone: Drafting, prompts: Sequence[str], noise: Tensor, steps: int, guidance: float
+) -> Tensor:
+    """Draw latents (B, c, h, w) in a few steps from noise of that shape."""
+    last = before_last(backbone, prompts, noise, steps, guidance)
+    return picture(backbone, last, backbone.predict(*last), guidance)
+
+
+def _split(
+    backbone: Drafting, samples: Samples, answer: Tensor, guidance: float
+) -> tuple[Tensor, Tensor]:
+    """Return what the guided answer says: the picture, and the noise."""
+    clean, _, noise, t = samples
+    if passes_of(guidance) == 2:
+        away, towards = answer.chunk(2)
+        answer = away + guidance * (towards - away)
+        clean, noise, t = (each.chunk(2)[0] for each in (clean, noise, t))
+    return backbone.split(clean, noise, t, answer)

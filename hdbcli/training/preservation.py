@@ -24,8 +24,7 @@ from hdbcli.config import CAPTIONS, PORTRAIT, unnamed
 from hdbcli.method.lidb import Factors
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
-from hdbcli.training.drafting import draft
-from hdbcli.training.likeness_loss import STEPS
+from hdbcli.training.likeness_loss import STEPS, draft
 from hdbcli.training.questions import (
     Question,
     Samples,

@@ -21,8 +21,7 @@ from hdbcli.method.lidb import Factors, Theta, pack, unpack
 from hdbcli.model.base import Adapter, Base
 from hdbcli.model.device import make_optimizer
 from hdbcli.model.tokens import Tokens
-from hdbcli.training.drafting import NOISIEST
-from hdbcli.training.likeness_loss import portrait_likeness
+from hdbcli.training.likeness_loss import NOISIEST, portrait_likeness
 from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
 from hdbcli.training.preservation import preservation
 from hdbcli.training.questions import Question, Samples, answers, ask, diffusion, joined

@@ -25,15 +25,17 @@ from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base, load_predictor
 from hdbcli.model.sample import generate
-from hdbcli.training.drafting import before_last, draft, picture
 from hdbcli.training.likeness_loss import (
     AHEAD,
     BLOCKS,
     Sight,
     apart,
+    before_last,
     contrast,
+    draft,
     likeness,
     mosaic,
+    picture,
     portrait_likeness,
     sight,
 )

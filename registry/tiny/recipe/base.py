@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hdbcli.model.device import join_workers
-from hdbcli.training.drafting import NOISIEST
+from hdbcli.training.likeness_loss import NOISIEST
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit
 from registry.errors import HdbError
 from registry.stable_diffusion.backbone import StableDiffusion, shifted

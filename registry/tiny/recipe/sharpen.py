@@ -34,8 +34,7 @@ from hdbcli.method.inject import eject
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import load_predictor, open_base
 from hdbcli.model.hypernetwork_file import save_hypernetwork
-from hdbcli.training.drafting import NOISIEST
-from hdbcli.training.likeness_loss import apart, sight
+from hdbcli.training.likeness_loss import NOISIEST, apart, sight
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit, settle
 from hdbcli.training.questions import Samples, diffusion, distance
 from registry.stable_diffusion.backbone import StableDiffusion

@@ -14,7 +14,7 @@ from torch import nn
 
 from hdbcli.method.inject import find_targets
 from hdbcli.method.lidb import shape_of
-from hdbcli.training.drafting import draft
+from hdbcli.training.likeness_loss import draft
 from hdbcli.training.questions import diffusion_loss
 from registry.checkpoints.contents import read_checkpoint, read_config
 from registry.checkpoints.ldm import canonical
