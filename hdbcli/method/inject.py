@@ -36,17 +36,6 @@ class Injected:
     seed: int
     digest: str | None = None  # of the weights as they are stored, where they were rounded since
 
-    def set_adapter(self, adapter: Theta | Factors | None) -> None:
-        """Set the residual of every target: of a batch of identities, of one for all samples,
-        or none."""
-        if adapter is None:
-            for layer in self.layers.values():
-                layer.residual = None
-            return
-        factors = self.factors(adapter) if isinstance(adapter, Theta) else adapter
-        for layer, down, up in zip(self.layers.values(), factors.down, factors.up, strict=True):
-            layer.residual = down, up
-
     def factors(self, theta: Theta) -> Factors:
         """Multiply theta by every target's basis."""
         if theta.down.shape[1] != len(self.layers):
@@ -62,12 +51,18 @@ class Injected:
 
     @contextmanager
     def adapted(self, adapter: Theta | Factors | None) -> Iterator[None]:
-        """Set an adapter inside the block only."""
-        self.set_adapter(adapter)
+        """Give every target its residual inside the block: of a batch of identities, of one for all
+        samples, or none."""
+        factors = self.factors(adapter) if isinstance(adapter, Theta) else adapter
+        none = [None] * len(self.layers)
+        pairs = none if factors is None else zip(factors.down, factors.up, strict=True)
         try:
+            for layer, pair in zip(self.layers.values(), pairs, strict=True):
+                layer.residual = pair
             yield
         finally:
-            self.set_adapter(None)
+            for layer in self.layers.values():
+                layer.residual = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

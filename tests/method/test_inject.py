@@ -74,10 +74,9 @@ def test_eject_restores_bitwise() -> None:
     injected = inject({"m": model}, {"m": (r"\d",)}, a=4, b=2, seed=1)
     assert list(injected.layers) == ["m.0", "m.2"]
     down, up = torch.randn(1, 2, 1, 4), torch.randn(1, 2, 2, 1)
-    injected.set_adapter(Theta(down, up))
-    adapted = model(x)
-    assert (adapted - before).abs().max() > 1e-3
-    eject({"m": model})
+    with injected.adapted(Theta(down, up)):
+        assert (model(x) - before).abs().max() > 1e-3
+        eject({"m": model})
     assert {k: v.tolist() for k, v in model.state_dict().items()} == {
         k: v.tolist() for k, v in state.items()
     }
@@ -113,7 +112,7 @@ def test_errors_name_the_values(tiny: Base) -> None:
         find_targets(model, {"m": ("nothing",)})
     assert len(find_targets(model, {"m": (".*",)})) == 1
     with pytest.raises(HdbError, match="3 targets"):
-        tiny.injected.set_adapter(first_theta(3, tiny.spec.a, tiny.spec.b))
+        tiny.injected.adapted(first_theta(3, tiny.spec.a, tiny.spec.b)).__enter__()
 
 
 def test_canonical_names() -> None:
