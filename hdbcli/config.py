@@ -1,10 +1,16 @@
-"""The defaults of every stage in one place, light enough for `hdb --help` to read."""
+"""The defaults of every stage in one place, light enough for `hdb --help` to read, and the user's
+own: `config.toml` in the store or the user's folder of settings."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from registry import store
+from registry.errors import HdbError
 
 DEVICES = ("cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw8bit", "adamw")
@@ -117,3 +123,23 @@ class PretrainConfig:
     held_out: int = 64  # people, but no more than a tenth of all
     checkpoint: Path | None = None  # a run that was cut off goes on from it
     accumulate: int = 1  # parts in which a batch is taken: less memory, the same gradient
+
+
+def user_file() -> Path:
+    """Return where the user's own defaults lie, whether they are there or not."""
+    return store.root("config") / "config.toml"
+
+
+def user_defaults() -> dict[str, Any]:
+    """Return what that file says, nothing if there is none; HdbError for what is no TOML."""
+    file = user_file()
+    if not file.exists():
+        return {}
+    if sys.version_info >= (3, 11):  # to import it takes time, and hardly anybody has the file
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HdbError(f"{file} cannot be read ({error}); mend it, or take it away") from error

@@ -20,7 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hdbcli import __version__, defaults
+from hdbcli import __version__
+from hdbcli.config import user_defaults, user_file
 from hdbcli.limits import free_ram
 from registry import orphans, store
 from registry.bases.settings import DEFAULT, customised, default_base, read_settings, settings_path
@@ -264,9 +265,9 @@ def the_store() -> Check:
 
 def the_defaults() -> Check:
     """Say where the user's own defaults lie, and what they are."""
-    path, facts = defaults.path(), {"path": str(defaults.path())}
+    path, facts = user_file(), {"path": str(user_file())}
     try:
-        values = list(_flat(defaults.read()))
+        values = list(_flat(user_defaults()))
     except HdbError as error:
         return Check("store", "defaults", str(error), WARNING, facts)
     found = f"{', '.join(values) or 'none of the user'}; {path}"

@@ -40,7 +40,7 @@ LAYERS = (
     ("hdbcli.training", "hdbcli.identity", "hdbcli.interop", "hdbcli.measure"),
     ("hdbcli.model",),
     ("hdbcli.method", "hdbcli.faces"),
-    ("hdbcli", "hdbcli.config", "hdbcli.defaults", "hdbcli.limits"),
+    ("hdbcli", "hdbcli.config", "hdbcli.limits"),
     ("registry", "registry.plugins", "registry.tiny"),
     ("registry.bases",),
     (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hdbcli import __version__, defaults
+from hdbcli import __version__
 from hdbcli.cli import render
 from hdbcli.cli.algebra import compose, export, inspect, merge, relax, shrink
 from hdbcli.cli.bases import base_app
@@ -63,7 +63,7 @@ from hdbcli.cli.options import (
 )
 from hdbcli.cli.store import cp, gc, import_identity, mv, rm, verify
 from hdbcli.cli.train import train_app
-from hdbcli.config import PROMPTS, UNPREDICTED_STEPS, RefineConfig
+from hdbcli.config import PROMPTS, UNPREDICTED_STEPS, RefineConfig, user_defaults, user_file
 from registry import store
 from registry.errors import HdbError
 from registry.files import check_writable
@@ -90,8 +90,8 @@ def root(
         render.say(f"hdb {__version__}")
         raise typer.Exit
     ctx.obj = time.perf_counter()  # when it began
-    if values := defaults.read():
-        ctx.default_map = default_map(ctx.command, values, defaults.path())
+    if values := user_defaults():
+        ctx.default_map = default_map(ctx.command, values, user_file())
 
 
 @app.command(rich_help_panel=MAKE)
@@ -390,6 +390,6 @@ def _show(created: Created, saved: Saved, as_json: bool, preview: Path | None = 
 
 def main() -> None:
     """Run the command line."""
-    if not defaults.path().exists():  # its keys are checked against all commands
+    if not user_file().exists():  # its keys are checked against all commands
         only_asked(app)
     app()

@@ -13,7 +13,8 @@ from commands import DRAWN, hdb, ok, refused, told
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from hdbcli import api, defaults, doctor
+from hdbcli import api, doctor
+from hdbcli.config import user_file
 from hdbcli.model.base import Base
 from registry import store
 from registry.errors import HdbError
@@ -32,8 +33,8 @@ def far(one: Path | str, other: Path | str) -> int:
 
 
 def config(text: str) -> None:
-    defaults.path().parent.mkdir(parents=True, exist_ok=True)
-    defaults.path().write_text(text, encoding="utf-8")
+    user_file().parent.mkdir(parents=True, exist_ok=True)
+    user_file().write_text(text, encoding="utf-8")
 
 
 def saying(path: Path, text: str) -> Path:
@@ -152,7 +153,7 @@ def test_a_wrong_key_or_value_is_named(text: str, says: str, hdb_home: Path) -> 
     config("")
     ok("list")  # the control
     config(text)
-    assert str(defaults.path()) in refused("list", says=says)
+    assert str(user_file()) in refused("list", says=says)
 
 
 def test_doctor_shows_own_defaults(hdb_home: Path) -> None:
@@ -160,13 +161,13 @@ def test_doctor_shows_own_defaults(hdb_home: Path) -> None:
     config("memory = 'low'\n[gen]\nsteps = 20\n")
     check = doctor.the_defaults()
     assert check.facts["values"] == ["memory = low", "gen.steps = 20"] and check.state == doctor.OK
-    assert check.facts["path"] == str(defaults.path()) in check.found
+    assert check.facts["path"] == str(user_file()) in check.found
     config("[")
     assert doctor.the_defaults().state == doctor.WARNING
 
 
 def test_the_file_lies_with_other_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert defaults.path() == store.root() / "config.toml"
+    assert user_file() == store.root() / "config.toml"
     monkeypatch.delenv("HDB_HOME")
     monkeypatch.setenv("XDG_CONFIG_HOME", "/somewhere")
-    assert defaults.path().name == "config.toml" and defaults.path().parent.name == "hdb"
+    assert user_file().name == "config.toml" and user_file().parent.name == "hdb"
