@@ -227,7 +227,7 @@ def _opened(folder: Path, index: dict[str, Any]) -> People:
         first += header.tensors["crops"].shape[0]
     stored = {name: StoredRows(name, headers) for name in DTYPES}
     whole = hashlib.sha256("".join(entry["content"] for entry in index["files"]).encode())
-    people = People(
+    return People(
         stored["crops"],
         tuple(names),
         tuple(members),
@@ -236,8 +236,8 @@ def _opened(folder: Path, index: dict[str, Any]) -> People:
         captions,
         stored["traits"],
         stored["latents"],
+        whole.hexdigest(),
     )
-    return replace(people, digest=whole.hexdigest())
 
 
 class StoredRows:
