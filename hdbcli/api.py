@@ -535,7 +535,7 @@ def export(
     from hdbcli.interop.diffusers_reader import require_peft
 
     name, identity = _read(person)
-    sources = () if isinstance(person, Identity) else (_file(person),)
+    sources = () if isinstance(person, Identity) else (store.resolve(person),)
     stem = sources[0].stem if sources else name
     target = Path(out) if out is not None else Path(f"{stem}-lora.safetensors")
     if target.exists() and not force:
@@ -754,12 +754,8 @@ def _read(person: Person) -> tuple[str, Identity]:
     """Return an identity and how it is called where it is drawn."""
     if isinstance(person, Identity):
         return "person", person
-    path = _file(person)
+    path = store.resolve(person)
     return store.shown(path), identities.load(path)
-
-
-def _file(person: str | os.PathLike[str]) -> Path:
-    return store.resolve(os.fspath(person))
 
 
 def _weighted(

@@ -142,9 +142,9 @@ def names() -> list[str]:
     return [path.stem for path in _files() if _is_valid(path.stem)]
 
 
-def resolve(name_or_file: str | Path) -> Path:
+def resolve(name_or_file: str | os.PathLike[str]) -> Path:
     """Return the path of an identity given by name, or by a path that ends in .safetensors."""
-    text = str(name_or_file)
+    text = os.fspath(name_or_file)
     if text.casefold().endswith(SUFFIX):
         if os.path.isfile(text):
             return Path(text)
