@@ -200,13 +200,11 @@ def fit(identity: Identity, spec: BaseSpec, weights: Weights) -> str | None:
     return check_fits(identity, *terms_of(spec, weights))
 
 
-def check_fits(
-    identity: Identity, home: Facts, shape: tuple[int, int, int] | None = None
-) -> str | None:
+def check_fits(identity: Identity, home: Facts, shape: tuple[int, int, int]) -> str | None:
     """Return None where an identity is at home on a base, a warning on a fine-tune of its base.
 
-    `home` is what identities of the base say. Raises HdbError for another family, other targets or
-    another basis, where it means nothing.
+    `home` is what identities of the base say, `shape` its (L, a, b). Raises HdbError for another
+    family, other targets or another basis, where it means nothing.
     """
     facts, base = identity.facts, home.base
     made = f"the identity was made on {facts.base} (family {facts.family})"
@@ -225,7 +223,7 @@ def check_fits(
             f"{theirs[0]}/{theirs[1]}/{theirs[2][:12]}; make it again with hdb new"
         )
     own = len(identity.down), identity.down.shape[2], identity.up.shape[1]
-    if shape is not None and own != shape:
+    if own != shape:
         raise HdbError(
             f"{made}, but its numbers are of {own[0]} targets, a = {own[1]}, b = {own[2]}, and "
             f"{base} has {shape[0]}, {shape[1]}, {shape[2]}; make it again with hdb new"

@@ -24,6 +24,7 @@ from registry.identity_facts import content_digest
 from registry.store import summary
 
 Table = dict[str, Any]
+SHAPE = 6, 10, 5  # targets, a and b of what `make` makes
 
 
 def make(targets: int = 6, rank: int = 2, a: int = 10, b: int = 5, **changes: Any) -> Identity:
@@ -323,10 +324,12 @@ def test_numbers_that_are_not_finite_are_refused_even_when_signed(file: Path) ->
 
 
 def test_an_identity_fits_its_base_and_warns_on_a_fine_tune() -> None:
-    assert check_fits(make(), FACTS) is None
+    assert check_fits(make(), FACTS, SHAPE) is None
     near = FACTS.probes[0] + 9e-6, FACTS.probes[1]
-    assert check_fits(make(), facts(probes=near)) is None  # another library's rounding
-    warning = check_fits(make(), facts(base="tuned", base_digest="f" * 64))
+    assert check_fits(make(), facts(probes=near), SHAPE) is None  # another library's rounding
+    with pytest.raises(HdbError, match="of 6 targets, a = 10, b = 5, and tiny has 7, 10, 5"):
+        check_fits(make(), FACTS, (7, 10, 5))
+    warning = check_fits(make(), facts(base="tuned", base_digest="f" * 64), SHAPE)
     assert warning and "tiny" in warning and "tuned" in warning
 
 
@@ -346,7 +349,7 @@ def test_an_identity_fits_its_base_and_warns_on_a_fine_tune() -> None:
 )
 def test_an_identity_is_refused_where_it_means_nothing(changes: Table, says: str) -> None:
     with pytest.raises(HdbError, match=says):
-        check_fits(make(), facts(**changes))
+        check_fits(make(), facts(**changes), SHAPE)
 
 
 def test_what_was_made_is_kept_where_its_name_is_taken_by_then(
