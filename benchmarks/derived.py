@@ -13,7 +13,6 @@ from torch import Tensor
 from hdbcli.bench.harness import Row
 from hdbcli.config import PORTRAIT, Tell
 from hdbcli.faces.embedding import embed
-from hdbcli.identity.derivation import theta_of
 from hdbcli.identity.file import Identity, facts_of, load, save
 from hdbcli.identity.interpolation import walk
 from hdbcli.measure.metrics import FaceMetric
@@ -77,7 +76,7 @@ def _stored(base: Base, theta: Theta, dtype: str) -> Theta:
         for k in range(len(theta)):
             file = Path(folder) / f"{k}.safetensors"
             save(Identity(facts, theta.down[k].cpu(), theta.up[k].cpu()), file, dtype)
-            back.append(theta_of(load(file)))
+            back.append(load(file).theta)
     return stack(back).to(base.device)
 
 

@@ -509,7 +509,7 @@ def merge(
         checkpoint = open_checkpoint(copied, identity.facts.targets_digest)
         if warning := identities.fit(identity, spec, checkpoint):
             note(f"warning: {warning}")
-        merged = Merge(checkpoint, derivation.theta_of(identity), dtype)
+        merged = Merge(checkpoint, identity.theta, dtype)
         write = merged_files.write_single if single else merged_files.write_folder
         size = write(merged, out, title, tell)
     return Merged(out, spec.name, chosen, size, title, spec.identifier)

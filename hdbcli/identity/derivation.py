@@ -24,13 +24,13 @@ def relaxed(identity: Identity, rank: int) -> Identity:
     """Give an identity more ranks; it generates what it did. HdbError for the rank that it has."""
     if rank == identity.rank:
         raise HdbError(f"the identity has rank {rank} already, so nothing was written")
-    theta = relax(theta_of(identity), rank)
+    theta = relax(identity.theta, rank)
     return _made(identity, theta, f"relaxed from rank {identity.rank} to {rank}")
 
 
 def shrunk(identity: Identity, rank: int) -> tuple[Identity, float]:
     """Give an identity fewer ranks, the closest there are; and the share of its energy lost."""
-    theta, lost = shrink(theta_of(identity), rank)
+    theta, lost = shrink(identity.theta, rank)
     made = _made(identity, theta, f"shrunk from rank {identity.rank} to {rank}")
     return made, float(lost[0])
 
@@ -48,7 +48,7 @@ def composed(parts: Mapping[str, tuple[Identity, float]], rank: int | None) -> I
                     f"{names[0]} and {name} cannot be added up: {field} is {mine[:12]} and "
                     f"{theirs[:12]}; only identities of one base share a basis"
                 )
-    thetas = [theta_of(identity) for identity in identities]
+    thetas = [identity.theta for identity in identities]
     theta = compose(thetas, [weight for _, weight in parts.values()], rank)
     shares = [f"{weight:g} {shown(Path(name))}" for name, (_, weight) in parts.items()]
     how = [f"composed of {' + '.join(shares)}"]
@@ -77,11 +77,6 @@ def read_weights(parts: Sequence[str]) -> dict[str, float]:
             raise UsageError(f"{name} comes twice; give its weights as one")
         weights[name] = weight
     return weights
-
-
-def theta_of(identity: Identity) -> Theta:
-    """Return an identity's numbers as a batch of one."""
-    return Theta(identity.down[None], identity.up[None])
 
 
 def _made(identity: Identity, theta: Theta, *how: str) -> Identity:

@@ -75,6 +75,11 @@ class Identity:
         """Count the trained numbers."""
         return self.down.numel() + self.up.numel()
 
+    @property
+    def theta(self) -> Theta:
+        """Return the numbers as a batch of one."""
+        return Theta(self.down[None], self.up[None])
+
     def saying(self, **facts: Any) -> Identity:
         """Return the same numbers with some facts changed."""
         return replace(self, facts=replace(self.facts, **facts))
@@ -285,8 +290,7 @@ def theta_for(base: Base, identity: Identity) -> tuple[Theta, str | None]:
     """Return an identity's theta for this base, and a warning if it was made on another of
     the family."""
     warning = fit(identity, base.spec, base.injected)
-    theta = Theta(identity.down[None].to(base.device), identity.up[None].to(base.device))
-    return theta, warning
+    return identity.theta.to(base.device), warning
 
 
 def file_bytes(targets: int, a: int, b: int, rank: int, dtype: str) -> int:

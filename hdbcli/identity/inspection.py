@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hdbcli.identity.derivation import theta_of
 from hdbcli.identity.file import Identity
 from hdbcli.method.algebra import decompose
 
@@ -62,7 +61,7 @@ def inspect(
     identity: Identity, names: Sequence[str] | None, verified: bool | None, problem: str | None
 ) -> Inspection:
     """Decompose every target; `names` (L) are the base's, None where it is not there."""
-    _, singular, _ = decompose(theta_of(identity))
+    _, singular, _ = decompose(identity.theta)
     per_target = identity.numbers // len(identity.down)
     targets = []
     for i, values in enumerate(singular[0].tolist()):

@@ -12,7 +12,7 @@ import torch
 from identities import describe, facts
 from torch import Tensor
 
-from hdbcli.identity.derivation import composed, relaxed, theta_of
+from hdbcli.identity.derivation import composed, relaxed
 from hdbcli.identity.file import Identity, load, save
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import Base
@@ -65,18 +65,18 @@ def one_core() -> Iterator[None]:
 
 def test_a_relaxed_identity_has_the_weights_of_the_original(tiny: Base) -> None:
     alice = on_tiny(tiny, 0, 2)
-    before = weights(tiny, theta_of(alice))
+    before = weights(tiny, alice.theta)
     wide = relaxed(alice, 6)
-    assert wide.rank == 6 and worst(weights(tiny, theta_of(wide)), before) < 1e-6
+    assert wide.rank == 6 and worst(weights(tiny, wide.theta), before) < 1e-6
     wide.up[:, :, 5] += 1e-4  # the control: an added rank that does something
-    assert worst(weights(tiny, theta_of(wide)), before) > 1e-6
+    assert worst(weights(tiny, wide.theta), before) > 1e-6
 
 
 def test_a_composed_identity_has_the_sum_of_the_weights_on_every_target(tiny: Base) -> None:
     alice, bob = on_tiny(tiny, 0, 2), on_tiny(tiny, 1, 3)
-    a, b = weights(tiny, theta_of(alice)), weights(tiny, theta_of(bob))
+    a, b = weights(tiny, alice.theta), weights(tiny, bob.theta)
     carol = composed({"alice": (alice, 0.6), "bob": (bob, -0.4)}, None)
-    got = weights(tiny, theta_of(carol))
+    got = weights(tiny, carol.theta)
     assert worst(got, {name: 0.6 * a[name] - 0.4 * b[name] for name in a}) < 1e-6
     swapped = {name: -0.4 * a[name] + 0.6 * b[name] for name in a}  # the control
     assert worst(got, swapped) > 1e-3

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from identities import describe
 
-from hdbcli.identity.derivation import relaxed, theta_of
+from hdbcli.identity.derivation import relaxed
 from hdbcli.identity.file import Identity, fit, load, save, theta_for
 from hdbcli.identity.inspection import inspect
 from hdbcli.interop import merged_files
@@ -115,7 +115,7 @@ def test_people_in_one_batch_are_as_alone(base: Base) -> None:
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
         assert (together - loss(base, None, 3)).abs().min() > 1e-4
         person = describe(base, theta[:1], "")
-        wider = theta_of(relaxed(person, 5))
+        wider = relaxed(person, 5).theta
         torch.testing.assert_close(loss(base, wider, 1), alone[:1], atol=1e-6, rtol=1e-5)
 
 
@@ -136,7 +136,7 @@ def test_merged_is_what_was_injected(
     checkpoint = open_checkpoint(spec, identity.facts.targets_digest)
     out = tmp_path / "m"
     merged_files.write_folder(
-        Merge(checkpoint, theta_of(identity), "fp32"), out, "alice", lambda *_: None
+        Merge(checkpoint, identity.theta, "fp32"), out, "alice", lambda *_: None
     )
     merged = UNet2DConditionModel.from_pretrained(out / "unet")
     unet = base.backbone.pipeline.unet
@@ -146,7 +146,7 @@ def test_merged_is_what_was_injected(
     states = torch.randn((1, 77, unet.config.cross_attention_dim))
     with torch.no_grad():
         plain = unet(x, 500, states).sample
-        with base.injected.adapted(theta_of(identity)):
+        with base.injected.adapted(identity.theta):
             adapted = unet(x, 500, states).sample
         got = merged(x, 500, states).sample
     assert (got - adapted).abs().max() < 1e-3 < 0.05 < (got - plain).abs().max()
@@ -156,7 +156,7 @@ def test_merged_is_what_was_injected(
 def test_diffusers_loads_the_exported_convolutions(
     spec: BaseSpec, base: Base, identity: Identity, form: str
 ) -> None:
-    theta = theta_of(identity)
+    theta = identity.theta
     tensors = export_tensors(base, theta, form, "fp32")
     conv = "lora_unet_mid_block_resnets_0_conv1.lora_down.weight"
     conv = conv if form == "kohya" else "unet.mid_block.resnets.0.conv1.lora_A.weight"
@@ -182,7 +182,7 @@ def test_a_lora_is_added_under_the_residual(spec: BaseSpec, identity: Identity) 
     assert stacked.layers == 1 and not stacked.unread
     added = torch.einsum("nrxy,rchw->nchw", up, down) / 2
     torch.testing.assert_close(layer.base.weight, before + added)
-    with base.injected.adapted(theta_of(identity)):
+    with base.injected.adapted(identity.theta):
         x = torch.randn(1, c, 8, 8)
         whole = before + added + layer.delta().view_as(before)
         expected = torch.nn.functional.conv2d(x, whole, layer.base.bias, padding=1)
