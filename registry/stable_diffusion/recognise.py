@@ -13,7 +13,7 @@ from registry.checkpoints.ldm import LAYOUTS
 from registry.checkpoints.lora_formats import architecture, other_adapter
 from registry.checkpoints.safetensors import TensorInfo
 from registry.errors import HdbError, HdbWarning, UsageError
-from registry.stable_diffusion.families import FAMILIES, PER_BLOCK, PER_LAYER, Family
+from registry.stable_diffusion.families import ATTENTION, FAMILIES, PER_BLOCK, PER_LAYER, Family
 from registry.stable_diffusion.few_steps import few_steps
 
 Tensors = Mapping[str, TensorInfo]
@@ -21,7 +21,7 @@ Tensors = Mapping[str, TensorInfo]
 # Tensor names of diffusers and of the original files alike.
 BLOCK = re.compile(r".*\.attn2\.to_k\.weight")
 LAYER = re.compile(r".*\.(?:layers|resblocks)\.(\d+)\.(?:self_attn\.q_proj\.|attn\.in_proj_)weight")
-UNET_TARGET = re.compile(r".*\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.0\.proj)\.weight")
+UNET_TARGET = re.compile(rf"({'|'.join(ATTENTION)})\.weight")
 TEXT_TARGET = re.compile(
     r".*\.(self_attn\.[qkv]_proj\.|(self_)?attn\.out_proj\.|attn\.in_proj_)weight"
 )
