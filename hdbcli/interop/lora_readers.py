@@ -67,8 +67,7 @@ def comfyui(base: Base, tensors: Mapping[str, Tensor]) -> Reading:
         if component == "unet":
             original = _ldm_path(path, layout)
             if original:
-                old = re.sub(r"\.to_out\.0$", ".to_out", path).replace(".to_", ".processor.to_")
-                own = f"lora_unet_{_flat(original)}"
+                own, old = f"lora_unet_{_flat(original)}", attention_of_old(path)
                 names = (f"lora_unet_{_flat(path)}", own, f"unet.{old}", old)
                 known |= dict.fromkeys(names, target)
         else:
@@ -144,6 +143,11 @@ def invokeai(base: Base, tensors: Mapping[str, Tensor]) -> Reading:
         return None
 
     return _count("InvokeAI", base, tensors, locate)
+
+
+def attention_of_old(path: str) -> str:
+    """Name a layer of the UNet as the first diffusers did: `attn1.processor.to_q`."""
+    return re.sub(r"\.to_out\.0$", ".to_out", path).replace(".to_", ".processor.to_")
 
 
 def layout_of(base: Base) -> tuple[int, ...] | None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hdbcli.interop import lora_deltas
 from hdbcli.interop.lora_deltas import Parts
-from hdbcli.interop.lora_readers import WIDTHS
+from hdbcli.interop.lora_readers import WIDTHS, attention_of_old
 from hdbcli.method.lidb import LiDBLayer
 from hdbcli.model.base import Base
 from registry.checkpoints.ldm import canonical, original_layer
@@ -218,9 +218,8 @@ def _names(family: str, component: str, path: str) -> Iterator[str]:
     if component == "unet":
         dotted += ["diffusion_model", "model.diffusion_model"]
         flat.append("lycoris")  # LyCORIS outside of kohya's trainer
-        old = re.sub(r"\.to_out\.0$", ".to_out", path).replace(".to_", ".processor.to_")
         original = original_layer(family, path)  # in which kohya trains Stable Diffusion XL
-        paths = {path, old} | ({original} if original else set())
+        paths = {path, attention_of_old(path)} | ({original} if original else set())
     else:
         clips = CLIPS.get(component, ())
         dotted += [f"text_encoders.{c}.transformer" for c in clips]
