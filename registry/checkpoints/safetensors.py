@@ -163,14 +163,20 @@ def read_floats(
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write contiguous tensors by name; OSError where that does not work.
+    """Write contiguous tensors by name, the same ones as the same bytes; OSError where that does
+    not work.
 
-    The library's own writer leaves a file that only its owner can read, and has an error of its own
-    for a full disk.
+    The library's own writer leaves a file that only its owner can read, has an error of its own for
+    a full disk, and shuffles the metadata, so that a file's hash would say nothing.
     """
     from safetensors.torch import save
 
-    path.write_bytes(save(dict(tensors), metadata))
+    content = memoryview(save(dict(tensors)))
+    start = 8 + int.from_bytes(content[:8], "little")
+    _, infos = _parse(bytes(content[8:start]), len(content) - start)
+    with path.open("wb") as file:
+        file.write(header_bytes(metadata or {}, infos))
+        file.write(content[start:])
 
 
 def write_tensors(
