@@ -34,6 +34,11 @@ def passes_of(guidance: float) -> int:
     return 2 if guidance > 1 else 1
 
 
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Move times from 0 to 1 towards the noise (Esser et al. 2024, eq. 23); 1 leaves them."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 @dataclass(frozen=True)
 class SampleSettings:
     """How to sample, apart from what: the defaults here are those of `hdb gen`, but for steps and

@@ -109,7 +109,7 @@ def run_method(setup: Setup, method: Method, folder: Path) -> Record:
             features = ".".join(map(str, (*BLOCKS.values(), CELLS)))
             settings += f"-{CONTRAST:g}-{features}-{STEPS}-{RENEWED}.{EARLY}"
         if method.preserves and method.steps:
-            settings += f"-{preservation.WEIGHT:g}-{STEPS}"
+            settings += f"-{preservation.WEIGHT:g}-{preservation.SHIFT:g}-{STEPS}"
         stem = f"{settings}-{key}-{start:04d}-{len(persons)}"
         groups.append(_group(setup, method, persons, folder / f"{stem}.safetensors"))
     return _joined(groups)

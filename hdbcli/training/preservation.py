@@ -7,9 +7,9 @@ too, are answered as before.
 
 Without the first all people become the person. Without the second refinement, which looks at plain
 portraits alone, forgets what else a prompt says: a selfie becomes the photo once more. x_t is noise
-on a picture that `before` drew of the prompt. DreamBooth (Ruiz et al. 2022, §3.3) preserves such
-pictures; here the answers themselves are compared, which says the same without the noise of the
-diffusion loss. Not in HyperDreamBooth.
+on a picture that `before` drew of the prompt, mostly much of it. DreamBooth (Ruiz et al. 2022,
+§3.3) preserves such pictures; here the answers themselves are compared, which says the same without
+the noise of the diffusion loss. Not in HyperDreamBooth.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hdbcli.config import CAPTIONS, PORTRAIT, unnamed
 from hdbcli.method.lidb import Factors
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
-from hdbcli.training.likeness_loss import STEPS, draft
+from hdbcli.training.likeness_loss import NOISIEST, STEPS, draft
 from hdbcli.training.questions import (
     Question,
     Samples,
@@ -34,10 +34,10 @@ from hdbcli.training.questions import (
     pairs_at_once,
 )
 from registry.seeds import generator_of, noise_of
-from registry.spec import Drafting
+from registry.spec import Drafting, shifted
 
 WEIGHT = 2.0
-EARLIEST = 0.2  # at less noise there is no style left to decide
+SHIFT = 4.0  # of times towards the noise: there a style is decided, and its light is lost
 
 
 def preservation(
@@ -70,7 +70,7 @@ def preservation(
         for turn, clean in drawn(adapted).items():
             generator = torch.Generator().manual_seed(first + turn)
             noise = torch.randn((1, *clean.shape[1:]), generator=generator)
-            t = EARLIEST + (1 - EARLIEST) * torch.rand(1, generator=generator)
+            t = shifted(torch.rand(1, generator=generator), SHIFT).clamp(max=NOISIEST)
             prompts = [base.prompt(turns[turn][0])] * people
             noise = noise.expand_as(clean).to(clean)
             asked[turn] = Samples(clean, prompts, noise, t.expand(people).to(clean))

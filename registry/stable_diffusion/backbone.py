@@ -19,7 +19,7 @@ from registry.checkpoints.ldm import canonical
 from registry.checkpoints.safetensors import read_tensors, save_tensors
 from registry.errors import HdbError, UsageError
 from registry.seeds import generator_of, noise_of
-from registry.spec import SampleSettings
+from registry.spec import SampleSettings, shifted
 from registry.stable_diffusion.uncompiled import quiet, without_compiler
 
 if TYPE_CHECKING:
@@ -90,11 +90,6 @@ def text_of(tokenizer: Any, words: Sequence[str]) -> str:
     whose others are missing are left out."""
     text = tokenizer.convert_tokens_to_string(list(words))
     return text.replace("</w>", " ").replace("\ufffd", "").strip()
-
-
-def shifted(t: Tensor, shift: float) -> Tensor:
-    """Move times from 0 to 1 towards the noise (Esser et al. 2024, eq. 23); 1 leaves them."""
-    return shift * t / (1 + (shift - 1) * t)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,8 @@ from hdbcli.model.device import join_workers
 from hdbcli.training.likeness_loss import NOISIEST
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit
 from registry.errors import HdbError
-from registry.stable_diffusion.backbone import StableDiffusion, shifted
+from registry.spec import shifted
+from registry.stable_diffusion.backbone import StableDiffusion
 from registry.tiny import SAMPLING, SHIFT
 from registry.tiny.recipe.latents import GROUPS, read_autoencoder, read_latents
 from registry.tiny.recipe.pictures import half, sheet
