@@ -166,17 +166,19 @@ _DREAMBOOTH = Method(
     1.5e-4,
     class_pictures=32,
     optimizer="adamw",
-    rates=((40, 3e-4), (400, 1e-4)),
+    rates=((40, 3e-4), (100, 5e-4), (400, 1e-4)),
 )
 
 
-def _with_every_loss(method: Method) -> Method:
+def _with_every_loss(method: Method, lr: float) -> Method:
     """Give a method the losses that HyperDreamBooth has here: likeness, and pictures without [V]
-    held as they were, in styles too."""
+    held as they were, in styles too; and a rate of its own, since likeness bears a higher one."""
     return replace(
         method,
         name=f"{method.name}-all",
         summary=f"{method.summary}, every loss of hdb",
+        lr=lr,
+        rates=(),
         likeness=None,
         class_pictures=8 * len(CLASS_PROMPTS),
         class_prompts=len(CLASS_PROMPTS),
@@ -196,9 +198,9 @@ METHODS = {
         ),
         _without("free-relaxation", "relax outside the basis", trains=lora),
         _LORA,
-        _with_every_loss(_LORA),
+        _with_every_loss(_LORA, 1e-2),
         _DREAMBOOTH,
-        _with_every_loss(_DREAMBOOTH),
+        _with_every_loss(_DREAMBOOTH, 1.5e-4),
         Method("inversion", "Textual Inversion", inversion, 5000, 5e-3),
     )
 }
