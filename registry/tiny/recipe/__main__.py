@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     step = steps.add_parser(
         "sharpen", help="train base, decoder and hypernetwork on what they draw"
     )
-    _trains(step, sharpen, count=1200, lr=5e-5, batch=8)
+    _trains(step, sharpen, count=600, lr=3e-5, batch=8)
     step = steps.add_parser("clip", help="train the in-domain CLIP that measures style")
     _trains(step, clip, count=800, lr=2e-3, batch=128)
     step = steps.add_parser("selfies", help="fetch selfies of people who do not exist, to show")
