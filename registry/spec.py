@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+NOISIEST = 1 - 2**-20  # of times: float32 rounds what lies closer up to 1, where no timestep is
 NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"  # names of bases and of identities alike
 
 Point = tuple[float, float]

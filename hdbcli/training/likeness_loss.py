@@ -42,7 +42,7 @@ from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
 from hdbcli.training.questions import Question, Samples, joined, pairs_at_once
 from registry.errors import HdbError
-from registry.spec import Drafting, passes_of
+from registry.spec import NOISIEST, Drafting, passes_of
 
 STEPS = 4
 RENEWED, EARLY = 6, 5  # steps where noise is renewed, and after how many of them it looks
@@ -50,7 +50,6 @@ AHEAD = 4  # steps of refinement whose drafts are begun together, in half the ti
 SHARE = 4  # one sample in SHARE of a step is drawn from noise too, which costs several passes
 BLOCKS = {"early": 6, "middle": 9, "late": 12}  # the recogniser's last of 64, 128, 256 channels
 CELLS = 4  # a side of a face's features
-NOISIEST = 1 - 2**-20  # of times: float32 rounds what lies closer up to 1, where no timestep is
 CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
 
 

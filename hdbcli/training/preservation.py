@@ -24,7 +24,7 @@ from hdbcli.config import CAPTIONS, PORTRAIT, unnamed
 from hdbcli.method.lidb import Factors
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
-from hdbcli.training.likeness_loss import NOISIEST, STEPS, draft
+from hdbcli.training.likeness_loss import STEPS, draft
 from hdbcli.training.questions import (
     Question,
     Samples,
@@ -34,7 +34,7 @@ from hdbcli.training.questions import (
     pairs_at_once,
 )
 from registry.seeds import generator_of, noise_of
-from registry.spec import Drafting, shifted
+from registry.spec import NOISIEST, Drafting, shifted
 
 WEIGHT = 2.0
 SHIFT = 4.0  # of times towards the noise: there a style is decided, and its light is lost

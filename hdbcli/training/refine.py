@@ -21,12 +21,12 @@ from hdbcli.method.lidb import Factors, Theta, pack, unpack
 from hdbcli.model.base import Adapter, Base
 from hdbcli.model.device import make_optimizer
 from hdbcli.model.tokens import Tokens
-from hdbcli.training.likeness_loss import NOISIEST, portrait_likeness
+from hdbcli.training.likeness_loss import portrait_likeness
 from hdbcli.training.loop import Plan, Step, averages_of, fit, settle
 from hdbcli.training.preservation import preservation
 from hdbcli.training.questions import Question, Samples, answers, ask, diffusion, joined
 from registry.errors import HdbError
-from registry.spec import BaseSpec
+from registry.spec import NOISIEST, BaseSpec
 
 # (generator, batch, step) -> what a step of P people asks besides the diffusion loss
 MoreQuestions: TypeAlias = Callable[[torch.Generator, int, int], Iterator[Question]]

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hdbcli.model.device import join_workers
-from hdbcli.training.likeness_loss import NOISIEST
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit
 from registry.errors import HdbError
-from registry.spec import shifted
+from registry.spec import NOISIEST, shifted
 from registry.stable_diffusion.backbone import StableDiffusion
 from registry.tiny import SAMPLING, SHIFT
 from registry.tiny.recipe.latents import GROUPS, read_autoencoder, read_latents

@@ -36,9 +36,10 @@ from hdbcli.method.inject import eject
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import load_predictor, open_base
 from hdbcli.model.hypernetwork_file import save_hypernetwork
-from hdbcli.training.likeness_loss import NOISIEST, apart, sight
+from hdbcli.training.likeness_loss import apart, sight
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit, settle
 from hdbcli.training.questions import Samples, diffusion, distance
+from registry.spec import NOISIEST
 from registry.stable_diffusion.backbone import StableDiffusion
 from registry.tiny import SAMPLING
 from registry.tiny.recipe.base import noise_and_times, prompt_of, show
@@ -195,7 +196,8 @@ def alike(
     by faces and by colours: see `hdbcli.training.likeness_loss`.
 
     The true faces lie at `places` (B, 5, 2). Those that were drawn from nothing but noise lie where
-    they are found, or else there too, and their colours are their own in styles (B,) of any.
+    they are found, or else there too; of these, no colours are compared in `styles` (B,) that are
+    among ANY_COLOURS.
     """
     with torch.no_grad():
         theirs = sight(true, places)
@@ -206,12 +208,12 @@ def alike(
             [own if new is None else new / side for own, new in zip(places, found, strict=True)]
         )
 
-    own = torch.tensor([free and style in ANY_COLOURS for style in styles.tolist()])
-    own = own.to(true.device)[:, None, None, None]
+    chance = torch.tensor([free and style in ANY_COLOURS for style in styles.tolist()])
+    chance = chance.to(true.device)[:, None, None, None]
 
     def far(images: Tensor) -> Tensor:
         mine = sight(images, places)
-        colours = torch.where(own, theirs.colours, mine.colours)
+        colours = torch.where(chance, theirs.colours, mine.colours)
         return apart(mine._replace(colours=colours), theirs).mean()
 
     return far
