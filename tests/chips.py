@@ -1,17 +1,20 @@
-"""Chips and likeness by dlib's recogniser, as tests compare them."""
+"""Chips of a recogniser, and likeness by dlib's, as tests compare them."""
 
 from __future__ import annotations
 
 import numpy as np
 from torch import Tensor
 
-from hdbcli.faces.embedding import _TEMPLATE, CHIP
+from hdbcli.faces.dlib import Dlib
 from hdbcli.faces.photo import align
+from hdbcli.faces.recogniser import Recogniser
 
 
-def chip(rgb: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
+def chip(
+    rgb: np.ndarray, landmarks: np.ndarray, recogniser: Recogniser | type[Recogniser] = Dlib
+) -> np.ndarray:
     """Cut the face with these five points (5, 2) out of a picture as the recogniser wants it."""
-    return align(rgb, landmarks, _TEMPLATE / CHIP, CHIP)
+    return align(rgb, landmarks, recogniser.template / recogniser.side, recogniser.side)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -169,7 +169,7 @@ Recogniser = Annotated[
     bool | None,
     typer.Option(
         "--recogniser/--no-recogniser",
-        help="Read the face recogniser beside the picture, or the picture alone; default: both.",
+        help="Read face recognisers beside the picture, or the picture alone; default: both.",
     ),
 ]
 Precision = Annotated[

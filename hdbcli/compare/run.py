@@ -21,13 +21,13 @@ from torch import Tensor
 from hdbcli import __version__
 from hdbcli.compare.methods import Method
 from hdbcli.config import CAPTIONS, PORTRAIT, PROMPTS, RefineConfig, Tell, unnamed
-from hdbcli.faces.embedding import landmarks
+from hdbcli.faces.embedding import landmarks, recognisers
 from hdbcli.measure.metrics import FACE, FaceMetric, Judges
 from hdbcli.method.hypernet import HyperNetwork
 from hdbcli.model.base import Adapter, Base
 from hdbcli.model.sample import generate
 from hdbcli.training import preservation
-from hdbcli.training.likeness_loss import BLOCKS, CELLS, CONTRAST, EARLY, RENEWED, STEPS
+from hdbcli.training.likeness_loss import CELLS, CONTRAST, EARLY, RENEWED, STEPS
 from hdbcli.training.people import People
 from hdbcli.training.refine import train, weight_of
 from registry.checkpoints.safetensors import read_tensors, save_tensors
@@ -106,8 +106,10 @@ def run_method(setup: Setup, method: Method, folder: Path) -> Record:
         weight = weight_of(setup.base.spec, method.likeness)
         settings = f"{method.name}-{method.steps}-{method.lr:g}-{weight:g}"
         if weight and method.steps:  # what another loss made is not taken for its own
-            features = ".".join(map(str, (*BLOCKS.values(), CELLS)))
-            settings += f"-{CONTRAST:g}-{features}-{STEPS}-{RENEWED}.{EARLY}"
+            asked = "-".join(
+                ".".join([type(each).__name__, *map(str, each.compared)]) for each in recognisers()
+            )
+            settings += f"-{CONTRAST:g}-{asked}-{CELLS}-{STEPS}-{RENEWED}.{EARLY}"
         if method.preserves and method.steps:
             settings += f"-{preservation.WEIGHT:g}-{preservation.SHIFT:g}-{STEPS}"
         stem = f"{settings}-{key}-{start:04d}-{len(persons)}"

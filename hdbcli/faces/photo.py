@@ -34,6 +34,7 @@ _SIDES = (160, 320, 1024)
 _MARGIN = 0.25  # of the longer side, in grey: faces that touch the frame are found more often
 _TILTS = range(-60, 61, 15)  # degrees, see `_settled`
 _PATCH = 160  # pixels
+_ONE_LOOK = 160  # pixels of a crop that is looked at once
 _SCORE_BAND = 0.06  # below the best score, what still has a say
 _BLUR_SIDE = 96
 _BLURRED = 0.02
@@ -106,6 +107,17 @@ def find_faces(rgb: np.ndarray) -> list[Face]:
         if all(_overlap(face.box, other.box) < 0.5 for other in kept):
             kept.append(face)
     return sorted((_settled(rgb, face) for face in kept), key=lambda face: -face.side)
+
+
+def find_points(rgb: np.ndarray) -> np.ndarray | None:
+    """Find the five points (5, 2) of the largest face of a crop (H, W, 3) uint8, or None, in one
+    look: a thirtieth of the time of `find_faces`, for faces that are upright and large in it."""
+    small = _resized(rgb, _ONE_LOOK)
+    rows = _detect(small, round(_MARGIN * _ONE_LOOK))
+    if not len(rows):
+        return None
+    points = rows[(rows[:, 2] * rows[:, 3]).argmax(), 4:14].reshape(5, 2)
+    return points * (rgb.shape[1] / small.shape[1])
 
 
 def _resized(rgb: np.ndarray, side: int) -> np.ndarray:

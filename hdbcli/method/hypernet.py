@@ -7,9 +7,9 @@ the target's own.
 
 Not in the paper: the ViT reads the base model's own latents of the crop rather than its colours,
 since hair, glasses and complexion are laid out there as the base draws them. And one more face
-token comes from a face recogniser, and every weight token gets it. The paper's encoder was trained
-on far more pictures than a hypernetwork sees; a recogniser brings that knowledge of what tells
-people apart, and of real photos where the training has renders.
+token comes from face recognisers, and every weight token gets it. The paper's encoder was trained
+on far more pictures than a hypernetwork sees; recognisers bring that knowledge of what tells people
+apart, and of real photos where the training has renders.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from hdbcli.method.lidb import Theta, first_theta
 # this brake theta runs off before the faces have a say in it, and all people get the same.
 HEAD_SCALE = 4.0
 
-TRAITS = 128  # numbers of the face recogniser
+TRAITS = 256  # numbers of the face recognisers, 128 each
 
-# Two people's embeddings differ by 0.04 a number: made to be about 1.
+# Two people's embeddings differ by 0.04 a number, or 0.09: made to be about 1.
 TRAIT_SCALE = 25.0
 
 
 class Faces(NamedTuple):
-    """B aligned crops (B, 3, S, S) in -1..1, what a face recogniser says of each (B, traits), and
-    the base model's latents of each (B, c, h, w)."""
+    """B aligned crops (B, 3, S, S) in -1..1, what face recognisers say of each (B, traits), and the
+    base model's latents of each (B, c, h, w)."""
 
     crops: Tensor
     traits: Tensor
@@ -61,7 +61,7 @@ class HyperConfig:
     encoder_layers: int = 4
     decoder_layers: int = 2
     iterations: int = 3
-    traits: int = TRAITS  # numbers of the recogniser that it reads; 0: the picture alone
+    traits: int = TRAITS  # the recognisers' first numbers, which it reads; 0: the picture alone
 
 
 class HyperNetwork(nn.Module):
@@ -106,7 +106,8 @@ class HyperNetwork(nn.Module):
         patches = self.stem(seen).flatten(2).transpose(1, 2)
         encoded = self.encoder(patches + self.face_position)
         if self.config.traits:
-            traits = self.trait_in(TRAIT_SCALE * faces.traits)[:, None]
+            known = faces.traits[:, : self.config.traits]
+            traits = self.trait_in(TRAIT_SCALE * known)[:, None]
             encoded = torch.cat([traits, encoded], dim=1)
         return self.face_norm(encoded)
 

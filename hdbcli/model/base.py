@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hdbcli.config import PLACEHOLDER, Tell
-from hdbcli.faces.embedding import embed_aligned
+from hdbcli.faces.embedding import traits
 from hdbcli.limits import loading
 from hdbcli.method.hypernet import Faces, HyperNetwork
 from hdbcli.method.inject import Injected, inject, layers_in
@@ -112,8 +112,8 @@ class Base:
         return [self.backbone.decode_latents(each)[0] for each in latents]
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return what the face recogniser says (B, 128) of aligned images, with gradients."""
-        return embed_aligned(images, np.array(self.spec.template))
+        """Return what the face recognisers say (B, 256) of aligned images, with gradients."""
+        return traits(images, np.array(self.spec.template))
 
 
 def load_base(

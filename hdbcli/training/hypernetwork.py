@@ -200,7 +200,7 @@ class Material(NamedTuple):
         return crops.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def traits(self, rows: Tensor) -> Tensor:
-        """Return the recogniser's embeddings (B, 128)."""
+        """Return the recognisers' embeddings (B, 256)."""
         return torch.from_numpy(_needed(self.people.traits)[rows.tolist()])
 
     def latents(self, rows: Sequence[int]) -> Tensor:

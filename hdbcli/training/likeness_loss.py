@@ -1,14 +1,16 @@
-"""The likeness loss: draw the person in a few steps, and ask a face recogniser how far they are
-from the true picture.
+"""The likeness loss: draw the person in a few steps, and ask face recognisers how far they are from
+the true picture.
 
-    loss = | e(x) - e(y) |^2  +  mean_b | f_b(x) - f_b(y) |^2 / | f_b(y) |^2  +  | m(x) - m(y) |^2
+    loss = sum_r ( | e(x) - e(y) |^2  +  mean_b | f_b(x) - f_b(y) |^2 / | f_b(y) |^2 )
+           +  | m(x) - m(y) |^2
 
-of a drawn picture x and the true one y: embeddings e; features f of the recogniser's blocks BLOCKS
-on the way to them, in coarse cells; and the colours m of the middle of the picture, coarse as a
-mosaic. An embedding alone can be met by marks that no person takes for a likeness, features hardly
-can, and another recogniser sees more of the person where they are compared. Neither sees colours:
-alone they gave all people one complexion and blue eyes. And faces in a haze please them: with half
-the contrast of true ones, eyes and glasses gone. So contrast is compared in the same cells.
+of a drawn picture x and the true one y: of every recogniser r its embeddings e and the features f
+of three blocks b on the way to them, in coarse cells; and the colours m of the middle of the
+picture, coarse as a mosaic. An embedding alone can be met by marks that no person takes for a
+likeness. Features hardly can, and what fools one recogniser does not fool two: one that is not
+asked sees more of the person. None of them sees colours: alone they gave all people one complexion
+and blue eyes. And faces in a haze please them: with half the contrast of true ones, eyes and
+glasses gone. So contrast is compared in the same cells.
 
 Where every step of drawing starts from fresh noise, the first ones decide who is drawn, and the
 last only sharpen: asked of those, faces came out carved from wood. So there the loss looks at what
@@ -35,7 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdbcli.config import PORTRAIT
-from hdbcli.faces.embedding import aligned_chips, load_embedding
+from hdbcli.faces.embedding import recognisers
+from hdbcli.faces.photo import find_points
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.lidb import Factors, Theta
 from hdbcli.model.base import Base
@@ -48,7 +51,6 @@ STEPS = 4
 RENEWED, EARLY = 6, 5  # steps where noise is renewed, and after how many of them it looks
 AHEAD = 4  # steps of refinement whose drafts are begun together, in half the time
 SHARE = 4  # one sample in SHARE of a step is drawn from noise too, which costs several passes
-BLOCKS = {"early": 6, "middle": 9, "late": 12}  # the recogniser's last of 64, 128, 256 channels
 CELLS = 4  # a side of a face's features
 CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
 
@@ -66,7 +68,10 @@ def likeness(
     -1..1; B is a multiple of the people whom the base is adapted to, who lie fastest.
     """
     last = _begun(base, prompts, noise, precision)
-    return _compared(base, last, _seen(base, true, precision), precision)
+    # Faces are looked for, in what is drawn too: in some styles they lie elsewhere.
+    true_places = places_of(true, np.array(base.spec.template))
+    seen = _seen(base, true, true_places, precision)
+    return _compared(base, last, seen, true_places, precision, finds=True)
 
 
 def _begun(base: Base, prompts: Sequence[str], noise: Tensor, precision: str = "auto") -> Samples:
@@ -77,14 +82,25 @@ def _begun(base: Base, prompts: Sequence[str], noise: Tensor, precision: str = "
         return before_last(backbone, prompts, noise, steps, guidance, taken)
 
 
-def _compared(base: Base, last: Samples, true: Sight, precision: str = "auto") -> Question:
-    """Ask how far the pictures are that the last step leads to, finished ones in contrast too."""
+def _compared(
+    base: Base,
+    last: Samples,
+    true: Sight,
+    places: np.ndarray,
+    precision: str = "auto",
+    finds: bool = False,
+) -> Question:
+    """Ask how far the pictures are that the last step leads to, finished ones in contrast too.
+
+    The five points of their faces lie at `places`, or where it `finds` them in what is drawn.
+    """
     backbone, guidance = check_drafts(base), base.spec.guidance
 
     def far(answer: Tensor) -> Tensor:
         drawn = picture(backbone, last, answer, guidance)
         with autocast(base.device, precision):
-            seen = sight(backbone.decode(drawn), np.array(base.spec.template))
+            made = backbone.decode(drawn)
+            seen = sight(made, places_of(made, places) if finds else places)
             if backbone.renews:
                 return apart(seen, true)
             hazy = (seen.contrast - true.contrast).square().mean((1, 2, 3))
@@ -94,9 +110,9 @@ def _compared(base: Base, last: Samples, true: Sight, precision: str = "auto") -
 
 
 @torch.no_grad()
-def _seen(base: Base, true: Tensor, precision: str = "auto") -> Sight:
+def _seen(base: Base, true: Tensor, places: np.ndarray, precision: str = "auto") -> Sight:
     with autocast(base.device, precision):
-        return sight(true, np.array(base.spec.template))
+        return sight(true, places)
 
 
 def portrait_likeness(
@@ -110,7 +126,8 @@ def portrait_likeness(
     """
     check_drafts(base)
     shape, prompt = faces[0].latents.shape[1:], base.prompt(PORTRAIT)
-    seen = [_seen(base, each.crops) for each in faces]
+    template = np.array(base.spec.template)
+    seen = [_seen(base, each.crops, template) for each in faces]
     begun: list[Samples] = []  # of this step and the next ones
 
     def question(
@@ -127,9 +144,7 @@ def portrait_likeness(
             rows = torch.arange(len(drafts.clean)).view(-1, ahead, count * len(faces))
             begun.extend(drafts.part(rows[:, k].flatten().tolist()) for k in range(ahead))
         own = [(each, (turn + k) % len(each.colours)) for k in range(count) for each in seen]
-        each_part = zip(*([part[k] for part in each] for each, k in own), strict=True)
-        true = Sight(*(torch.stack(part) for part in each_part))
-        far = _compared(base, begun.pop(0), true)
+        far = _compared(base, begun.pop(0), joined_rows(own), template)
         return far.weighed(weight / count)
 
     return question
@@ -150,41 +165,66 @@ def check_drafts(base: Base) -> Drafting:
 
 
 class Sight(NamedTuple):
-    """What is compared of B pictures: the embeddings (B, 128) of the faces on them, the features of
-    the recogniser on the way to these (B, c, CELLS, CELLS), and colours (B, 3, 8, 8) and contrast
+    """What is compared of B pictures: the recognisers' embeddings (B, 128) of the faces on them,
+    what these make on the way there (B, c, CELLS, CELLS), and colours (B, 3, 8, 8) and contrast
     (B, 1, 8, 8) of the pictures' middle."""
 
-    embedding: Tensor
-    early: Tensor
-    middle: Tensor
-    late: Tensor
+    embeddings: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
     colours: Tensor
     contrast: Tensor
+
+
+def joined_rows(chosen: Sequence[tuple[Sight, int]]) -> Sight:
+    """Put together one picture of each of some sights, named by its row."""
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack([part[row] for part, (_, row) in zip(parts, chosen, strict=True)])
+
+    of = [sight for sight, _ in chosen]
+    return Sight(
+        tuple(map(joined, zip(*(each.embeddings for each in of), strict=True))),
+        tuple(map(joined, zip(*(each.features for each in of), strict=True))),
+        joined([each.colours for each in of]),
+        joined([each.contrast for each in of]),
+    )
 
 
 def sight(images: Tensor, places: np.ndarray) -> Sight:
     """See pictures (B, 3, S, S) in -1..1, with gradients, whose faces' five points lie at `places`
     (5, 2) or (B, 5, 2) in 0..1."""
-    chips = aligned_chips(images, places)
-    model = load_embedding(str(chips.device))
-    made = list(model.features(chips))
-    early, middle, late = (
-        F.adaptive_avg_pool2d(made[block].float(), CELLS).to(images.device)
-        for block in BLOCKS.values()
-    )
-    embedding = model.embedding(made[-1]).to(images.device)
-    return Sight(embedding, early, middle, late, mosaic(images), contrast(images))
+    embeddings: list[Tensor] = []
+    features: list[Tensor] = []
+    for recogniser in recognisers(str(images.device)):
+        made = list(recogniser.features(recogniser.chips(images, places)))
+        embeddings.append(recogniser.embedding(made[-1]).to(images.device))
+        for block in recogniser.compared:
+            cells = F.adaptive_avg_pool2d(made[block].float(), CELLS)
+            features.append(cells.to(images.device))
+    return Sight(tuple(embeddings), tuple(features), mosaic(images), contrast(images))
+
+
+def places_of(images: Tensor, otherwise: np.ndarray) -> np.ndarray:
+    """Find the five points (B, 5, 2) in 0..1 of the largest face of each picture (B, 3, S, S) in
+    -1..1; where no face is found they lie as `otherwise` says, (5, 2) or (B, 5, 2)."""
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    found = map(find_points, pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy())
+    known = np.broadcast_to(otherwise, (len(images), 5, 2))
+    side = images.shape[-1]
+    places = [own if new is None else new / side for own, new in zip(known, found, strict=True)]
+    return np.stack(places)
 
 
 def apart(mine: Sight, true: Sight) -> Tensor:
     """Return how far the people on B pictures are from those on the true ones (B,), the contrast
     aside."""
-    far = (mine.embedding - true.embedding).square().sum(1)
-    for name in BLOCKS:
-        own, theirs = getattr(mine, name), getattr(true, name)
+    far = (mine.colours - true.colours).square().mean((2, 3)).sum(1)
+    for own, theirs in zip(mine.embeddings, true.embeddings, strict=True):
+        far = far + (own - theirs).square().sum(1)
+    for own, theirs in zip(mine.features, true.features, strict=True):
         away = (own - theirs).square().mean((1, 2, 3)) / theirs.square().mean((1, 2, 3))
-        far = far + away / len(BLOCKS)
-    return far + (mine.colours - true.colours).square().mean((2, 3)).sum(1)
+        far = far + away * len(true.embeddings) / len(true.features)
+    return far
 
 
 def mosaic(images: Tensor) -> Tensor:

@@ -191,7 +191,9 @@ def likeness_of(
     # template puts them embeddings lie 0.10 to 0.18 away (nine photos).
     reference = embed([crop.image for crop in crops])
     # A face that was found in the photo but not again in its crop: there it lies aligned.
-    reference = reference.where(found(reference)[:, None], faces.traits.cpu())
+    reference = reference.where(
+        found(reference)[:, None], faces.traits[:, : reference.shape[1]].cpu()
+    )
     scores, portraits, tell = [], [], sample.as_one(tell, 2)
     for adapter in (theta, None):
         drawn = sample.generate(base, adapter, PORTRAIT, seeds, base.spec.sampling, tell)

@@ -1,6 +1,6 @@
 """Prepare people for training once, and read them picture by picture from then on.
 
-A folder of safetensors files, each with some whole people: crops, the recogniser's embeddings and
+A folder of safetensors files, each with some whole people: crops, the recognisers' embeddings and
 the base's latents, and in the header who they are and what was left out. `index.json` comes last:
 without it the folder is not finished, and the same command goes on after the last whole file. Rows
 are read from the files when they are asked for, so that memory does not depend on how many people
@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from hdbcli.config import Tell
+from hdbcli.faces.recogniser import NUMBERS
+from hdbcli.method.hypernet import TRAITS
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
 from hdbcli.training.people import (
@@ -47,14 +49,15 @@ from registry.files import reading, write_beside
 from registry.orphans import WRITING, delete, temporaries
 from registry.spec import BaseSpec
 
-FORMAT = 1
+FORMAT = 2  # since traits are of two recognisers
 KIND = "people"
 INDEX, REPORT = "index.json", "report.txt"
 FILE_BYTES = 2**27  # about how large a file becomes: what is lost when a run is cut off
 OPEN = 64  # files held open
 PROBED = 32  # numbers of a latent that tell one autoencoder from another
 CLOSE = 0.1  # how far they may be off, in deviations: devices and number formats round
-# Mean embeddings of two names below this distance are said to be one person, see docs/training.md.
+# Mean embeddings of two names, by dlib, below this distance are said to be one person: see
+# docs/training.md.
 ALIKE = 0.35
 DTYPES = {"crops": ("U8", np.uint8), "traits": ("F32", np.float32), "latents": ("F16", np.float16)}
 
@@ -293,10 +296,10 @@ class StoredRows:
 
 @torch.no_grad()
 def encoded(base: Base, people: People) -> People:
-    """Return people in memory with what training reads beside crops: the recogniser's embeddings
+    """Return people in memory with what training reads beside crops: the recognisers' embeddings
     and the latents of every crop and of its mirror image."""
     assert isinstance(people.crops, np.ndarray)
-    traits = [np.zeros((0, 128), np.float32)]
+    traits = [np.zeros((0, TRAITS), np.float32)]
     latents = [np.zeros((0, 2, *base.latent_shape), np.float16)]
     step = max(1, 100 * 128**2 // base.spec.resolution**2)
     for start in range(0, len(people.crops), step):
@@ -467,9 +470,9 @@ def twins(people: People, tell: Tell) -> Iterator[tuple[str, str, float]]:
     """Find names that look like one person: pairs whose mean embeddings lie closer than ALIKE, the
     closest first."""
     assert people.traits is not None
-    means = torch.zeros(len(people.names), 128)
+    means = torch.zeros(len(people.names), NUMBERS)
     for person, photos in enumerate(people.members):
-        means[person] = torch.from_numpy(people.traits[list(photos)]).mean(0)
+        means[person] = torch.from_numpy(people.traits[list(photos)][:, :NUMBERS]).mean(0)
     found = []
     for start in range(0, len(means), 1024):
         tell("compare", start, len(means))

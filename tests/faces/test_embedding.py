@@ -16,12 +16,25 @@ from chips import chip, distance, likeness
 from safetensors import safe_open
 from torch import Tensor
 
-from hdbcli.faces import embedding
-from hdbcli.faces.embedding import embed, found, load_embedding
+from hdbcli.faces import dlib, sface
+from hdbcli.faces.dlib import load_dlib
+from hdbcli.faces.embedding import at_landmarks, embed, found, recognisers
 from hdbcli.faces.photo import find_faces, read_photo
+from hdbcli.faces.recogniser import Recogniser
+from hdbcli.faces.sface import load_sface, restored
 from hdbcli.measure.statistics import Retrieval, retrieval
 from registry.errors import HdbError
-from registry.tiny.recipe.embedding import ABOUT, MANIFEST, WEIGHTS, convert
+from registry.tiny.recipe.embedding import (
+    ABOUT,
+    MANIFEST,
+    SFACE_ABOUT,
+    WEIGHTS,
+    _levels,
+    convert,
+    convert_sface,
+)
+
+BOTH = pytest.mark.parametrize("model", recognisers(), ids=lambda model: type(model).__name__)
 
 
 @pytest.fixture(scope="module")
@@ -43,37 +56,53 @@ def test_the_network_is_the_one_published() -> None:
     y, x = np.mgrid[:150, :150]
     wave = np.stack([128 + 100 * np.sin(x / 9 + k) * np.cos(y / 13 - k) for k in range(3)])
     with torch.no_grad():
-        told = load_embedding()(torch.from_numpy(wave).float()[None])[0]
+        told = load_dlib()(torch.from_numpy(wave).float()[None])[0]
     golden = torch.tensor([-0.06852, 0.1416, 0.09872, -0.00967, -0.07761, -0.04418])
     assert torch.allclose(told[:6], golden, atol=1e-4)
     assert not torch.allclose(told[6:12], golden, atol=1e-2)
 
 
-def test_it_is_frozen_and_lets_gradients_through() -> None:
-    model = load_embedding()
-    assert model is load_embedding()
+def test_sface_is_the_one_published() -> None:
+    """Pin what OpenCV makes of the file in OpenCV Zoo, but for rounding to 256 and 16 levels."""
+    y, x = np.mgrid[:112, :112]
+    wave = np.stack([128 + 100 * np.sin(x / 9 + k) * np.cos(y / 13 - k) for k in range(3)])
+    with torch.no_grad():
+        told = load_sface()(torch.from_numpy(wave).float()[None])[0]
+    golden = torch.tensor(
+        [-0.045, 0.025, 0.097, 0.058, -0.039, -0.018, -0.009, 0.111, -0.119, -0.068, -0.12, 0.06]
+    )
+    assert told.norm() == pytest.approx(1.0)
+    assert torch.allclose(told[:12], golden, atol=0.03)
+    assert not torch.allclose(told[12:24], golden, atol=0.1)
+
+
+@BOTH
+def test_it_is_frozen_and_lets_gradients_through(model: Recogniser) -> None:
     assert not model.training
     assert not list(model.parameters())
     assert not any(buffer.requires_grad for buffer in model.buffers())
     assert sum(buffer.numel() for buffer in model.buffers()) > 5_000_000
-    picture = torch.full((2, 3, 150, 150), 120.0)
-    picture[0] += torch.linspace(-80, 80, 150)
+    side = model.side
+    picture = torch.full((2, 3, side, side), 120.0)
+    picture[0] += torch.linspace(-80, 80, side)
     picture.requires_grad_()
-    model(picture)[0].square().sum().backward()
+    model(picture)[0, :64].square().sum().backward()  # the whole length of SFace's is always 1
     assert picture.grad is not None
     assert picture.grad[0].abs().max() > 0
     assert picture.grad[1].abs().max() == 0  # pictures of a batch do not mix
-    with pytest.raises(ValueError, match="150"):
+    with pytest.raises(ValueError, match=str(side)):
         model(torch.zeros(1, 3, 64, 64))
 
 
+@BOTH
 def test_a_gradient_step_moves_the_picture_towards_the_person(
-    portrait: np.ndarray, reference: Tensor
+    portrait: np.ndarray, model: Recogniser
 ) -> None:
-    picture = torch.from_numpy(chip(portrait, find_faces(portrait)[0].landmarks))
+    places = model.template / model.side
+    reference = at_landmarks([portrait], places, model.side, model, 128)[0]
+    picture = torch.from_numpy(chip(portrait, find_faces(portrait)[0].landmarks, model))
     start = picture.permute(2, 0, 1)[None].float().flip(3) * 0.7
     start.requires_grad_()
-    model = load_embedding()
     before = (model(start)[0] - reference).norm()
     before.backward()
     assert start.grad is not None
@@ -81,6 +110,19 @@ def test_a_gradient_step_moves_the_picture_towards_the_person(
     with torch.no_grad():
         assert (model(start - step)[0] - reference).norm() < before - 0.01
         assert (model(start + step)[0] - reference).norm() > before
+
+
+def test_levels_stand_for_the_weights_they_were_rounded_from() -> None:
+    weight = np.random.default_rng(0).normal(size=(5, 64))
+    for levels, shape in ((256, (5, 16, 2, 2)), (16, (5, 64))):
+        kept = {
+            k: torch.from_numpy(v) for k, v in _levels("w", weight.reshape(shape), levels).items()
+        }
+        back = restored(kept["w"], kept["w#scale"], kept["w#min"])
+        step = (weight.max(1) - weight.min(1)) / (levels - 1)
+        far = np.abs(back.reshape(5, 64).numpy() - weight) / step[:, None]
+        assert back.shape == shape and 0.4 < far.max() < 0.51
+    assert kept["w"].numel() == weight.size // 2
 
 
 SAME: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -180,21 +222,23 @@ def test_a_damaged_installation_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(embedding.WEIGHTS.read_bytes()[:-1])
-    for path in (cut, tmp_path / "missing.safetensors"):
-        monkeypatch.setattr(embedding, "WEIGHTS", path)
-        with pytest.raises(HdbError, match="reinstall"):
-            load_embedding.__wrapped__()
-    monkeypatch.undo()
-    assert load_embedding.__wrapped__() is not load_embedding()
+    for module, load in ((dlib, load_dlib), (sface, load_sface)):
+        cut.write_bytes(module.WEIGHTS.read_bytes()[:-1])
+        for path in (cut, tmp_path / "missing.safetensors"):
+            monkeypatch.setattr(module, "WEIGHTS", path)
+            with pytest.raises(HdbError, match="reinstall"):
+                load.__wrapped__()
+        monkeypatch.undo()
+        assert load.__wrapped__() is not load() is load()
 
 
 def test_the_shipped_weights_tell_where_they_come_from() -> None:
-    assert embedding.WEIGHTS.stat().st_size <= 6_600_000
-    with safe_open(embedding.WEIGHTS, "pt") as file:
-        assert json.loads(file.metadata()["about"]) == ABOUT
-        kinds = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118, no mapping
-    assert kinds == {torch.uint8, torch.float32}
+    for path, about in ((dlib.WEIGHTS, ABOUT), (sface.WEIGHTS, SFACE_ABOUT)):
+        assert path.stat().st_size <= 6_600_000
+        with safe_open(path, "pt") as file:
+            assert json.loads(file.metadata()["about"]) == about
+            kinds = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118, no mapping
+        assert kinds == {torch.uint8, torch.float32}
 
 
 def test_the_recipe_makes_the_shipped_weights(tmp_path: Path) -> None:
@@ -203,8 +247,17 @@ def test_the_recipe_makes_the_shipped_weights(tmp_path: Path) -> None:
         pytest.skip("HDB_FACE_API_MODEL does not name the npm package's folder `model`")
     out = tmp_path / "face_embedding.safetensors"
     convert(Path(folder) / MANIFEST, out)
-    assert out.read_bytes() == embedding.WEIGHTS.read_bytes()
+    assert out.read_bytes() == dlib.WEIGHTS.read_bytes()
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_the_recipe_makes_the_shipped_sface(tmp_path: Path) -> None:
+    source = os.environ.get("HDB_SFACE")
+    if not source:
+        pytest.skip("HDB_SFACE does not name the file of SFace that OpenCV Zoo publishes")
+    out = tmp_path / "sface.safetensors"
+    convert_sface(Path(source), out)
+    assert out.read_bytes() == sface.WEIGHTS.read_bytes()
 
 
 def test_the_recipe_refuses_other_weights(tmp_path: Path) -> None:
@@ -215,4 +268,8 @@ def test_the_recipe_refuses_other_weights(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(b"other")
     with pytest.raises(HdbError, match=hashlib.sha256(b"other").hexdigest()):
         convert(tmp_path / MANIFEST, out)
+    with pytest.raises(HdbError, match="cannot be read"):
+        convert_sface(tmp_path / "none.onnx", out)
+    with pytest.raises(HdbError, match=hashlib.sha256(b"other").hexdigest()):
+        convert_sface(tmp_path / WEIGHTS, out)
     assert not out.exists()

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from hdbcli.faces import photo
-from hdbcli.faces.photo import align, crop_face, find_faces, read_photo
+from hdbcli.faces.photo import align, crop_face, find_faces, find_points, read_photo
 from registry.errors import HdbError
 
 # Eyes, nose and mouth in a tight crop, in YuNet's order.
@@ -248,6 +248,21 @@ def test_the_points_follow_a_tilted_head(portrait: np.ndarray, degrees: float) -
     before, after = ((p - p.mean(0)) @ [1, -1j] for p in (upright.landmarks, found))
     tilt = np.degrees(np.angle((before.conj() * after).sum()))
     assert abs(tilt - degrees) < 6  # the detector's own points are off by over half of it
+
+
+def test_one_look_finds_the_points_of_a_crop(portrait: np.ndarray) -> None:
+    """Of the whole face and of one half as large in a corner; noise has none."""
+    crop = cv2.resize(portrait[:256, 96:352], (128, 128), interpolation=cv2.INTER_AREA)
+    small = np.full_like(crop, 128)
+    small[64:, 64:] = cv2.resize(crop, (64, 64), interpolation=cv2.INTER_AREA)
+    points = find_points(crop)
+    assert points is not None
+    assert np.abs(points - find_faces(crop)[0].landmarks).max() < 4
+    smaller = find_points(small)
+    assert smaller is not None
+    assert np.abs(smaller - (points / 2 + 64)).max() < 3
+    noise = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+    assert find_points(noise) is None
 
 
 @pytest.mark.parametrize("size", [40, 100, 400])

@@ -22,7 +22,7 @@ from profiles import SPACES, cmyk_profile, grey_profile, in_space, rgb_profile
 
 from hdbcli import api
 from hdbcli.faces import colour
-from hdbcli.faces.embedding import embed_aligned
+from hdbcli.faces.dlib import load_dlib
 from hdbcli.faces.photo import crop_face
 from hdbcli.faces.reading import read_photo
 from hdbcli.identity.file import Identity
@@ -508,7 +508,7 @@ READ = """
 import sys
 from pathlib import Path
 from registry.errors import HdbError
-from hdbcli.faces.embedding import embed_aligned
+from hdbcli.faces.dlib import load_dlib
 from hdbcli.faces.photo import crop_face
 from hdbcli.faces.reading import read_photo
 from registry.tiny import TEMPLATE
@@ -634,7 +634,7 @@ def test_a_face_has_one_likeness_in_every_format_and_profile(
     crops = {name: crop_face(path, template, 128).image for name, path in paths.items()}
     portrait = np.ascontiguousarray(crops["png"][:, ::-1]) // 2 + 64
     stacked = torch.from_numpy(np.stack([portrait, *crops.values()])).permute(0, 3, 1, 2)
-    drawn, *photos = embed_aligned(stacked.float() / 127.5 - 1, template)
+    drawn, *photos = load_dlib().embed_aligned(stacked.float() / 127.5 - 1, template)
     alike = {name: likeness(drawn, photo) for name, photo in zip(crops, photos, strict=True)}
     controls = [alike.pop(name) for name in list(alike) if "bare" in name]
     assert alike["png"] > 0.5

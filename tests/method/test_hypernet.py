@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hdbcli.method.hypernet import Faces, HyperConfig, HyperNetwork
+from hdbcli.method.hypernet import TRAITS, Faces, HyperConfig, HyperNetwork
 from hdbcli.method.lidb import first_theta
 from hdbcli.model.hypernetwork_file import load_hypernetwork, save_hypernetwork
 from registry.errors import HdbError
@@ -35,7 +35,7 @@ def network(**changes: int) -> HyperNetwork:
 
 
 def faces_of(count: int) -> Faces:
-    crops, traits = torch.randn(count, 3, 16, 16), torch.randn(count, 128) * 0.04
+    crops, traits = torch.randn(count, 3, 16, 16), torch.randn(count, TRAITS) * 0.04
     return Faces(crops, traits, torch.randn(count, 4, 8, 8))
 
 
@@ -69,6 +69,14 @@ def test_without_the_recogniser_the_picture_alone_decides() -> None:
     assert not torch.equal(both(faces).up, both(other).up)
     assert not torch.equal(*model(faces).up)
     assert model.encode_face(faces).shape[1] == both.encode_face(faces).shape[1] - 1
+
+
+def test_as_many_recognisers_are_read_as_it_was_trained_with() -> None:
+    """A hypernetwork made when there was one reads the first, and sees nothing of the second."""
+    faces = faces_of(2)
+    second = faces._replace(traits=torch.cat([faces.traits[:, :128], -faces.traits[:, 128:]], 1))
+    for model, sees in ((network(traits=128), False), (network(), True)):
+        assert torch.equal(model(faces).up, model(second).up) != sees
 
 
 def test_every_target_has_its_own_head_and_faces_differ() -> None:

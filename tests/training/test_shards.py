@@ -169,7 +169,7 @@ def replaced(out: Path) -> None:
 
 
 def renewed(out: Path) -> None:
-    rewritten(out, **{"hdb.format": "2"})
+    rewritten(out, **{"hdb.format": "3"})
 
 
 def foreign(out: Path) -> None:
@@ -191,7 +191,7 @@ def rewritten(out: Path, **changes: str) -> None:
         (cut, "truncated"),
         (removed, "no such file"),
         (replaced, "is not the file that was prepared"),
-        (renewed, "has format 2, this hdb reads 1"),
+        (renewed, "has format 3, this hdb reads 2"),
         (foreign, "does not hold prepared people"),
     ],
 )

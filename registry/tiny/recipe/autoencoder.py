@@ -20,7 +20,7 @@ from diffusers import AutoencoderTiny
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from torch import Tensor, nn
 
-from hdbcli.faces.embedding import load_embedding
+from hdbcli.faces.dlib import load_dlib
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit
 from registry.tiny.recipe.latents import PORTRAIT, read_taught
 from registry.tiny.recipe.photographs import read_photographs
@@ -73,7 +73,7 @@ def feature_distance(made: Tensor, true: Tensor) -> Tensor:
     """Return how far the recogniser's first features of two batches of windows (B, 3, S, S) lie
     apart: mean |made - true| / mean |true|, summed over `BLOCKS`."""
     pictures = F.interpolate(torch.cat([made, true]), scale_factor=SCALE, mode="bilinear")
-    features = load_embedding(str(made.device)).features((pictures + 1) * 127.5)
+    features = load_dlib(str(made.device)).features((pictures + 1) * 127.5)
     far = made.new_zeros(())
     for index, x in enumerate(islice(features, max(BLOCKS) + 1)):
         if index in BLOCKS:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hdbcli.faces.embedding import load_embedding
+from hdbcli.faces.dlib import load_dlib
 from hdbcli.model.base import load_predictor, open_base
 from hdbcli.training.likeness_loss import check_drafts
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit
@@ -80,7 +80,7 @@ class Discriminator(nn.Module):
 
     def forward(self, windows: Tensor, styles: Tensor) -> list[Tensor]:
         pictures = F.interpolate(windows, scale_factor=SCALE, mode="bilinear")
-        model = load_embedding(str(windows.device))
+        model = load_dlib(str(windows.device))
         features = enumerate(islice(model.features((pictures + 1) * 127.5), max(JUDGED) + 1))
         told = []
         for block, x in features:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from chips import chip
 
-from hdbcli.faces.embedding import load_embedding
+from hdbcli.faces.dlib import load_dlib
 from hdbcli.faces.photo import find_faces, read_photo
 from hdbcli.training.people import read_people
 from registry.errors import HdbError
@@ -155,7 +155,7 @@ def test_faces_stay_faces_of_the_same_person(reader: Reader, painted: dict[str, 
     pictures = [*painted.values(), stranger]
     chips = np.stack([chip(picture.pixels, picture.points) for picture in pictures])
     with torch.no_grad():
-        faces = load_embedding()(torch.from_numpy(chips).permute(0, 3, 1, 2).float())
+        faces = load_dlib()(torch.from_numpy(chips).permute(0, 3, 1, 2).float())
     own = (faces[1:-1] - faces[0]).norm(dim=1)
     other = (faces[:-1] - faces[-1]).norm(dim=1)
     assert own.max() < 0.65 and own.median() < 0.5
