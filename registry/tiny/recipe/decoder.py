@@ -3,10 +3,11 @@
 It learns from what it will be handed: latents of photographs, some with noise on them, and what the
 base makes of a picture in its last steps, which is softer than any photograph, since a network
 that has to guess answers with the middle of what might be. Decoded, they are compared with the
-photograph as the autoencoder's were, and a discriminator, which sees them through the face
-recogniser's frozen features (Sauer et al. 2021, "Projected GANs Converge Faster"), says what a
-photograph has and they have not. Both pull at the pixels, the discriminator BALANCE times as hard
-as the photograph, whatever the sizes of the losses.
+photograph as the autoencoder's were; a discriminator, which sees them through dlib's frozen
+features (Sauer et al. 2021, "Projected GANs Converge Faster"), says what a photograph has and they
+have not; and two recognisers say how far the person is from the one on the photograph (`alike`).
+All three pull at the pixels, discriminator and recognisers BALANCE and ALIKE times as hard as the
+photograph, whatever the sizes of the losses.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from hdbcli.faces.dlib import load_dlib
 from hdbcli.model.base import load_predictor, open_base
-from hdbcli.training.likeness_loss import check_drafts
+from hdbcli.training.likeness_loss import apart, check_drafts, places_of, sight
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit
 from registry.checkpoints.safetensors import save_tensors
 from registry.spec import Drafting
@@ -32,7 +34,6 @@ from registry.tiny.recipe.autoencoder import (
     NOISE,
     SCALE,
     SHOWN_EVERY,
-    WINDOW,
     reconstruction,
     show,
 )
@@ -51,8 +52,11 @@ BALANCE = 0.5  # how hard the discriminator pulls at a pixel, over how hard the 
 ALIKE = 0.5  # and how hard likeness does
 JUDGED = {2: 32, 6: 64, 9: 128}  # blocks of the recogniser that the discriminator sees, channels
 LAST = 4  # steps of drawing that the base has taken, at most
-DRAWN = 8000  # pictures
-SHARE = 0.6  # of windows that are of those
+DRAWN = 1200  # pictures
+SHARE = 0.6  # of pictures that are of those
+# Styles whose colours are chance: the mean of all stage lights, which is what drawing from nothing
+# but noise would learn to hit, is no light at all.
+ANY_COLOURS = [STYLES.index(style) for style in ("rockstar", "popart")]
 
 
 class Discriminator(nn.Module):
@@ -104,28 +108,25 @@ def train_decoder(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
     parameters = decoder | {f"judge.{k}": p for k, p in judge.named_parameters()}
     averages = averages_of(parameters)
 
-    def windows(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose windows of latents, some drawn and some with noise; true pixels, styles."""
+    def chosen(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Choose latents, some drawn and some with noise, and the rows of their pictures."""
         some = torch.randint(len(drawn.rows), (round(batch * SHARE),), generator=generator)
         plain = latents.draw(batch - len(some), generator)
         rows = torch.cat([plain, drawn.rows[some]])
-        x, y = torch.randint(
-            latents.values.shape[-1] - WINDOW + 1, (2,), generator=generator
-        ).tolist()
         own = latents.values[0, plain].float()
         level = NOISE * torch.rand(len(own), 1, 1, 1, generator=generator)
         own = own + level * torch.randn(own.shape, generator=generator)
-        seen = torch.cat([own, drawn.latents[some].float()])
-        seen = seen[:, :, y : y + WINDOW, x : x + WINDOW]
-        true = pixels[rows, :, 8 * y : 8 * (y + WINDOW), 8 * x : 8 * (x + WINDOW)]
-        return seen.to(device), to_unit(true.to(device)), latents.styles[rows].to(device)
+        return torch.cat([own, drawn.latents[some].float()]).to(device), rows
 
     def losses(generator: torch.Generator) -> Iterator[Tensor]:
-        seen, true, styles = windows(generator)
+        seen, rows = chosen(generator)
+        true, styles = to_unit(pixels[rows].to(device)), latents.styles[rows].to(device)
+        places = pictures.points[rows].numpy() / pixels.shape[-1]
         with half(torch.device(device)):
             made = model.decode(seen).sample
         made = made.float()
-        yield pulled(made, *pull(judge, made, true, styles))
+        person = alike(true, places, made, styles)
+        yield pulled(made, *pull(judge, made, true, styles, alike=person))
         yield hinge(judge(true, styles), judge(made.detach(), styles))
 
     optimizer = torch.optim.AdamW(
@@ -232,3 +233,28 @@ def portraits_of(pictures: Photographs, rows: Tensor, generator: torch.Generator
     each = [by_person[person] for person in pictures.people[rows].tolist()]
     chosen = torch.rand(len(rows), generator=generator).tolist()
     return torch.tensor([own[int(k * len(own))] for own, k in zip(each, chosen, strict=True)])
+
+
+def alike(
+    true: Tensor, places: np.ndarray, made: Tensor, styles: Tensor, free: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Return how far pictures like those `made` (B, 3, S, S) are from the people on the true ones,
+    by faces and by colours: see `hdbcli.training.likeness_loss`.
+
+    The true faces lie at `places` (B, 5, 2). Those that were drawn from nothing but noise lie where
+    they are found, or else there too; of these, no colours are compared in `styles` (B,) that are
+    among ANY_COLOURS.
+    """
+    with torch.no_grad():
+        theirs = sight(true, places)
+    if free:
+        places = places_of(made, places)
+    chance = torch.tensor([free and style in ANY_COLOURS for style in styles.tolist()])
+    chance = chance.to(true.device)[:, None, None, None]
+
+    def far(images: Tensor) -> Tensor:
+        mine = sight(images, places)
+        colours = torch.where(chance, theirs.colours, mine.colours)
+        return apart(mine._replace(colours=colours), theirs).mean()
+
+    return far

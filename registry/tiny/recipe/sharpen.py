@@ -20,23 +20,20 @@ people as clear as ever.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from hdbcli.config import PretrainConfig
-from hdbcli.faces.embedding import landmarks
 from hdbcli.method.hypernet import Faces
 from hdbcli.method.inject import eject
 from hdbcli.method.lidb import Theta
 from hdbcli.model.base import load_predictor, open_base
 from hdbcli.model.hypernetwork_file import save_hypernetwork
-from hdbcli.training.likeness_loss import apart, sight
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit, settle
 from hdbcli.training.questions import Samples, diffusion, distance
 from registry.spec import NOISIEST
@@ -45,6 +42,7 @@ from registry.tiny import SAMPLING
 from registry.tiny.recipe.base import noise_and_times, prompt_of, show
 from registry.tiny.recipe.decoder import (
     Discriminator,
+    alike,
     brought_back,
     hinge,
     portraits_of,
@@ -53,7 +51,7 @@ from registry.tiny.recipe.decoder import (
 )
 from registry.tiny.recipe.latents import read_autoencoder, read_latents
 from registry.tiny.recipe.photographs import read_photographs
-from registry.tiny.recipe.pictures import STYLES, half, to_pixels, to_unit
+from registry.tiny.recipe.pictures import half, to_unit
 
 UNSEEN = 2  # steps of drawing, the first, whose answers are still too open to be pictures
 ADAPTED = 0.6  # share of steps in which the base is adapted to the people it draws
@@ -62,9 +60,6 @@ LEFT = 3.0  # times the share of a photograph that noise has left: how hard that
 DRAWN = 40.0  # how much more what is drawn weighs for the people: likeness as much as it is, about
 FASTER = 6.0  # times the rate of the UNet, that of the discriminator and of the hypernetwork
 SHOWN_EVERY = 150  # steps
-# Styles whose colours are chance: the mean of all stage lights, which is what drawing from nothing
-# but noise would learn to hit, is no light at all.
-ANY_COLOURS = [STYLES.index(style) for style in ("rockstar", "popart")]
 MIRRORED = [1, 0, 2, 4, 3]  # the five points of a face in a mirror: left and right change
 
 
@@ -187,33 +182,3 @@ def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
     pipeline.save_pretrained(build / "pipeline")
     vae.save_pretrained(build / "vae")
     save_hypernetwork(model, build / "hypernetwork.safetensors")
-
-
-def alike(
-    true: Tensor, places: np.ndarray, made: Tensor, styles: Tensor, free: bool
-) -> Callable[[Tensor], Tensor]:
-    """Return how far pictures like those `made` (B, 3, S, S) are from the people on the true ones,
-    by faces and by colours: see `hdbcli.training.likeness_loss`.
-
-    The true faces lie at `places` (B, 5, 2). Those that were drawn from nothing but noise lie where
-    they are found, or else there too; of these, no colours are compared in `styles` (B,) that are
-    among ANY_COLOURS.
-    """
-    with torch.no_grad():
-        theirs = sight(true, places)
-    if free:
-        found = [landmarks(picture) for picture in to_pixels(made).permute(0, 2, 3, 1).numpy()]
-        side = made.shape[-1]
-        places = np.stack(
-            [own if new is None else new / side for own, new in zip(places, found, strict=True)]
-        )
-
-    chance = torch.tensor([free and style in ANY_COLOURS for style in styles.tolist()])
-    chance = chance.to(true.device)[:, None, None, None]
-
-    def far(images: Tensor) -> Tensor:
-        mine = sight(images, places)
-        colours = torch.where(chance, theirs.colours, mine.colours)
-        return apart(mine._replace(colours=colours), theirs).mean()
-
-    return far

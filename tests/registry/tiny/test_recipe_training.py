@@ -28,6 +28,7 @@ from registry.tiny.recipe.decoder import (
     ALIKE,
     BALANCE,
     Discriminator,
+    alike,
     hinge,
     portraits_of,
     pull,
@@ -35,7 +36,6 @@ from registry.tiny.recipe.decoder import (
 from registry.tiny.recipe.latents import GROUPS, PORTRAIT, Latents
 from registry.tiny.recipe.photographs import KINDS, Photographs
 from registry.tiny.recipe.pictures import STYLES
-from registry.tiny.recipe.sharpen import alike
 from registry.tiny.recipe.teacher import CHANNELS, load_teacher
 
 STYLE = torch.zeros(4, dtype=torch.int64)  # of the windows of a photograph
