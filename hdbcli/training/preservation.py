@@ -88,12 +88,13 @@ def preservation(
 
 def _turns(predicted: bool) -> list[tuple[str, bool]]:
     """Return (prompt, whether it is held to the prediction) of one step after the other: every
-    second one is of the class, in each style too."""
+    third one is of the class, in each style too."""
     unasked = [(unnamed(prompt), False) for prompt in (PORTRAIT, *CAPTIONS)]
     if not predicted:
         return unasked
     asked = [(caption, True) for caption in CAPTIONS]
-    return [pair for both in zip(unasked, [*asked, unasked[0]], strict=True) for pair in both]
+    rounds = zip(unasked, asked, asked[2:] + asked[:2], strict=False)
+    return [*(pair for three in rounds for pair in three), unasked[-1]]
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,14 +53,18 @@ def photos(tiny: Base, faces: list[Faces]) -> Tensor:
 
 
 def test_nothing_is_lost_before_anything_changes(
-    tiny: Base, faces: list[Faces], predicted: Theta
+    tiny: Base, faces: list[Faces], predicted: Theta, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In float32: many answers at once are rounded to bfloat16 where one alone is not."""
+    monkeypatch.setattr("hdbcli.training.questions.autocast", lambda *_, **__: nullcontext())
     adapter = tiny.injected.factors(predicted)
     losses = preservation(tiny, adapter, photos(tiny, faces), True)
     turns = prior._turns(True)
-    assert [prompt for prompt, held in turns if held] == list(CAPTIONS)
+    held_ones = [prompt for prompt, held in turns if held]
+    assert sorted(held_ones) == sorted(2 * CAPTIONS)
+    assert all(one != other for one, other in itertools.pairwise(held_ones))
     unnamed_ones = [prompt for prompt, held in turns if not held]
-    assert unnamed_ones[0] == unnamed_ones[-1] == "a face" and len(set(unnamed_ones)) == 6
+    assert unnamed_ones[0] == "a face" and len(set(unnamed_ones)) == len(unnamed_ones) == 6
     assert not any("[V]" in prompt for prompt in unnamed_ones)
     styles = [turn for turn, (_, held) in enumerate(turns) if held]
     calm = [far(tiny, adapter, losses(turn)) for turn in styles]
@@ -67,7 +73,7 @@ def test_nothing_is_lost_before_anything_changes(
         each *= 1.1  # in place, as optimizers do: what was before is kept apart
     moved = [far(tiny, adapter, losses(turn)) for turn in styles]
     assert min(moved) > 20 * max(calm)
-    assert len(set(moved)) == len(CAPTIONS)  # each turn asks another caption
+    assert len(set(moved)) == 2 * len(CAPTIONS)  # each turn asks another picture
     again, later = (losses(styles[0] + more).samples for more in (0, len(turns)))
     assert torch.equal(again.clean, later.clean), "a picture is drawn once"
     assert not torch.equal(again.noise, later.noise), "and seen under other noise in each round"
@@ -142,7 +148,7 @@ def test_refinement_keeps_styles_and_others(
 ) -> None:
     start, alone = relax(predicted[:1], 2), faces[:1]
     judge = preservation(tiny, tiny.injected.factors(start), alone[0].latents, True)
-    others, asked = (0, 2), (1, 3)
+    others, asked = (0, 3), (1, 2)
     turns = prior._turns(True)
     assert all(turns[turn][1] for turn in asked) and not any(turns[turn][1] for turn in others)
 
