@@ -29,11 +29,11 @@ OTHER_PHOTO, SAME_PHOTO = "a photo that no method saw", "the photo that methods 
 
 LIMITS = """\
 What this does not show: how any of it fares on another base model, on another machine, or with the
-settings that each method's authors chose for theirs. dlib's recogniser is the one whose embedding
-the hypernetwork reads and which training with `--likeness` follows; so do the refinement of each
-person where the base asks for likeness, and methods named -all. Its praise of them is partly an
-echo: FaceRes, which nothing learns from, is the judge to believe. The captions to which such a
-refinement holds a person's styles are those that are judged.
+settings that each method's authors chose for theirs. dlib's recogniser is one of the two
+(SFace is the other) that the hypernetwork reads and training with `--likeness` follows; so do the
+refinement of each person where the base asks for likeness, and methods named -all. Its praise of
+them is partly an echo: FaceRes, which nothing learns from, is the judge to believe. The captions to
+which such a refinement holds a person's styles are those that are judged.
 Columns are of the people that each method learned, which may be fewer than another's."""
 
 
