@@ -289,7 +289,7 @@ def test_shipped_hypernetwork_knows_people(tiny: Base, people: Path) -> None:
         return float(FaceMetric().likeness(mine, true.numpy()).mean())
 
     strangers = like(theta[torch.arange(8).roll(1)])
-    assert like(theta) > max(like(None), strangers) + 0.06
+    assert like(theta) > max(like(None), strangers) + 0.08
 
 
 def test_refinement_lowers_the_loss_and_leaves_the_base(tiny: Base, two: Path) -> None:
