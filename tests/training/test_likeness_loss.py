@@ -72,7 +72,7 @@ def noise(count: int) -> Tensor:
 def test_chips_are_those_that_opencv_cuts(tiny: Base, crops: list[np.ndarray]) -> None:
     template, images = np.array(tiny.spec.template), tiny.images(crops)
     told = tiny.embed(images).split(NUMBERS, 1)
-    for recogniser, own in zip(recognisers(), told, strict=True):
+    for recogniser, own, near in zip(recognisers(), told, (0.02, 0.1), strict=True):
         ours = recogniser.chips(images, template)
         theirs = np.stack([chip(crop, template * len(crop), recogniser) for crop in crops])
         theirs = torch.from_numpy(theirs).permute(0, 3, 1, 2).float()
@@ -80,7 +80,7 @@ def test_chips_are_those_that_opencv_cuts(tiny: Base, crops: list[np.ndarray]) -
         assert (recogniser.chips(images, template + 0.02) - theirs).abs().mean() > 3
         with torch.no_grad():
             far = (own - recogniser(theirs)).norm(dim=1)
-        assert far.max() < 0.1  # two people are 0.65 apart, or 1.3
+        assert far.max() < near  # two people are 0.65 apart, or 1.3
 
 
 def test_chips_of_large_crops_lose_nothing_between_samples(tiny: Base) -> None:
@@ -172,11 +172,11 @@ def test_each_of_what_is_compared_tells_people_apart(tiny: Base, crops: list[np.
     assert apart(own, own).max() == 0
     far = [
         float(
-            apart(own._replace(**{name: (*part[:k], part[k].roll(1, 0), *part[k + 1 :])}), own)[0]
+            apart(own._replace(**{name: (*part[:k], each.roll(1, 0), *part[k + 1 :])}), own).mean()
         )
         for name in ("embeddings", "features")
         for part in [getattr(own, name)]
-        for k in range(len(part))
+        for k, each in enumerate(part)
     ]
     far.append(float(apart(own._replace(colours=own.colours.roll(1, 0)), own).mean()))
     assert len(far) == 2 + 6 + 1 and min(far) > 0.02, far
