@@ -115,6 +115,7 @@ class PretrainConfig:
     prior: float = 5.0  # weight of leaving alone what is drawn without [V]
     likeness: float = 0.0  # weight of the distance of drawn faces from the true one
     share: int = 4  # every N-th person of a batch gets the likeness and prior losses
+    any_colours: tuple[str, ...] = ()  # captions with these have likeness in any colours
     seed: int = 0
     optimizer: str = "adamw8bit"
     precision: str = "auto"

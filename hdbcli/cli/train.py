@@ -148,6 +148,13 @@ Share = Annotated[
         help="Apply the likeness and prior losses to every N-th person of a batch.",
     ),
 ]
+AnyColours = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Leave colours out of the likeness of pictures whose caption has these words, since "
+        "they are chance in that style; may be given several times."
+    ),
+]
 Track = Annotated[
     str | None,
     typer.Option(
@@ -209,6 +216,7 @@ def train_hypernetwork(
     prior: Prior = PretrainConfig.prior,
     likeness: Likeness = PretrainConfig.likeness,
     share: Share = PretrainConfig.share,
+    any_colours: AnyColours = None,
     seed: Seed = PretrainConfig.seed,
     optimizer: Optimizer = PretrainConfig.optimizer,
     precision: Precision = PretrainConfig.precision,
@@ -236,13 +244,15 @@ def train_hypernetwork(
     if start:
         why = "the hypernetwork after --from has its shape already; drop it or"
         refuse_given(ctx, why, "iterations", "recogniser")
+    if not likeness:
+        refuse_given(ctx, "no likeness is asked for; add --likeness or drop", "any_colours")
     if accumulate > batch:
         raise UsageError(f"a batch of {batch} has no {accumulate} parts; lower --accumulate")
     if not held_out:
         refuse_given(ctx, "--held-out 0 leaves no one to look at; drop it or", "look")
     _check_hypernetwork_out(out, start)
     checkpoint = out.with_name(f"{out.stem}-checkpoint.safetensors")
-    goals = (steps, lr, batch, beta, prior, likeness, share)
+    goals = (steps, lr, batch, beta, prior, likeness, share, tuple(any_colours or ()))
     config = PretrainConfig(
         *goals, seed, optimizer, precision, save_seconds, look, held_out, checkpoint, accumulate
     )

@@ -167,7 +167,10 @@ def _described(
         "processes": processes,
         **{
             k: getattr(config, k)
-            for k in ("seed", "lr", "batch", "beta", "prior", "likeness", "share", "precision")
+            for k in (
+                *("seed", "lr", "batch", "beta", "prior", "likeness", "share", "precision"),
+                "any_colours",
+            )
         },
     }
     return ", ".join(f"{name} {value}" for name, value in facts.items())
@@ -295,11 +298,13 @@ def _part_losses(
         yield from objective.prior(base, leaf[:some], asked, weight, precision)
     if some and config.likeness:
         drawn = batch.drawn[:some]
-        rows = drawn.T.flatten()
+        rows, captions = drawn.T.flatten(), material.people.caption(drawn)
+        chance = [any(part in caption for part in config.any_colours) for caption in captions]
         portraits = Portraits(
-            [base.prompt(caption) for caption in material.people.caption(drawn)],
+            [base.prompt(caption) for caption in captions],
             noise[:some].transpose(0, 1).flatten(0, 1).to(device),
             seen(rows, mirrored[:some].repeat(DRAWS)),
+            ~torch.tensor(chance),
         )
         weight = share * config.likeness
         yield from objective.likeness(base, leaf[:some], portraits, weight, precision)

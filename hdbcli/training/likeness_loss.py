@@ -61,17 +61,19 @@ def likeness(
     noise: Tensor,
     true: Tensor,
     precision: str = "auto",
+    coloured: Tensor | None = None,
 ) -> Question:
     """Draw faces up to the last step, and ask for the losses (B,).
 
     `noise` (B, c, h, w) is what they are drawn from, `true` (B, 3, S, S) the aligned pictures in
-    -1..1; B is a multiple of the people whom the base is adapted to, who lie fastest.
+    -1..1, whose colours count as `apart` says; B is a multiple of the people whom the base is
+    adapted to, who lie fastest.
     """
     last = _begun(base, prompts, noise, precision)
     # Faces are looked for, in what is drawn too: in some styles they lie elsewhere.
     true_places = places_of(true, np.array(base.spec.template))
     seen = _seen(base, true, true_places, precision)
-    return _compared(base, last, seen, true_places, precision, finds=True)
+    return _compared(base, last, seen, true_places, precision, coloured, finds=True)
 
 
 def _begun(base: Base, prompts: Sequence[str], noise: Tensor, precision: str = "auto") -> Samples:
@@ -88,6 +90,7 @@ def _compared(
     true: Sight,
     places: np.ndarray,
     precision: str = "auto",
+    coloured: Tensor | None = None,
     finds: bool = False,
 ) -> Question:
     """Ask how far the pictures are that the last step leads to, finished ones in contrast too.
@@ -102,9 +105,9 @@ def _compared(
             made = backbone.decode(drawn)
             seen = sight(made, places_of(made, places) if finds else places)
             if backbone.renews:
-                return apart(seen, true)
+                return apart(seen, true, coloured)
             hazy = (seen.contrast - true.contrast).square().mean((1, 2, 3))
-            return apart(seen, true) + CONTRAST * hazy
+            return apart(seen, true, coloured) + CONTRAST * hazy
 
     return Question(last, far)
 
@@ -215,10 +218,12 @@ def places_of(images: Tensor, otherwise: np.ndarray) -> np.ndarray:
     return np.stack(places)
 
 
-def apart(mine: Sight, true: Sight) -> Tensor:
+def apart(mine: Sight, true: Sight, coloured: Tensor | None = None) -> Tensor:
     """Return how far the people on B pictures are from those on the true ones (B,), the contrast
-    aside."""
+    aside; colours count only where they are `coloured` (B,), if that is given."""
     far = (mine.colours - true.colours).square().mean((2, 3)).sum(1)
+    if coloured is not None:
+        far = far * coloured.to(far)
     for own, theirs in zip(mine.embeddings, true.embeddings, strict=True):
         far = far + (own - theirs).square().sum(1)
     for own, theirs in zip(mine.features, true.features, strict=True):

@@ -28,6 +28,7 @@ class Portraits(NamedTuple):
     prompts: Sequence[str]
     noise: Tensor  # (P DRAWS, c, h, w)
     true: Tensor  # (P DRAWS, 3, S, S)
+    coloured: Tensor  # (P DRAWS,) whose colours tell who it is, and are compared
 
 
 def diffusion(
@@ -60,11 +61,13 @@ def likeness(
     base: Base, theta: Theta, portraits: Portraits, weight: float, precision: str
 ) -> Iterator[Tensor]:
     """Yield, likewise, the weighted mean likeness loss."""
-    prompts, noise, true = portraits
+    prompts, noise, true, coloured = portraits
     for some, rows in _parts(base, theta):
         theirs = [prompts[row] for row in rows]
         with base.injected.adapted(theta[some]):
-            question = likeness_loss.likeness(base, theirs, noise[rows], true[rows], precision)
+            question = likeness_loss.likeness(
+                base, theirs, noise[rows], true[rows], precision, coloured[rows]
+            )
         yield from _asked(base, theta[some], question, weight / len(noise), precision)
 
 

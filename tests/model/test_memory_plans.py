@@ -162,9 +162,10 @@ def test_likeness_has_its_weight_whole_or_in_parts(tiny: Base) -> None:
     true = torch.rand((count, 3, 128, 128), generator=generator)
     first = tiny.first_theta(people=2)
     theta = Theta(first.down, 0.2 * torch.randn(first.up.shape, generator=generator))
-    portraits = objective.Portraits(prompts, noise, true)
+    coloured = torch.tensor([True, False]).repeat(objective.DRAWS)
+    portraits = objective.Portraits(prompts, noise, true, coloured)
     with torch.no_grad(), tiny.injected.adapted(theta):
-        far = likeness(tiny, prompts, noise, true, "fp32").answered(tiny.backbone).mean()
+        far = likeness(tiny, prompts, noise, true, "fp32", coloured).answered(tiny.backbone).mean()
         for plan in (NORMAL, PLANS[2]):
             base = replace(tiny, plan=plan)
             parts = list(objective.likeness(base, theta, portraits, 3.0, "fp32"))

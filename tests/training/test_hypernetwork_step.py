@@ -67,7 +67,7 @@ def test_a_step_learns_each_face_from_pictures_of_that_person(
         return first[[0] * len(faces.traits)]
 
     model.reads_latents = latents  # type: ignore[attr-defined]
-    config = PretrainConfig(batch=16, likeness=1.0, share=1)
+    config = PretrainConfig(batch=16, likeness=1.0, share=1, any_colours=("bark", "marble"))
     draw = torch.Generator().manual_seed(0)
     for part in _losses(tiny, model, material, config, ALONE, draw):  # type: ignore[arg-type]
         part.backward()
@@ -84,6 +84,7 @@ def test_a_step_learns_each_face_from_pictures_of_that_person(
     told = [tiny.prompt(STYLES.get(abs(int(k)) - 1, PORTRAIT)) for k in drawn]
     assert seen["diffusion"].prompts == seen["likeness"].prompts == told and len(set(told)) == 3
     assert torch.equal(shown(seen["likeness"].true), drawn)
+    assert seen["likeness"].coloured.tolist() == ["bark" not in text for text in told]
     prior = seen["prior"].prompts
     assert "" in prior and "a face" in prior and not any("sks" in text for text in prior)
 

@@ -178,7 +178,13 @@ def test_each_of_what_is_compared_tells_people_apart(tiny: Base, crops: list[np.
         for part in [getattr(own, name)]
         for k, each in enumerate(part)
     ]
-    far.append(float(apart(own._replace(colours=own.colours.roll(1, 0)), own).mean()))
+    repainted = own._replace(colours=own.colours.roll(1, 0))
+    far.append(float(apart(repainted, own).mean()))
+    coloured = torch.arange(len(crops)) % 2 == 0
+    seen = apart(repainted, own, coloured)
+    assert seen[~coloured].max() == 0 and torch.equal(
+        seen[coloured], apart(repainted, own)[coloured]
+    )
     assert len(far) == 2 + 6 + 1 and min(far) > 0.02, far
     other = own._replace(contrast=own.contrast.roll(1, 0))
     assert apart(other, own).max() == 0  # finished pictures alone are asked for it

@@ -249,12 +249,9 @@ def alike(
         theirs = sight(true, places)
     if free:
         places = places_of(made, places)
-    chance = torch.tensor([free and style in ANY_COLOURS for style in styles.tolist()])
-    chance = chance.to(true.device)[:, None, None, None]
+    coloured = torch.tensor([not free or style not in ANY_COLOURS for style in styles.tolist()])
 
     def far(images: Tensor) -> Tensor:
-        mine = sight(images, places)
-        colours = torch.where(chance, theirs.colours, mine.colours)
-        return apart(mine._replace(colours=colours), theirs).mean()
+        return apart(sight(images, places), theirs, coloured).mean()
 
     return far
