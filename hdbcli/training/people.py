@@ -46,9 +46,9 @@ class People:
 
     `members[p]` indexes the photos of person p; `styled[p]` pictures of them with a caption of
     their own, which are drawn in training and never read by the hypernetwork. Training also needs
-    `traits` (N, 256) float32, the recognisers' embeddings, and `latents` (N, 2, c, h, w) float16,
-    of each crop and of its mirror image; `shards.encoded` computes them. `digest` names the
-    content, where it lies on disk.
+    `traits` (N, 256) float32, the recognisers' embeddings of photos, and `latents` (N, 2, c, h, w)
+    float16, of each crop and of its mirror image; `shards.encoded` computes them. `digest` names
+    the content, where it lies on disk.
     """
 
     crops: Rows

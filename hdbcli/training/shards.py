@@ -297,20 +297,25 @@ class StoredRows:
 @torch.no_grad()
 def encoded(base: Base, people: People) -> People:
     """Return people in memory with what training reads beside crops: the recognisers' embeddings
-    and the latents of every crop and of its mirror image."""
+    of every photo, which take most of the time, and not of pictures in a style, where they would be
+    0; and the latents of every crop and of its mirror image."""
     assert isinstance(people.crops, np.ndarray)
-    traits = [np.zeros((0, TRAITS), np.float32)]
+    photos = np.zeros(len(people.crops), bool)
+    photos[[photo for theirs in people.members for photo in theirs]] = True
+    traits = np.zeros((len(people.crops), TRAITS), np.float32)
     latents = [np.zeros((0, 2, *base.latent_shape), np.float16)]
     step = max(1, 100 * 128**2 // base.spec.resolution**2)
     for start in range(0, len(people.crops), step):
         images = base.images(list(people.crops[start : start + step]))
-        traits.append(base.embed(images).float().cpu().numpy())
+        seen = start + np.flatnonzero(photos[start : start + step])
+        if len(seen):
+            traits[seen] = base.embed(images[seen - start]).float().cpu().numpy()
         with autocast(base.device):
             both = [
                 base.backbone.encode_images(each).half().cpu() for each in (images, images.flip(-1))
             ]
         latents.append(torch.stack(both, 1).numpy())
-    return replace(people, traits=np.concatenate(traits), latents=np.concatenate(latents))
+    return replace(people, traits=traits, latents=np.concatenate(latents))
 
 
 def facts_of(base: Base) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def test_what_is_read_from_disk_is_what_was_in_memory(
         assert disk.shape == memory.shape and disk[order].dtype == memory.dtype
         assert np.array_equal(disk[order], memory[order]) and np.array_equal(disk[7], memory[7])
         assert not np.array_equal(disk[0], disk[12])
+    own = tiny.embed(tiny.images([held.crops[3]]))[0]  # of the photos, which alone are read
+    assert (torch.from_numpy(held.traits[3]) - own).abs().max() < 1e-3 and not held.traits[2].any()
     with pytest.raises(IndexError):
         stored.crops[13]
     with autocast(tiny.device):  # as preparing encodes: in bfloat16 where a CPU does that fast
