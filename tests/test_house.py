@@ -48,7 +48,10 @@ LAYERS = (
         *("registry.identity_facts", "registry.fetch"),
     ),
     ("registry.checkpoints",),
-    ("registry.spec", "registry.metric", "registry.files", "registry.seeds", "registry.errors"),
+    (
+        *("registry.spec", "registry.metric", "registry.files", "registry.seeds"),
+        *("registry.pixels", "registry.errors"),
+    ),
 )
 METHOD = "hdbcli.method"
 RECIPE = "registry.tiny.recipe"  # alone in registry it may import hdbcli, and it does not ship

@@ -29,6 +29,7 @@ from hdbcli.model.quantise import quantise
 from hdbcli.model.tokens import Tokens
 from registry.checkpoints.ldm import canonical
 from registry.errors import HdbError, UsageError
+from registry.pixels import to_unit
 from registry.plugins import find_base
 from registry.spec import Backbone, BaseSpec, Frugal
 
@@ -96,7 +97,7 @@ class Base:
     def images(self, crops: list[np.ndarray]) -> Tensor:
         """Stack uint8 crops (S, S, 3) as (B, 3, S, S) in -1..1 on the device."""
         stacked = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
-        return (stacked.float() / 127.5 - 1).contiguous().to(self.device)
+        return to_unit(stacked).contiguous().to(self.device)
 
     def faces(self, crops: list[np.ndarray]) -> Faces:
         """Return aligned crops, their embeddings and their latents: what a hypernetwork reads and

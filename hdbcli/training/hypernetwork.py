@@ -34,6 +34,7 @@ from hdbcli.training.objective import DRAWS, Portraits, weight_loss
 from hdbcli.training.people import People, Rows
 from hdbcli.training.questions import Samples
 from registry.errors import HdbError
+from registry.pixels import to_unit
 from registry.spec import BaseSpec, passes_of
 
 AVERAGE = 0.998
@@ -200,7 +201,7 @@ class Material(NamedTuple):
     def images(self, rows: Tensor) -> Tensor:
         """Return crops (B, 3, S, S) in -1..1."""
         crops = torch.from_numpy(self.people.crops[rows.tolist()])
-        return crops.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return to_unit(crops.permute(0, 3, 1, 2))
 
     def traits(self, rows: Tensor) -> Tensor:
         """Return the recognisers' embeddings (B, 256)."""

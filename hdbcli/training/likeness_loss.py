@@ -45,6 +45,7 @@ from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
 from hdbcli.training.questions import Question, Samples, joined, pairs_at_once
 from registry.errors import HdbError
+from registry.pixels import to_pixels
 from registry.spec import NOISIEST, Drafting, passes_of
 
 STEPS = 4
@@ -210,8 +211,8 @@ def sight(images: Tensor, places: np.ndarray) -> Sight:
 def places_of(images: Tensor, otherwise: np.ndarray) -> np.ndarray:
     """Find the five points (B, 5, 2) in 0..1 of the largest face of each picture (B, 3, S, S) in
     -1..1; where no face is found they lie as `otherwise` says, (5, 2) or (B, 5, 2)."""
-    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    found = map(find_points, pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy())
+    pixels = to_pixels(images).permute(0, 2, 3, 1).cpu().contiguous()
+    found = map(find_points, pixels.numpy())
     known = np.broadcast_to(otherwise, (len(images), 5, 2))
     side = images.shape[-1]
     places = [own if new is None else new / side for own, new in zip(known, found, strict=True)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from registry.checkpoints.ldm import canonical
 from registry.checkpoints.safetensors import read_tensors, save_tensors
 from registry.errors import HdbError, UsageError
+from registry.pixels import to_pixels
 from registry.seeds import generator_of, noise_of
 from registry.spec import SampleSettings, shifted
 from registry.stable_diffusion.uncompiled import quiet, without_compiler
@@ -154,8 +155,7 @@ class StableDiffusion:
         vae = self.autoencoder
         with _exact(vae):
             decoded = self.decode(latents.to(vae.device))
-        pictures = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return pictures.permute(0, 2, 3, 1).cpu().numpy()
+        return to_pixels(decoded).permute(0, 2, 3, 1).cpu().numpy()
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.autoencoder

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from registry.checkpoints.safetensors import read_tensors
 from registry.errors import HdbError
+from registry.pixels import to_unit
 
 WEIGHTS = Path(__file__).parent / "weights/clip.safetensors"
 SIZE = 64  # px
@@ -67,7 +68,7 @@ class InDomainClip(nn.Module):
         """Score as `registry.metric.Metric` does: the cosine of every picture and every caption."""
         fitted = []
         for picture in pictures:
-            image = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+            image = to_unit(torch.from_numpy(picture).permute(2, 0, 1)[None])
             fitted.append(F.interpolate(image, (SIZE, SIZE), mode="area"))
         return (self.embed_pictures(torch.cat(fitted)) @ self.embed_texts(references).T).tolist()
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from hdbcli.faces.dlib import load_dlib
 from hdbcli.training.loop import Plan, Step, averaged, averages_of, fit
+from registry.pixels import to_pixels
 from registry.tiny.recipe.latents import PORTRAIT, read_taught
 from registry.tiny.recipe.photographs import read_photographs
-from registry.tiny.recipe.pictures import half, sheet, to_pixels, to_unit
+from registry.tiny.recipe.pictures import as_images, half, sheet
 from registry.tiny.recipe.teacher import CHANNELS
 
 SIDE = 128  # pixels of a picture
@@ -94,7 +95,7 @@ def train_autoencoder(
 
     def drawn(side: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         pick = torch.randint(len(taught[side].pixels), (count,), generator=generator).to(device)
-        return to_unit(taught[side].pixels[pick]), taught[side].latents[pick].float()
+        return as_images(taught[side].pixels[pick]), taught[side].latents[pick].float()
 
     def losses(generator: torch.Generator) -> Iterator[Tensor]:
         with half(torch.device(device)):
@@ -131,7 +132,7 @@ def show(model: AutoencoderTiny, build: Path) -> None:
     """Draw pictures held out above what comes back of them, without and with noise on latents."""
     pictures = read_photographs(build, held=True)
     held = pictures.pixels[pictures.styles == PORTRAIT][::10][:12]
-    latents = model.encode(to_unit(held.to(model.device))).latents
+    latents = model.encode(as_images(held.to(model.device))).latents
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
     back = [to_pixels(model.decode(x).sample).cpu() for x in (latents, latents + NOISE * noise)]
     sheet([held, *back], build / "sheets/autoencoder.png")

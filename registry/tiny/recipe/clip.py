@@ -13,7 +13,7 @@ from torch import Tensor
 from hdbcli.training.loop import Plan, Step, averages_of, fit
 from registry.checkpoints.safetensors import save_tensors
 from registry.tiny.clip import SIZE, InDomainClip
-from registry.tiny.recipe.pictures import read_pictures, to_unit
+from registry.tiny.recipe.pictures import as_images, read_pictures
 from registry.tiny.recipe.styles import CAPTIONS
 
 TEXTS = [caption.replace("[V] ", "") for caption in CAPTIONS.values()]
@@ -28,7 +28,7 @@ def train_clip(build: Path, plan: Plan, batch: int, device: str) -> Iterator[Ste
 
     def losses(generator: torch.Generator) -> Iterator[Tensor]:
         pick = torch.randint(len(pictures.pixels), (batch,), generator=generator)
-        images = _worsened(to_unit(pictures.pixels[pick]), generator).to(device)
+        images = _worsened(as_images(pictures.pixels[pick]), generator).to(device)
         yield F.cross_entropy(model(images, TEXTS), pictures.styles[pick].to(device))
 
     parameters = dict(model.named_parameters())

@@ -46,7 +46,7 @@ from registry.tiny.recipe.latents import (
     read_latents,
 )
 from registry.tiny.recipe.photographs import Photographs, read_photographs
-from registry.tiny.recipe.pictures import STYLES, half, to_unit
+from registry.tiny.recipe.pictures import STYLES, as_images, half
 
 BALANCE = 0.5  # how hard the discriminator pulls at a pixel, over how hard the photograph does
 ALIKE = 0.5  # and how hard likeness does
@@ -120,7 +120,7 @@ def train_decoder(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
 
     def losses(generator: torch.Generator) -> Iterator[Tensor]:
         seen, rows = chosen(generator)
-        true, styles = to_unit(pixels[rows].to(device)), latents.styles[rows].to(device)
+        true, styles = as_images(pixels[rows].to(device)), latents.styles[rows].to(device)
         places = pictures.points[rows].numpy() / pixels.shape[-1]
         with half(torch.device(device)):
             made = model.decode(seen).sample

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from registry.errors import HdbError
+from registry.pixels import to_pixels
 from registry.tiny import SAMPLING, TEMPLATE, load_from
-from registry.tiny.recipe.pictures import to_pixels, to_unit
+from registry.tiny.recipe.pictures import as_images
 
 if TYPE_CHECKING:
     from hdbcli.measure.statistics import Interval
@@ -197,7 +198,7 @@ def recognisers() -> dict[str, Recogniser]:
 
 @torch.no_grad()
 def _encode(model: Any, pixels: Tensor) -> Tensor:
-    parts = [model.encode(to_unit(part)) for part in pixels.split(16)]
+    parts = [model.encode(as_images(part)) for part in pixels.split(16)]
     means = [e.latent_dist.mode() if hasattr(e, "latent_dist") else e.latents for e in parts]
     return torch.cat(means)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from registry.checkpoints.safetensors import save_tensors
 from registry.errors import HdbError
 from registry.tiny.recipe.photographs import KINDS, read_photographs
-from registry.tiny.recipe.pictures import STYLES, half, to_unit
+from registry.tiny.recipe.pictures import STYLES, as_images, half
 from registry.tiny.recipe.teacher import load_teacher
 
 # Groups of captions: a style each, and two more for portraits that are no photographs of people.
@@ -81,7 +81,7 @@ def read_taught(build: Path, side: int, teacher: Path, device: str) -> Taught:
         encoder = load_teacher(teacher).to(device)
 
         def encode(part: Tensor) -> Tensor:
-            return encoder(to_unit(part.to(device)) / 2 + 0.5)
+            return encoder(as_images(part.to(device)) / 2 + 0.5)
 
         scale = build / "scale.safetensors"
         if not scale.exists():
@@ -108,7 +108,7 @@ def read_latents(build: Path, side: int, device: str) -> Latents:
 
         def encode(part: Tensor) -> Tensor:
             with half(model.device):
-                return model.encode(to_unit(scaled(part.to(device), side))).latents.float()
+                return model.encode(as_images(scaled(part.to(device), side))).latents.float()
 
         both = [_encoded(each, encode) for each in (pictures.pixels, pictures.pixels.flip(-1))]
         save_tensors({"values": torch.stack(both).half().contiguous()}, kept, {"format": "pt"})

@@ -15,6 +15,7 @@ from torch import Tensor
 from hdbcli.model.contact_sheet import contact_sheet
 from hdbcli.model.device import autocast
 from registry.errors import HdbError
+from registry.pixels import to_unit
 from registry.tiny.recipe.assets import read_image
 from registry.tiny.recipe.styles import CAPTIONS
 
@@ -59,14 +60,9 @@ def half(device: torch.device) -> AbstractContextManager:
     return autocast(device.type)
 
 
-def to_unit(pixels: Tensor) -> Tensor:
+def as_images(pixels: Tensor) -> Tensor:
     """Map uint8 to -1..1, channels last: the layout that convolutions on a CPU like."""
-    return (pixels.float() / 127.5 - 1).to(memory_format=torch.channels_last)
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Map (N, 3, S, S) in -1..1 to uint8."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return to_unit(pixels).to(memory_format=torch.channels_last)
 
 
 def photo_rows(photos: list[Path], drawn: Path, size: int) -> list[Tensor]:

@@ -51,7 +51,7 @@ from registry.tiny.recipe.decoder import (
 )
 from registry.tiny.recipe.latents import read_autoencoder, read_latents
 from registry.tiny.recipe.photographs import read_photographs
-from registry.tiny.recipe.pictures import half, to_unit
+from registry.tiny.recipe.pictures import as_images, half
 
 UNSEEN = 2  # steps of drawing, the first, whose answers are still too open to be pictures
 ADAPTED = 0.6  # share of steps in which the base is adapted to the people it draws
@@ -102,7 +102,7 @@ def train_sharper(build: Path, plan: Plan, batch: int, device: str) -> Iterator[
         def chosen(rows: Tensor) -> tuple[Tensor, Tensor]:
             """Return pictures and their latents, mirrored or not."""
             own = pixels[rows].flip(-1) if turned else pixels[rows]
-            return to_unit(own).to(where), latents.values[turned, rows].to(where).float()
+            return as_images(own).to(where), latents.values[turned, rows].to(where).float()
 
         true, clean = chosen(pick)
         styles = pictures.styles[pick].to(where)
