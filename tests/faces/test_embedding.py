@@ -21,7 +21,7 @@ from hdbcli.faces.dlib import load_dlib
 from hdbcli.faces.embedding import at_landmarks, embed, found, recognisers
 from hdbcli.faces.photo import find_faces, read_photo
 from hdbcli.faces.recogniser import Recogniser
-from hdbcli.faces.sface import load_sface, restored
+from hdbcli.faces.sface import FrozenPReLU, load_sface, restored
 from hdbcli.measure.statistics import Retrieval, retrieval
 from registry.errors import HdbError
 from registry.tiny.recipe.embedding import (
@@ -110,6 +110,19 @@ def test_a_gradient_step_moves_the_picture_towards_the_person(
     with torch.no_grad():
         assert (model(start - step)[0] - reference).norm() < before - 0.01
         assert (model(start + step)[0] - reference).norm() > before
+
+
+def test_gradients_of_a_frozen_prelu_are_those_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 4, 4, generator=generator, requires_grad=True)
+    grad = torch.randn(x.shape, generator=generator)
+    slopes = torch.tensor([-0.5, 0.0, 0.25, 1.0, 2.0])  # learned ones may lie outside 0..1
+    for own in (slopes, slopes.clone().requires_grad_()):
+        made = [torch.nn.functional.prelu(x, own), FrozenPReLU.apply(x, own)]
+        asked = [torch.autograd.grad(each, x, grad)[0] for each in made]
+        assert torch.equal(made[0], made[1])
+        assert torch.allclose(asked[0], asked[1], atol=1e-6)
+        assert not torch.allclose(asked[0], grad)
 
 
 def test_levels_stand_for_the_weights_they_were_rounded_from() -> None:
