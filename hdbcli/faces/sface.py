@@ -60,7 +60,13 @@ class SFace(Recogniser):
             weight, bias, slope = (
                 getattr(self, f"{name}_{part}") for part in ("weight", "bias", "slope")
             )
-            x = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, 1, groups)
+            padding = weight.shape[-1] // 2
+            if stride > 1:  # which takes a CPU ten times as long backwards in bfloat16
+                with torch.autocast(x.device.type, enabled=False):
+                    y = F.conv2d(x.float(), weight, bias, stride, padding, 1, groups)
+                x = y.to(x.dtype)
+            else:
+                x = F.conv2d(x, weight, bias, stride, padding, 1, groups)
             x = FrozenPReLU.apply(x, slope.to(x))
             if name.endswith("pointwise"):
                 yield x

@@ -21,7 +21,7 @@ from hdbcli.limits import loading
 from hdbcli.method.hypernet import Faces, HyperNetwork
 from hdbcli.method.inject import Injected, inject, layers_in
 from hdbcli.method.lidb import Factors, Theta, first_theta
-from hdbcli.model.device import choose_device, give_back_memory
+from hdbcli.model.device import autocast, choose_device, give_back_memory
 from hdbcli.model.files import made_with, open_checkpoint
 from hdbcli.model.hypernetwork_file import load_hypernetwork, targets_of
 from hdbcli.model.memory import NORMAL, MemoryPlan, Work, choose, run_within
@@ -33,7 +33,7 @@ from registry.pixels import to_unit
 from registry.plugins import find_base
 from registry.spec import Backbone, BaseSpec, Frugal
 
-SHORT = 128  # tokens: plain attention is 2.7 times as fast at 64, half as fast at 256
+SHORT = 256  # tokens: as fast there either way, and the layers below have fewer
 _MARK = re.escape(PLACEHOLDER)
 
 T = TypeVar("T")
@@ -87,11 +87,15 @@ class Base:
         if self.plan.frugal and isinstance(self.backbone, Frugal):
             self.backbone.free_autoencoder()
 
-    def short_attention(self, latents: Tensor) -> AbstractContextManager[None]:
-        """Train on latents (B, c, h, w) with plain attention on a CPU, where they have few tokens
-        when the base first attends: torch's fused kernel takes several times as long backwards."""
+    def short_attention(
+        self, latents: Tensor, precision: str = "auto"
+    ) -> AbstractContextManager[None]:
+        """Train on latents (B, c, h, w) with plain attention where a CPU multiplies in bfloat16 and
+        they have few tokens when the base first attends: torch's fused kernel takes several times
+        as long backwards then, though not in float32."""
         tokens = latents[0, 0].numel() >> 2 * getattr(self.backbone, "halvings", 0)
-        plain = self.device == "cpu" and tokens <= SHORT
+        halves = isinstance(autocast(self.device, precision, latents), torch.autocast)
+        plain = self.device == "cpu" and halves and tokens <= SHORT
         return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
     def images(self, crops: list[np.ndarray]) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -114,15 +115,9 @@ def pretrain(
         checkpoint_seconds=config.save_seconds,
         of=described,
     )
-    one = torch.empty(1, *material.shape)
-
-    def losses(generator: torch.Generator) -> Iterator[Tensor]:
-        with base.short_attention(one):
-            yield from _losses(base, model, material, config, workers, generator)
-
     steps = fit(
         parameters,
-        losses,
+        partial(_losses, base, model, material, config, workers),
         optimizer,
         plan,
         averages,
@@ -273,7 +268,7 @@ def _part_losses(
         faces = Faces(unread, traits, encoded(batch.read, mirrored))
     else:
         faces = Faces(seen(batch.read, mirrored), traits, unread)
-    with autocast(device, precision):
+    with autocast(device, precision), base.short_attention(noise.flatten(0, 1), precision):
         theta = model(faces)
 
     # Samples lie people fastest: the order in which the layer deals out identities.

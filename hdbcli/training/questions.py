@@ -83,7 +83,7 @@ def ask(
     allows samples: all, or one by one. Each pass asks for the adapter anew, with its graph."""
     for some in _together(list(questions), base.plan.at_once):
         samples = joined([question.samples for question in some])
-        with base.adapted(adapter()), base.short_attention(samples.clean):
+        with base.adapted(adapter()), base.short_attention(samples.clean, precision):
             with autocast(base.device, precision, samples.clean):
                 answer = base.backbone.predict(*samples)
             theirs = answer.split([len(question.samples.clean) for question in some])
