@@ -111,7 +111,9 @@ def run_method(setup: Setup, method: Method, folder: Path) -> Record:
             )
             settings += f"-{CONTRAST:g}-{asked}-{CELLS}-{STEPS}-{RENEWED}.{EARLY}"
         if method.preserves and method.steps:
+            turns = repr(preservation.turns_of(method.predicted)).encode()
             settings += f"-{preservation.WEIGHT:g}-{preservation.SHIFT:g}-{STEPS}"
+            settings += f"-{hashlib.sha256(turns).hexdigest()[:6]}"
         stem = f"{settings}-{key}-{start:04d}-{len(persons)}"
         groups.append(_group(setup, method, persons, folder / f"{stem}.safetensors"))
     return _joined(groups)

@@ -53,7 +53,7 @@ def preservation(
     sides = (tuple(each.detach().clone() for each in side) for side in (start.down, start.up))
     before = Factors(*sides)  # which training changes in place
     people = len(photos)
-    turns = _turns(predicted)
+    turns = turns_of(predicted)
 
     # What answers are held to is known before training starts. So prompts that are held to the same
     # are drawn, and answered for a round of turns, in one go, when first asked for.
@@ -86,7 +86,7 @@ def preservation(
     return question
 
 
-def _turns(predicted: bool) -> list[tuple[str, bool]]:
+def turns_of(predicted: bool) -> list[tuple[str, bool]]:
     """Return (prompt, whether it is held to the prediction) of one step after the other: every
     third one is of the class, in each style too."""
     unasked = [(unnamed(prompt), False) for prompt in (PORTRAIT, *CAPTIONS)]

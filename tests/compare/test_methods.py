@@ -123,6 +123,9 @@ def test_records_rest_on_what_predicted_and_on_the_loss(
     one, lora, other, same, later, newer, held, without = kept
     assert one != other and lora == same and later not in kept[:4] and newer not in kept[:4]
     assert held not in kept[:6] and without == newer  # LoRA has no such loss
+    monkeypatch.setattr("hdbcli.training.preservation.turns_of", lambda _: [("a face", False)])
+    run_method(setup, METHODS["one-pass"], tmp_path)
+    assert kept[-1] not in kept[:-1]  # nor are prompts held in other turns taken for the same
 
 
 def test_records_rest_on_where_steps_lie_and_where_likeness_looks(

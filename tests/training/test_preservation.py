@@ -59,7 +59,7 @@ def test_nothing_is_lost_before_anything_changes(
     monkeypatch.setattr("hdbcli.training.questions.autocast", lambda *_, **__: nullcontext())
     adapter = tiny.injected.factors(predicted)
     losses = preservation(tiny, adapter, photos(tiny, faces), True)
-    turns = prior._turns(True)
+    turns = prior.turns_of(True)
     held_ones = [prompt for prompt, held in turns if held]
     assert sorted(held_ones) == sorted(2 * CAPTIONS)
     assert all(one != other for one, other in itertools.pairwise(held_ones))
@@ -94,7 +94,7 @@ def test_others_stay_as_the_base_draws_them(
 def test_it_is_the_squared_distance_of_answers(
     tiny: Base, faces: list[Faces], predicted: Theta
 ) -> None:
-    turns = prior._turns(True)
+    turns = prior.turns_of(True)
     losses = preservation(tiny, tiny.injected.factors(predicted), photos(tiny, faces), True)
     for turn in (0, 5):  # one of the class, one of a style
         prompt, held = turns[turn]
@@ -140,7 +140,7 @@ def test_styles_are_held_where_there_is_a_prediction(tiny: Base) -> None:
         (alone, True, True),
     ):
         assert settle(base, 1, 1, 0, "adamw", None, goes_on).predicted == predicted
-    assert not any(held for _, held in prior._turns(False))
+    assert not any(held for _, held in prior.turns_of(False))
 
 
 def test_refinement_keeps_styles_and_others(
@@ -149,7 +149,7 @@ def test_refinement_keeps_styles_and_others(
     start, alone = relax(predicted[:1], 2), faces[:1]
     judge = preservation(tiny, tiny.injected.factors(start), alone[0].latents, True)
     others, asked = (0, 3), (1, 2)
-    turns = prior._turns(True)
+    turns = prior.turns_of(True)
     assert all(turns[turn][1] for turn in asked) and not any(turns[turn][1] for turn in others)
 
     def lost(weight: float) -> tuple[float, float]:
