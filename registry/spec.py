@@ -188,7 +188,8 @@ class BaseSpec:
     files: Path | None = None  # the diffusers folder or single file behind it, which merging copies
     check: Callable[[], None] = _unchanged  # raises HdbError if those files have changed
     budget: int = 120_000  # bytes that an identity may have by default
-    batch: int = 1  # samples a step of refinement: more where they are cheap
+    batch: int = 1  # samples a step of refinement
+    portraits: int = 1  # that an identity's likeness is measured on: more where they are cheap
     likeness: float = 0.0  # of drawn portraits, its weight in refinement: where drawing is cheap
     guidance: float = SampleSettings.guidance  # by default
     steps: int = SampleSettings.steps  # of drawing, by default
@@ -220,7 +221,7 @@ class BaseSpec:
             value = getattr(self, word)
             if not isinstance(value, str) or not value.strip():
                 raise HdbError(f"base model {self.name}: {word} is {value!r}; give a word")
-        for name in ("a", "b", "resolution", "basis_seed", "budget", "batch", "steps"):
+        for name in ("a", "b", "resolution", "basis_seed", "budget", "batch", "portraits", "steps"):
             value, low = getattr(self, name), 0 if name == "basis_seed" else 1
             if not isinstance(value, int) or value < low:
                 raise HdbError(

@@ -68,11 +68,10 @@ class Score:
 def score(base: Base, adapter: Adapter, crops: Sequence[Crop], judges: Judges, tell: Tell) -> Score:
     """Draw the portrait and each caption with four seeds, with the identity on and without.
 
-    Likeness is that of as many portraits as a step of the base has samples: `hdb new` tells the
-    same number.
+    Likeness is that of as many portraits as the base's spec says: `hdb new` tells the same number.
     """
     tell = sample.as_one(tell, 2 * (len(PROMPTS) + len(DRIFTING)))
-    compared = base.spec.batch
+    compared = base.spec.portraits
     mine, plain = ([_draw(base, w, p, tell) for p in PROMPTS] for w in (adapter, None))
     styles = {}
     for name, metric in judges.texts.items():

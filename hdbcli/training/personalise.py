@@ -76,7 +76,7 @@ def crop_photos(photos: Sequence[Path], spec: BaseSpec, face: int | None, tell: 
 def work_of(spec: BaseSpec, refines: bool, likeness: float | None) -> Work:
     """Say what making an identity asks of a base: all losses of a step are asked in one pass, where
     no plan can part what is drawn for likeness."""
-    count = min(len(LIKENESS_SEEDS), spec.batch)
+    count = min(len(LIKENESS_SEEDS), spec.portraits)
     portraits = sample.work_of(count, spec.resolution, spec.sampling.guidance)
     alike = refines and weight_of(spec, likeness)
     drawn = passes_of(spec.guidance) * portraits_of(spec.batch) if alike else 0
@@ -182,11 +182,11 @@ def likeness_of(
     """Return the likeness of generated portraits to the crops, whose `faces` were read, that of
     the base's own beside it, and the first portrait.
 
-    The mean over as many seeds as a step of the base has samples, two for `tiny` and one where a
-    picture takes long, the same for both: 1 - distance of the face embeddings, 0 to 1;
-    0 where a portrait shows no face.
+    The mean over as many seeds as the base's spec says, two for `tiny` and one where a picture
+    takes long, the same for both: 1 - distance of the face embeddings, 0 to 1; 0 where a portrait
+    shows no face.
     """
-    seeds = LIKENESS_SEEDS[: base.spec.batch]
+    seeds = LIKENESS_SEEDS[: base.spec.portraits]
     # Aligned by the landmarks found in each crop, as portraits are by theirs: where the base's
     # template puts them embeddings lie 0.10 to 0.18 away (nine photos).
     reference = embed([crop.image for crop in crops])

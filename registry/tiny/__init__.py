@@ -82,7 +82,7 @@ def register(add: Callable[[BaseSpec], None]) -> None:
             hypernetwork=WEIGHTS / "hypernetwork.safetensors",
             load=load,
             files=WEIGHTS,
-            batch=2,
+            portraits=2,
             guidance=SAMPLING.guidance,
             steps=SAMPLING.steps,
             likeness=0.35,
