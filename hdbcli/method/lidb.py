@@ -204,11 +204,14 @@ def _plus_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def _convolved(x: Tensor, kernels: Tensor, like: nn.Conv2d) -> Tensor:
     """Convolve x (k B, c, H, W) with each sample's own kernels (B, R, c, h, w), as `like` does.
 
-    Every tap of a kernel is multiplied with every pixel, which makes h w numbers for each of the R
-    channels, and `fold` adds up what falls on the same output pixel. That is faster than one
-    convolution of B groups with so few channels each: 50 ms forward and backward against 73, of
-    which the layer alone takes 36 (16 identities of rank 1 on 16 x 16 x 128, one thread).
+    For more than one identity every tap of a kernel is multiplied with every pixel, which makes h w
+    numbers for each of the R channels, and `fold` adds up what falls on the same output pixel. That
+    is faster than one convolution of B groups with so few channels each: 50 ms forward and backward
+    against 73, of which the layer alone takes 36 (16 identities of rank 1 on 16 x 16 x 128, one
+    thread).
     """
+    if len(kernels) == 1:
+        return F.conv2d(x, kernels[0], None, like.stride, like.padding, like.dilation)
     far, pads = reach(like), tuple(map(int, like.padding))
     padding = tuple(r - pad for r, pad in zip(far, pads, strict=True))
     size = tuple(x.shape[2 + i] + 2 * pads[i] - far[i] for i in range(2))  # at a stride of 1
