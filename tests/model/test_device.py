@@ -80,6 +80,21 @@ def test_a_cpu_takes_bfloat16_for_many_latents_where_it_has_amx(
     assert product(batch) == product(None) == fast
 
 
+def test_attention_is_plain_where_few_tokens_are_learned_in_bfloat16(
+    tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fused(count: int, side: int, precision: str = "auto") -> bool:
+        with tiny.short_attention(torch.zeros(count, 4, side, side), precision):
+            return torch.backends.cuda.flash_sdp_enabled()  # of any device, despite its name
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not fused(32, 16)
+    # The controls: float32, because there are few of them or it is asked for, and many tokens.
+    assert fused(2, 16) and fused(32, 16, "fp32") and fused(2, 64)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert fused(32, 16)
+
+
 def test_every_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
