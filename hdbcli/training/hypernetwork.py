@@ -97,6 +97,7 @@ def pretrain(
     `watch` looks."""
     if config.likeness:
         check_drafts(base)
+    _check_captions(people, config.any_colours)
     known = None if bank is None else _known(bank, people, base.device)
     model.to(base.device).train()
     if not config.likeness:
@@ -140,6 +141,16 @@ def pretrain(
             yield step
     settle(parameters, averages)
     model.eval()
+
+
+def _check_captions(people: People, any_colours: Sequence[str]) -> None:
+    """Raise HdbError for words that would leave out nothing, or everything."""
+    for words in any_colours:
+        if not words.strip() or not any(words in text for text in people.captions.values()):
+            raise HdbError(
+                f"no picture of these people has a caption with {words!r}; give --any-colours "
+                "words of a caption, as they stand there"
+            )
 
 
 def _described(

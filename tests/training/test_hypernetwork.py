@@ -237,6 +237,22 @@ def test_captions_and_prior_reach_a_training(two: Path, tmp_path: Path) -> None:
         assert any((captioned[k] != other[k]).any() for k in captioned)
 
 
+def test_colours_are_left_out_of_captions_that_there_are(two: Path, tmp_path: Path) -> None:
+    for folder in two.iterdir():
+        shutil.copy(folder / "photo-1.jpg", folder / "rockstar.jpg")
+        (folder / "rockstar.txt").write_text("A [V] face as a rock star")
+    out = tmp_path / "h.safetensors"
+    words = ["train", "hypernetwork", two, "--out", out, "--steps", 1, "--batch", 1]
+    words += ["--held-out", 0, "--share", 1]
+    refused(*words, "--any-colours", "rock star", says="no likeness is asked for")
+    words += ["--likeness", 1, "--any-colours"]
+    for wrong in ("rockstar", " "):  # a typing error would show after hours, in pictures alone
+        result = hdb(*words, wrong)
+        assert result.exit_code == 1 and not out.exists()
+        assert f"no picture of these people has a caption with {wrong!r}" in result.stderr
+    assert hdb(*words, "rock star").exit_code == 0 and out.exists()
+
+
 def test_a_run_is_watched_on_people_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
