@@ -120,7 +120,7 @@ def little_is_measured_of_new_identities() -> Iterator[None]:
     from hdbcli.training import personalise, refine
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refine, "PAIRS", 2)
+        patch.setattr(refine, "PAIRS", 4)
         patch.setattr(personalise, "LIKENESS_SEEDS", (1,))
         yield
 

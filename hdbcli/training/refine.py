@@ -32,7 +32,7 @@ from registry.spec import NOISIEST, BaseSpec
 MoreQuestions: TypeAlias = Callable[[torch.Generator, int, int], Iterator[Question]]
 
 AVERAGE = 0.9  # of a LiDB: a step learns from one portrait and two noises, and sways with them
-PAIRS = 8  # times a step's batch: (timestep, noise) pairs that the loss is reported on
+PAIRS = 16  # (timestep, noise) pairs that the loss is reported on
 PAIRS_SEED = 0
 
 
@@ -207,7 +207,7 @@ def portrait_loss(
     base: Base, adapter: Adapter | None, latents: Sequence[Tensor], pairs: int | None = None
 ) -> Tensor:
     """Return each person's diffusion loss (P,) of "a [V] face", the mean over fixed pairs."""
-    pairs = pairs or PAIRS * base.spec.batch
+    pairs = pairs or PAIRS
     generator = torch.Generator().manual_seed(PAIRS_SEED)
     noise = torch.randn((pairs, *latents[0].shape[1:]), generator=generator)
     t = ((torch.arange(pairs) + 0.5) / pairs)[torch.randperm(pairs, generator=generator)]

@@ -150,7 +150,7 @@ def whole(request: pytest.FixtureRequest) -> tuple[str, list[Tensor], float]:
 
 
 def losses(base: Base, latents: list[Tensor]) -> tuple[float, float]:
-    config = RefineConfig(steps=12, rank=2, lr=5e-3)
+    config = RefineConfig(steps=12, rank=2, lr=5e-3, batch=2)
     result = refine(base, base.first_theta(2), latents, config, lambda *_: None)
     return float(result.loss_start), float(result.loss_end)
 

@@ -316,13 +316,15 @@ def test_refinement_lowers_the_loss_and_leaves_the_base(tiny: Base, two: Path) -
     latents = [tiny.backbone.encode_images(images)]
     assert torch.equal(portrait_loss(tiny, theta, latents), portrait_loss(tiny, theta, latents))
     before = portrait_loss(tiny, None, latents)
-    result = refine(tiny, theta, latents, RefineConfig(steps=5, rank=2), quiet)
+    result = refine(tiny, theta, latents, RefineConfig(steps=5, rank=2, batch=2), quiet)
     assert result.loss_end < result.loss_start and result.theta.rank == 2
     assert result.optimizer == "adamw8bit"
     assert portrait_loss(tiny, None, latents) == before
-    more = refine(tiny, result.theta, latents, RefineConfig(steps=5, rank=2), quiet)
+    more = refine(tiny, result.theta, latents, RefineConfig(steps=5, rank=2, batch=2), quiet)
     assert more.loss_end < result.loss_end  # what was refined can be refined on
-    plain = refine(tiny, theta, latents, RefineConfig(steps=5, rank=2, optimizer="adamw"), quiet)
+    plain = refine(
+        tiny, theta, latents, RefineConfig(steps=5, rank=2, batch=2, optimizer="adamw"), quiet
+    )
     assert plain.optimizer == "adamw"
     assert plain.loss_end.item() == pytest.approx(result.loss_end.item(), rel=0.05)
 
