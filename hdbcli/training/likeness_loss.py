@@ -46,11 +46,12 @@ from hdbcli.model.device import autocast
 from hdbcli.training.questions import Question, Samples, joined, pairs_at_once
 from registry.errors import HdbError
 from registry.pixels import to_pixels
+from registry.seeds import generator_of
 from registry.spec import NOISIEST, Drafting, passes_of
 
 STEPS = 4
 RENEWED, EARLY = 6, 5  # steps where noise is renewed, and after how many of them it looks
-AHEAD = 4  # steps of refinement whose drafts are begun together, in half the time
+AHEAD = 8  # steps of refinement whose drafts are begun together, in half the time
 SHARE = 4  # one sample in SHARE of a step is drawn from noise too, which costs several passes
 CELLS = 4  # a side of a face's features
 CONTRAST = 0.2  # its weight, so that it counts about as much as colours do
@@ -126,22 +127,28 @@ def portrait_likeness(
     weighted distance of their portraits from the faces on their photos, in turn.
 
     It takes their adapter, and the step's generator, batch and number; all people's portraits
-    start from the same noise. Portraits of AHEAD steps are begun together, as the people are then.
+    start from the same noise. Portraits of up to AHEAD steps are begun together, as the people are
+    then.
     """
     check_drafts(base)
     shape, prompt = faces[0].latents.shape[1:], base.prompt(PORTRAIT)
     template = np.array(base.spec.template)
     seen = [_seen(base, each.crops, template) for each in faces]
     begun: list[Samples] = []  # of this step and the next ones
+    # Noise has a generator of its own, so that no other changes with how many steps fit together.
+    starts: torch.Generator | None = None
 
     def question(
         adapter: Theta | Factors | None, generator: torch.Generator, batch: int, turn: int
     ) -> Question:
+        nonlocal starts
         count = portraits_of(batch)
+        if starts is None:
+            starts = generator_of(int(torch.randint(2**31, (), generator=generator)))
         if not begun:
             fits = pairs_at_once(base, len(faces), faces[0].latents)
-            ahead = AHEAD if fits >= AHEAD * count else 1
-            noise = torch.randn((ahead * count, *shape), generator=generator)
+            ahead = max(1, min(AHEAD, fits // count))
+            noise = torch.randn((ahead * count, *shape), generator=starts)
             noise = noise.repeat_interleave(len(faces), 0).to(base.device)
             with base.adapted(adapter):
                 drafts = _begun(base, [prompt] * len(noise), noise)
