@@ -27,7 +27,7 @@ from hdbcli.method.hypernet import HyperNetwork
 from hdbcli.model.base import Adapter, Base
 from hdbcli.model.sample import generate
 from hdbcli.training import preservation
-from hdbcli.training.likeness_loss import CELLS, CONTRAST, EARLY, RENEWED, STEPS
+from hdbcli.training.likeness_loss import AHEAD, CELLS, CONTRAST, EARLY, RENEWED, STEPS
 from hdbcli.training.people import People
 from hdbcli.training.refine import train, weight_of
 from registry.checkpoints.safetensors import read_tensors, save_tensors
@@ -109,10 +109,11 @@ def run_method(setup: Setup, method: Method, folder: Path) -> Record:
             asked = "-".join(
                 ".".join([type(each).__name__, *map(str, each.compared)]) for each in recognisers()
             )
-            settings += f"-{CONTRAST:g}-{asked}-{CELLS}-{STEPS}-{RENEWED}.{EARLY}"
+            settings += f"-{CONTRAST:g}-{asked}-{CELLS}-{STEPS}-{RENEWED}.{EARLY}-{AHEAD}"
         if method.preserves and method.steps:
             turns = repr(preservation.turns_of(method.predicted)).encode()
-            settings += f"-{preservation.WEIGHT:g}-{preservation.SHIFT:g}-{STEPS}"
+            held = preservation.WEIGHT, preservation.STYLES, preservation.SHIFT, preservation.STEPS
+            settings += "".join(f"-{each:g}" for each in held)
             settings += f"-{hashlib.sha256(turns).hexdigest()[:6]}"
         stem = f"{settings}-{key}-{start:04d}-{len(persons)}"
         groups.append(_group(setup, method, persons, folder / f"{stem}.safetensors"))

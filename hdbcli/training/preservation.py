@@ -1,13 +1,14 @@
 """Prior preservation: while a face is refined, prompts that do not ask for it, or ask for a style
 too, are answered as before.
 
-    loss = WEIGHT * || v(x_t, c; theta) - v(x_t, c; before) ||^2,  c in turn:
+    loss = weight * || v(x_t, c; theta) - v(x_t, c; before) ||^2,  c in turn:
       a prompt without [V], such as "a face": before is the base model alone
       a caption with [V], "a Pixar character of a [V] face": before is the prediction
 
 Without the first all people become the person. Without the second refinement, which looks at plain
-portraits alone, forgets what else a prompt says: a selfie becomes the photo once more. x_t is noise
-on a picture that `before` drew of the prompt, mostly much of it. DreamBooth (Ruiz et al. 2022,
+portraits alone, forgets what else a prompt says: a selfie becomes the photo once more. It is the
+likeness loss that takes styles, so they are held the harder the more it weighs. x_t is noise on a
+picture that `before` drew of the prompt, mostly much of it. DreamBooth (Ruiz et al. 2022,
 §3.3) preserves such pictures; here the answers themselves are compared, which says the same without
 the noise of the diffusion loss. Not in HyperDreamBooth.
 """
@@ -24,7 +25,7 @@ from hdbcli.config import CAPTIONS, PORTRAIT, unnamed
 from hdbcli.method.lidb import Factors
 from hdbcli.model.base import Base
 from hdbcli.model.device import autocast
-from hdbcli.training.likeness_loss import STEPS, draft
+from hdbcli.training.likeness_loss import draft
 from hdbcli.training.questions import (
     Question,
     Samples,
@@ -37,18 +38,20 @@ from registry.seeds import generator_of, noise_of
 from registry.spec import NOISIEST, Drafting, shifted
 
 WEIGHT = 2.0
+STYLES = 10.0  # what a caption with [V] weighs more, times what likeness weighs
+STEPS = 2  # of drawing what is noised again, mostly by much
 SHIFT = 4.0  # of times towards the noise: there a style is decided, and its light is lost
 
 
 def preservation(
-    base: Base, start: Factors, photos: Tensor, predicted: bool
+    base: Base, start: Factors, photos: Tensor, predicted: bool, likeness: float
 ) -> Callable[[int], Question]:
     """Return what asks for the loss of a step for P people, summed over them, one prompt a step.
 
     `start` is what they start from. If it is `predicted`, captions with [V] are held to it: those
     of the base alone would keep the person out of them. `photos` (P, c, h, w) are latents of
-    theirs, which are noised where the base cannot draw with gradients. The function is handed the
-    step's number.
+    theirs, which are noised where the base cannot draw with gradients; `likeness` is what the
+    likeness loss beside this one weighs. The function is handed the step's number.
     """
     sides = (tuple(each.detach().clone() for each in side) for side in (start.down, start.up))
     before = Factors(*sides)  # which training changes in place
@@ -80,8 +83,9 @@ def preservation(
 
     def question(number: int) -> Question:
         turn = number % len(turns)
-        samples, wanted = held(turns[turn][1], number - turn)[turn]
-        return distance(samples, wanted).weighed(WEIGHT)
+        asked = turns[turn][1]
+        samples, wanted = held(asked, number - turn)[turn]
+        return distance(samples, wanted).weighed(WEIGHT + asked * STYLES * likeness)
 
     return question
 

@@ -134,7 +134,7 @@ def with_losses(
     kept = None
     if start is not None:
         photos = torch.stack([each.latents[0] for each in faces])
-        kept = preservation(base, start, photos, predicted)
+        kept = preservation(base, start, photos, predicted, weight)
     if alike is None and kept is None:
         return trainable
 

@@ -85,7 +85,7 @@ def register(add: Callable[[BaseSpec], None]) -> None:
             portraits=2,
             guidance=SAMPLING.guidance,
             steps=SAMPLING.steps,
-            likeness=0.35,
+            likeness=0.6,
             captions=CAPTIONS,
         )
     )
