@@ -13,12 +13,11 @@ from torch import Tensor
 
 from hdbcli.faces.dlib import Dlib, load_dlib
 from hdbcli.faces.photo import align, find_faces
-from hdbcli.faces.recogniser import Recogniser
+from hdbcli.faces.recogniser import BATCH, Recogniser
 from hdbcli.faces.sface import load_sface
 
 SAME_PERSON = 0.5  # distance below which two pictures are taken for one person
 
-_BATCH = 32
 _REMEMBERED = 4096  # pictures
 _SEEN: dict[bytes, np.ndarray | None] = {}
 
@@ -64,7 +63,7 @@ def at_landmarks(
     if chips:
         pictures = torch.from_numpy(np.stack(list(chips.values()))).permute(0, 3, 1, 2)
         with torch.no_grad():
-            rows = [model(part.float()) for part in pictures.split(_BATCH)]
+            rows = [model(part.float()) for part in pictures.split(BATCH)]
         told[list(chips)] = torch.cat(rows)
     return told
 

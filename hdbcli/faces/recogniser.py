@@ -23,7 +23,7 @@ from registry.errors import HdbError
 
 ASSETS = Path(__file__).parent / "assets"
 NUMBERS = 128  # of an embedding
-_BATCH = 32
+BATCH = 32  # chips seen at once
 
 
 class Recogniser(nn.Module):
@@ -55,7 +55,7 @@ class Recogniser(nn.Module):
         """Embed crops (B, 3, S, S) in -1..1 whose five points lie at `places` (5, 2) in 0..1, or
         (B, 5, 2) of each: (B, 128). Nothing is looked for, which takes time, and gradients pass."""
         chips = self.chips(images, places)
-        return torch.cat([self(part) for part in chips.split(_BATCH)]).to(images.device)
+        return torch.cat([self(part) for part in chips.split(BATCH)]).to(images.device)
 
     def chips(self, images: Tensor, places: np.ndarray) -> Tensor:
         """Cut chips out of such crops, differentiably; on the CPU where a device cannot."""

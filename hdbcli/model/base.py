@@ -21,7 +21,7 @@ from hdbcli.limits import loading
 from hdbcli.method.hypernet import Faces, HyperNetwork
 from hdbcli.method.inject import Injected, inject, layers_in
 from hdbcli.method.lidb import Factors, Theta, first_theta
-from hdbcli.model.device import autocast, choose_device, give_back_memory
+from hdbcli.model.device import choose_device, give_back_memory, in_halves
 from hdbcli.model.files import made_with, open_checkpoint
 from hdbcli.model.hypernetwork_file import load_hypernetwork, targets_of
 from hdbcli.model.memory import NORMAL, MemoryPlan, Work, choose, run_within
@@ -94,7 +94,7 @@ class Base:
         they have few tokens when the base first attends: torch's fused kernel takes several times
         as long backwards then, though not in float32."""
         tokens = latents[0, 0].numel() >> 2 * getattr(self.backbone, "halvings", 0)
-        halves = isinstance(autocast(self.device, precision, latents), torch.autocast)
+        halves = in_halves(self.device, precision, latents)
         plain = self.device == "cpu" and halves and tokens <= SHORT
         return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 

@@ -127,8 +127,15 @@ def join_workers(device: str) -> Workers:
 def autocast(
     device: str, precision: str = "auto", latents: Tensor | None = None
 ) -> AbstractContextManager:
-    """Run matrix products in bfloat16 where the device does that fast, else, or if `precision` is
-    fp32, in float32.
+    """Run matrix products in bfloat16 inside the block where `in_halves` says so."""
+    if not in_halves(device, precision, latents):
+        return nullcontext()
+    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16)
+
+
+def in_halves(device: str, precision: str = "auto", latents: Tensor | None = None) -> bool:
+    """Say whether matrix products run in bfloat16: where the device does that fast, unless
+    `precision` is fp32.
 
     On a CPU that takes AMX: with AVX-512 alone, which multiplies bfloat16 too, `tiny` takes 1.5
     times as long as in float32. And the few `latents` (B, c, h, w) of one person take longer so
@@ -136,15 +143,12 @@ def autocast(
     """
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}; choose {' or '.join(PRECISIONS)}")
-    kind = device.split(":")[0]
     if precision == "fp32":
-        return nullcontext()
-    if kind == "cpu":
+        return False
+    if device.startswith("cpu"):
         few = latents is not None and latents[:, 0].numel() < FEW
-        fast = not few and torch.backends.mkldnn.is_available() and has_amx()
-    else:
-        fast = kind == "cuda" and has_bf16(device)
-    return torch.autocast(kind, dtype=torch.bfloat16) if fast else nullcontext()
+        return not few and torch.backends.mkldnn.is_available() and has_amx()
+    return device.startswith("cuda") and has_bf16(device)
 
 
 def machine(device: str) -> str:
